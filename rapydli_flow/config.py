@@ -1,0 +1,53 @@
+"""Typed settings, read once from the environment.
+
+RAPYDLI_CACHE_DIR   where compiled kernels and tuning results are kept
+RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
+RAPYDLI_LANES       force the number of float32 lanes of CPU kernels (4, 8 or 16)
+RAPYDLI_VERIFY      1: verify every graph after every pass
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .errors import SettingError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says."""
+
+    cache_dir: Path
+    threads: int
+    lanes: int | None
+    verify: bool
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        home = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = environ.get("RAPYDLI_CACHE_DIR") or os.path.join(home, "rapydli_flow")
+        lanes = _integer(environ, "RAPYDLI_LANES", 0)
+        if lanes not in (0, 4, 8, 16):
+            raise SettingError(f"RAPYDLI_LANES={lanes}: lanes are 4, 8 or 16 (float32 values in a vector).")
+        threads = _integer(environ, "RAPYDLI_THREADS", len(os.sched_getaffinity(0)))
+        if threads < 1:
+            raise SettingError(f"RAPYDLI_THREADS={threads}: a rank has 1 thread or more.")
+        return cls(Path(folder), threads, lanes or None, environ.get("RAPYDLI_VERIFY", "0") != "0")
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise SettingError(f"{name}={text!r} is not a whole number.") from None
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process."""
+    return Settings.read(os.environ)

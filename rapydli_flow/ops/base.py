@@ -1,0 +1,184 @@
+"""Op: what an operator means. How it runs fast lives in the kernel packages.
+
+An op is a frozen dataclass of attributes, with a table of rules: `infer`, `reference`, `index`,
+`local`, `vjp`, `samples`, `rejects`. Called on symbols it adds a node to their graph; called on arrays
+it computes with NumPy. That is all that the one test suite, the gradients, the splits and the
+serialiser need to know of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, dataclass_transform
+
+import numpy as np
+
+from ..errors import GraphError, NotDifferentiable, ShapeError
+from ..index import Index, parse
+from ..spec import Array, Block, Spec
+
+registry: dict[str, type[Op]] = {}
+LETTERS = "abcdefgh"
+
+
+class Symbol(ABC):
+    """A value of a graph that is being built: it has a spec, and ops can be applied to it."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> Spec: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
+
+    @abstractmethod
+    def apply(self, op: Op, inputs: Sequence[Any]) -> Any:
+        """Add a node to the graph of this symbol; its output, or a tuple of outputs."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An op on small operands, for the suite. ``ranges`` bounds the values drawn for some operands."""
+
+    op: Op
+    ins: tuple[Spec, ...]
+    ranges: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+
+    def draw(self, rng: np.random.Generator, dtype: str | None = None) -> list[Array]:
+        """Random operands; ``dtype`` replaces the floating ones."""
+        out: list[Array] = []
+        for i, spec in enumerate(self.ins):
+            if spec.floating:
+                lo, hi = self.ranges.get(i, (-2.0, 2.0))
+                out.append(rng.uniform(lo, hi, spec.shape).astype(dtype or spec.dtype))
+            else:
+                lo, hi = self.ranges.get(i, (0, 8))
+                out.append(np.asarray(rng.integers(int(lo), int(hi), spec.shape), spec.dtype))
+        return out
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Operands that an op must refuse, and what its message must match."""
+
+    op: Op
+    ins: tuple[Spec, ...]
+    message: str
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Op(ABC):
+    """One operator. Subclasses become frozen, keyword-only dataclasses and enter the registry."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
+    indexed: ClassVar[bool] = False  # reference(..., at=Block): reads where its output lies in the whole array
+    linear: ClassVar[bool] = False  # f(a + b) = f(a) + f(b): passes partial sums through
+
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if not hasattr(cls, "family"):
+            cls.family = cls.name
+        if abstract:
+            return
+        known = registry.setdefault(cls.name, cls)
+        if known is not cls and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise GraphError(
+                f"two ops are named {cls.name!r}: {known.__module__}.{known.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}. Rename one class."
+            )
+        registry[cls.name] = cls
+
+    @abstractmethod
+    def infer(self, *inputs: Any) -> Any:
+        """Output spec, or a tuple of them; ShapeError or DTypeError for operands that do not fit."""
+
+    @abstractmethod
+    def reference(self, *inputs: Any, **at: Any) -> Any:
+        """Slow, obvious NumPy: what every kernel is tested against."""
+
+    @abstractmethod
+    def index(self, *inputs: Any) -> str:
+        """The index formula for operands of these specs; see `rapydli_flow.index`."""
+
+    def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
+        """This op on blocks of its operands (shifted padding, local sizes)."""
+        return self
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        """Cotangents of the inputs (None where there is none), built of ops. Several outputs: tuples."""
+        raise NotDifferentiable(f"{self.name} has no gradient: it defines no vjp.")
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        """Small operands that the suite tries."""
+        return ()
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        """Operands that `infer` must refuse."""
+        return ()
+
+    def flops(self, *inputs: Spec) -> int:
+        """Floating-point operations, as the index formula says: a multiply-add counts 2, a plain element 1."""
+        outs = self.out_specs(*inputs)
+        index = self.indexing(*inputs)
+        points = index.multiply_adds(inputs, outs)
+        return points * (2 if points > max((s.size for s in outs), default=0) else 1)
+
+    def out_specs(self, *inputs: Spec) -> tuple[Spec, ...]:
+        """`infer` with one return type."""
+        out = self.infer(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def indexing(self, *inputs: Spec) -> Index:
+        return parse(self.index(*inputs))
+
+    def run(self, *inputs: Array, at: Block | None = None) -> tuple[Array, ...]:
+        """`reference` with one return type; ``at`` is where the output lies, by default the whole array."""
+        if self.indexed:
+            at = at or Block.all(self.out_specs(*map(spec_of, inputs))[0].shape)
+            out = self.reference(*inputs, at=at)
+        else:
+            out = self.reference(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    def __call__(self, *inputs: Any) -> Any:
+        for x in inputs:
+            if isinstance(x, Symbol):
+                return x.apply(self, inputs)
+        out = self.run(*inputs)
+        return out if len(out) > 1 else out[0]
+
+    def __str__(self) -> str:
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in given)})"
+
+
+def spec_of(x: Any) -> Spec:
+    """Spec of a symbol or of anything that NumPy takes for an array."""
+    if isinstance(x, Symbol):
+        return x.spec
+    return Spec(np.shape(x), np.asarray(x).dtype.name)
+
+
+def operand_names(op: Op) -> tuple[str, ...]:
+    """Names of the op's operands, as its `infer` calls them."""
+    return tuple(inspect.signature(op.infer).parameters)
+
+
+def refuse(op: Op, rule: str, operands: Mapping[str, Spec], way_out: str) -> ShapeError:
+    """A ShapeError that names op, rule, operands and the way out."""
+    given = ", ".join(f"{name} {spec}" for name, spec in operands.items())
+    return ShapeError(f"{op.name}: {rule} ({given}). {way_out}")

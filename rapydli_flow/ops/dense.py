@@ -1,0 +1,57 @@
+"""Matrix product, with either operand transposed: dense layers and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DTypeError
+from ..spec import Array, Spec
+from .base import Op, Reject, Sample, refuse
+
+
+class Matmul(Op):
+    """y[m,k] = sum over i of a[m,i] b[i,k]; ``ta``: a is given as [i,m]; ``tb``: b is given as [k,i]."""
+
+    ta: bool = False
+    tb: bool = False
+
+    def infer(self, a: Spec, b: Spec) -> Spec:
+        operands = {"a": a, "b": b}
+        if len(a.shape) != 2 or len(b.shape) != 2:
+            raise refuse(self, "a and b are matrices", operands, "Flatten records to one axis first.")
+        if a.dtype != b.dtype or not a.floating:
+            raise DTypeError(f"matmul: operands need one floating dtype (a {a}, b {b}). Cast them first.")
+        inner_a, inner_b = a.shape[1 - self.ta], b.shape[int(self.tb)]
+        if inner_a != inner_b:
+            raise refuse(self, f"a gives {inner_a} values but b expects {inner_b}", operands, "a is M,I and b is I,K.")
+        return Spec((a.shape[int(self.ta)], b.shape[1 - self.tb]), a.dtype)
+
+    def index(self, a: Spec, b: Spec) -> str:
+        return f"{'i m' if self.ta else 'm i'}, {'k i' if self.tb else 'i k'} -> m k"
+
+    def reference(self, a: Array, b: Array) -> Array:
+        return (a.T if self.ta else a) @ (b.T if self.tb else b)
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        a, b = inputs
+        da = Matmul(ta=self.tb, tb=True)(b, dy) if self.ta else Matmul(tb=not self.tb)(dy, b)
+        db = Matmul(ta=True, tb=self.ta)(dy, a) if self.tb else Matmul(ta=not self.ta)(a, dy)
+        return da, db
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        shapes = ((3, 4, 2), (7, 9, 33), (17, 5, 16))
+        return tuple(
+            Sample(cls(ta=ta, tb=tb), (Spec((i, m) if ta else (m, i)), Spec((k, i) if tb else (i, k))))
+            for ta in (False, True)
+            for tb in (False, True)
+            for m, i, k in shapes
+        )
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        return (
+            Reject(cls(), (Spec((2, 3)), Spec((4, 5))), r"matmul: a gives 3 values but b expects 4"),
+            Reject(cls(), (Spec((2, 3, 1)), Spec((3, 5))), "matmul: a and b are matrices"),
+            Reject(cls(), (Spec((2, 3)), Spec((3, 5), "float64")), "matmul: operands need one floating dtype"),
+        )

@@ -1,0 +1,99 @@
+"""Spec: shape and dtype of an array. Block: the part [lo, hi) of a global array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .errors import DTypeError, ShapeError
+
+Array = np.ndarray[Any, Any]
+
+DTYPES = ("float32", "float64", "int64", "int32", "uint8")
+_SHORT = {"float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32", "uint8": "u8"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of an array: ``Spec((32, 28, 28, 1))`` is float32, channels last."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(size) for size in self.shape)
+        if any(size < 0 for size in shape):
+            raise ShapeError(f"Spec: shape {shape} has a negative size. Sizes are 0 or more.")
+        dtype = np.dtype(self.dtype).name
+        if dtype not in DTYPES:
+            raise DTypeError(f"Spec: dtype {dtype} is not one of {', '.join(DTYPES)}.")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype.startswith("float")
+
+    def __str__(self) -> str:
+        return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part ``[lo, hi)`` of a global array of shape ``whole``."""
+
+    lo: tuple[int, ...]
+    hi: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    @classmethod
+    def all(cls, shape: Iterable[int]) -> Block:
+        """The block that is the whole array."""
+        shape = tuple(shape)
+        return cls((0,) * len(shape), shape, shape)
+
+    @classmethod
+    def along(cls, shape: Sequence[int], axis: int, bounds: Sequence[int]) -> tuple[Block, ...]:
+        """One block for each interval between neighbouring ``bounds`` of ``axis``, the other axes whole."""
+        whole = tuple(shape)
+
+        def at(values: tuple[int, ...], value: int) -> tuple[int, ...]:
+            return (*values[:axis], value, *values[axis + 1 :])
+
+        zero = (0,) * len(whole)
+        return tuple(cls(at(zero, lo), at(whole, hi), whole) for lo, hi in pairwise(bounds))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(hi - lo for lo, hi in zip(self.lo, self.hi, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The block as slices of the global array."""
+        return tuple(slice(lo, hi) for lo, hi in zip(self.lo, self.hi, strict=True))
+
+    @property
+    def empty(self) -> bool:
+        return any(size == 0 for size in self.shape)
+
+    def __str__(self) -> str:
+        return "[" + ",".join(f"{lo}:{hi}" for lo, hi in zip(self.lo, self.hi, strict=True)) + "]"
+
+
+def even_bounds(size: int, parts: int) -> tuple[int, ...]:
+    """Boundaries that cut ``size`` into ``parts`` intervals; the first ones are the larger."""
+    return tuple(-(-size * part // parts) for part in range(parts + 1))

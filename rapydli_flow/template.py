@@ -1,0 +1,214 @@
+"""What a kernel template, a config and a device description are, and the registry of templates.
+
+A template is a function of op, specs and config that returns the body of a kernel with every
+tunable replaced by a constant. Templates live in `cpu_kernels` and `gpu_kernels`, and meet the ops by
+family name only:
+
+    @template("max_pool", "cpu", space={"rows": (4, 1, 8)})
+    def direct(op, ins, outs, epilogue, *, rows): ...
+
+The first value of every parameter is the default, unless the template names a `default` function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from typing import Any
+
+from .errors import TemplateError
+from .spec import Spec
+
+Config = Mapping[str, Any]
+PACKAGES = {"cpu": "cpu_kernels", "cuda": "gpu_kernels"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels are specialised for. ``target`` is the compiler's name of the processor."""
+
+    kind: str
+    name: str
+    target: str = ""
+    cores: int = 1
+    vector_bytes: int = 32
+    memory_bytes: int = 0
+
+    @property
+    def key(self) -> str:
+        """Equal keys run the same compiled kernels equally fast."""
+        return f"{self.kind}-{self.target or self.name}-v{self.vector_bytes}"
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A pointwise formula as source text for one element, in the common tongue of Numba and Numba-CUDA.
+
+    ``lines`` are assignments; they may use ``parameters``, the constant type ``T``, the element's
+    ``index`` in the whole array, and the functions in ``uses``.
+    """
+
+    parameters: tuple[str, ...]
+    lines: tuple[str, ...]
+    results: tuple[str, ...]
+    uses: tuple[str, ...] = ()
+    indexed: bool = False
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to an output element before it is stored: the pointwise tail of a fused op.
+
+    ``scalar`` takes the element so far as ``v`` and the elements of ``extras`` as ``e0``, ``e1``, ...
+    Each extra has the shape of ``out``, or of its last axis, or none.
+    """
+
+    scalar: Scalar
+    extras: tuple[Spec, ...]
+    out: Spec
+
+    @classmethod
+    def none(cls, out: Spec) -> Epilogue:
+        return cls(Scalar(("v",), (), ("v",)), (), out)
+
+    @property
+    def identity(self) -> bool:
+        return not self.scalar.lines
+
+    def reach(self, extra: Spec) -> str:
+        """How an extra is indexed: 'element', 'channel' or 'scalar'."""
+        if extra.shape == self.out.shape:
+            return "element"
+        return "channel" if extra.shape else "scalar"
+
+    @staticmethod
+    def takes(extra: Spec, out: Spec) -> bool:
+        """Can a tail read an operand of this shape?"""
+        return extra.shape in ((), out.shape, out.shape[-1:])
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The kernel of a CPU template: ``body(task, *ins, *outs, *work, extras, at)`` for each task.
+
+    Tasks are independent and write disjoint outputs; their number is fixed by op and config, never
+    by threads, so that results do not depend on them. Arrays are flat; ``at`` holds lo and whole of
+    the output's block, for ops that use indices.
+    """
+
+    body: Callable[..., None]
+    tasks: int
+    fastmath: bool = True
+
+
+def _no_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    return ()
+
+
+def _always(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Template:
+    """How ops of one family run fast on one kind of device."""
+
+    family: str
+    kind: str
+    build: Callable[..., Any]
+    space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    fits: Callable[..., bool] = _always
+    workspace: Callable[..., tuple[Spec, ...]] = _no_workspace
+    prefer: Callable[..., Config] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.build.__name__
+
+    def configs(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Iterator[dict[str, Any]]:
+        """Every point of the space that fits, the default first."""
+        first = self.default(op, ins, outs, device)
+        if first is None:
+            return
+        yield first
+        for values in product(*self.space.values()):
+            config = dict(zip(self.space, values, strict=True))
+            if config != first and self.fits(op, ins, outs, device, **config):
+                yield config
+
+    def default(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any] | None:
+        """The config to use untuned: the preferred one, else the first that fits, else None."""
+        if self.prefer is not None:
+            config = dict(self.prefer(op, ins, outs, device))
+            if self.fits(op, ins, outs, device, **config):
+                return config
+        for values in product(*self.space.values()):
+            config = dict(zip(self.space, values, strict=True))
+            if self.fits(op, ins, outs, device, **config):
+                return config
+        return None
+
+    def check(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> None:
+        """Raise TemplateError unless ``config`` is a point of this template that fits."""
+        if set(config) != set(self.space):
+            raise TemplateError(
+                f"template {self.family}/{self.name} has parameters {sorted(self.space)} "
+                f"but the config names {sorted(config)}. Give every parameter once."
+            )
+        if not self.fits(op, ins, outs, device, **config):
+            raise TemplateError(
+                f"template {self.family}/{self.name} does not fit {', '.join(map(str, ins))} with {dict(config)}. "
+                "List what fits with Template.configs."
+            )
+
+    def source(self) -> str:
+        """The source text of the module that defines the template: part of a kernel's key."""
+        return _module_source(self.build.__module__)
+
+
+@cache
+def _module_source(module: str) -> str:
+    return inspect.getsource(importlib.import_module(module))
+
+
+_templates: dict[tuple[str, str], list[Template]] = {}
+
+
+def template(
+    family: str,
+    kind: str,
+    *,
+    space: Mapping[str, tuple[Any, ...]] | None = None,
+    fits: Callable[..., bool] = _always,
+    workspace: Callable[..., tuple[Spec, ...]] = _no_workspace,
+    prefer: Callable[..., Config] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a template for a family of ops on a kind of device ('cpu' or 'cuda')."""
+
+    def register(build: Callable[..., Any]) -> Callable[..., Any]:
+        made = Template(family, kind, build, dict(space or {}), fits, workspace, prefer)
+        known = _templates.setdefault((family, kind), [])
+        known[:] = [t for t in known if t.name != made.name] + [made]
+        return build
+
+    return register
+
+
+@cache
+def _load(kind: str) -> None:
+    package = importlib.import_module(PACKAGES[kind])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def templates(family: str, kind: str) -> tuple[Template, ...]:
+    """All templates for a family on a kind of device; the first is the default choice."""
+    if kind not in PACKAGES:
+        raise TemplateError(f"no kernels for devices of kind {kind!r}; kinds are {', '.join(PACKAGES)}.")
+    _load(kind)
+    return tuple(_templates.get((family, kind), ()))
