@@ -5,7 +5,7 @@
     max pooling:                "n h*2+r w*2+s c -> n h w c | r=3 s=3"
     cross entropy:              "n ., n -> n"
 
-An operand is a list of axes; an axis is an affine expression of letters, maybe divided by a
+An operand is a list of axes, or ``()`` for a scalar; an axis is an affine expression of letters, maybe divided by a
 constant (only exact quotients count), or ``.``: an axis that is read whole and never split. Letters
 take their sizes from operands where they stand alone, or from the list after ``|``. Positions
 outside an operand (padding) are not read.
@@ -192,14 +192,12 @@ def parse(formula: str) -> Index:
             raise FormulaError(f"index formula {formula!r}: cannot read {item!r}. Write 'r=3' behind the bar.")
         given.append((letter, int(size)))
     inputs = tuple(_operand(text, formula) for text in left.split(",")) if left.strip() else ()
-    if left.strip() == "" and "," in left:
-        inputs = tuple(() for _ in left.split(","))
     outputs = tuple(_operand(text, formula) for text in right.split(","))
     return Index(formula, inputs, outputs, tuple(given))
 
 
 def _operand(text: str, formula: str) -> Operand:
-    return tuple(_axis(token, formula) for token in text.split())
+    return () if text.strip() == "()" else tuple(_axis(token, formula) for token in text.split())
 
 
 def _axis(token: str, formula: str) -> Axis | None:

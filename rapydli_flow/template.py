@@ -98,12 +98,15 @@ class Loop:
 
     Tasks are independent and write disjoint outputs; their number is fixed by op and config, never
     by threads, so that results do not depend on them. Arrays are flat; ``at`` holds lo and whole of
-    the output's block, for ops that use indices.
+    the output's block, for ops that use indices. ``before``, with the same arguments, runs first for each of
+    ``before_tasks`` (it packs and pads operands into the workspace); no task of ``body`` starts until all are done.
     """
 
     body: Callable[..., None]
     tasks: int
     fastmath: bool = True
+    before: Callable[..., None] | None = None
+    before_tasks: int = 0
 
 
 def _no_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class ChunkCache:
         result = {}
         for name, reader in self._readers.items():
             out = np.empty((len(rows), *reader.record_shape), reader.dtype)
-            gather(lambda number, name=name: self._chunk(name, number), rows, reader.chunk_records, out)  # type: ignore[misc]
+            gather(partial(self._chunk, name), rows, reader.chunk_records, out)
             result[name] = out
         return result
 

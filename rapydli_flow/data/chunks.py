@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -46,7 +46,8 @@ class ChunkReader:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype in this machine's byte order."""
-        return np.dtype(self.array.dtype).newbyteorder("=")
+        dtype: np.dtype[Any] = np.dtype(self.array.dtype)
+        return dtype.newbyteorder("=")
 
     @property
     def record_bytes(self) -> int:
@@ -113,7 +114,7 @@ def gather(fetch: Callable[[int], Array], rows: Array, chunk: int, out: Array) -
     ordered = rows[order]
     numbers = ordered // chunk
     cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
-    for lo, hi in zip(cuts, cuts[1:], strict=False):
+    for lo, hi in pairwise(cuts):
         if lo < hi:
             number = int(numbers[lo])
             out[order[lo:hi]] = fetch(number)[ordered[lo:hi] - number * chunk]

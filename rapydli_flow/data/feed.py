@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +24,7 @@ from .order import epoch_order
 
 CACHE_BYTES = 256 * 2**20
 COPY_BYTES = 256 * 2**10  # a batch smaller than this costs less to copy from memory than to hand to a thread
+CLOSED = "Feed: this feed is closed. Make another one."
 STREAMS = 64  # read-ahead is kept for this many different (lo, hi)
 
 Rows = tuple[int, int]
@@ -104,11 +105,13 @@ class Feed:
         if not 0 <= lo <= hi <= self.batch_size:
             raise SettingError(f"Feed: rows [{lo}, {hi}) are not inside a batch of {self.batch_size}.")
         if self._closed:
-            raise SettingError("Feed: this feed is closed. Make another one.")
+            raise SettingError(CLOSED)
         if self.ahead == 0 or (self.cache.complete and (hi - lo) * self._record_bytes <= COPY_BYTES):
             return self._read(step, lo, hi)
-        mine = self._reading_ahead(step, (lo, hi))
-        return self._read(step, lo, hi) if mine is None else mine.result()
+        try:
+            return self._reading_ahead(step, (lo, hi)).result()
+        except CancelledError:
+            raise SettingError(CLOSED) from None
 
     def close(self) -> None:
         """Stop reading ahead and forget what is in memory. A closed feed gives no more batches."""
@@ -153,22 +156,21 @@ class Feed:
         subset = self.dataset.subset
         return self.cache.gather(rows if subset is None else subset[rows])
 
-    def _reading_ahead(self, step: int, rows: Rows) -> Future[dict[str, Array]] | None:
-        """What the thread has read, or is reading, for this step; and ask it for the steps that follow."""
+    def _reading_ahead(self, step: int, rows: Rows) -> Future[dict[str, Array]]:
+        """What the thread has read, or will read, for this step; and ask it for the steps that follow."""
         with self._lock:
             if self._closed:
-                return None
+                raise SettingError(CLOSED)
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="rapydli-feed")
             coming = self._coming.setdefault(rows, {})
             self._coming.move_to_end(rows)
-            mine = coming.pop(step, None)
-            for other in [other for other in coming if not step < other <= step + self.ahead]:
+            for other in [other for other in coming if not step <= other <= step + self.ahead]:
                 coming.pop(other).cancel()
-            for following in range(step + 1, step + 1 + self.ahead):
-                if following not in coming:
-                    coming[following] = self._thread.submit(self._read, following, *rows)
+            for wanted in range(step, step + 1 + self.ahead):
+                if wanted not in coming:
+                    coming[wanted] = self._thread.submit(self._read, wanted, *rows)
             while len(self._coming) > STREAMS:
                 for stale in self._coming.popitem(last=False)[1].values():
                     stale.cancel()
-        return mine
+            return coming.pop(step)

@@ -9,10 +9,20 @@ from .conv import Conv, ConvFilterGrad, ConvInputGrad
 from .dense import Matmul
 from .dropout import Dropout
 from .loss import Correct, CrossEntropy, CrossEntropyGrad, Softmax, SoftmaxGrad
-from .norm import Moments, MomentsGrad, Normalize, NormalizeGrad, NormalizeSums, StatisticsGrad
+from .norm import (
+    Moments,
+    MomentsGrad,
+    Normalize,
+    NormalizeGrad,
+    NormalizeSums,
+    Statistics,
+    StatisticsGrad,
+    StatisticsSumsGrad,
+)
 from .pointwise import (
     Add,
     Cast,
+    Copy,
     Divide,
     Multiply,
     Pointwise,
@@ -39,6 +49,7 @@ __all__ = [
     "Conv",
     "ConvFilterGrad",
     "ConvInputGrad",
+    "Copy",
     "Correct",
     "CosineDecay",
     "CrossEntropy",
@@ -70,7 +81,9 @@ __all__ = [
     "Scale",
     "Softmax",
     "SoftmaxGrad",
+    "Statistics",
     "StatisticsGrad",
+    "StatisticsSumsGrad",
     "StepDecay",
     "Subtract",
     "Sum",

@@ -83,6 +83,8 @@ class Op(ABC):
     family: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]] = ("y",)
     indexed: ClassVar[bool] = False  # reference(..., at=Block): reads where its output lies in the whole array
+    collective: ClassVar[bool] = False  # what it gives depends on other ranks
+    view: ClassVar[bool] = False  # the output is the input's memory, under another shape
     linear: ClassVar[bool] = False  # f(a + b) = f(a) + f(b): passes partial sums through
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -153,6 +155,11 @@ class Op(ABC):
         else:
             out = self.reference(*inputs)
         return out if isinstance(out, tuple) else (out,)
+
+    @property
+    def title(self) -> str:
+        """What the op is called in tables and pictures."""
+        return self.name
 
     def __call__(self, *inputs: Any) -> Any:
         for x in inputs:

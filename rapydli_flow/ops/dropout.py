@@ -32,7 +32,7 @@ class Dropout(Pointwise):
 
     def index(self, *xs: Spec) -> str:
         letters = " ".join(LETTERS[: len(xs[0].shape)])
-        return f"{letters}, , -> {letters}"
+        return f"{letters}, (), () -> {letters}"
 
     def formula(self, x: Any, seed: Any, step: Any, index: Any) -> Any:
         threshold = round(self.rate * 2**24)

@@ -75,6 +75,48 @@ class MomentsGrad(Pointwise):
         return (Sample(cls(), (_X, _C, _C, _C)),)
 
 
+class Statistics(Pointwise):
+    """Mean and variance of ``count`` records from `Moments`, and the running ones after this step.
+
+    mean = mean0 + sum / count; var = squares / count - (sum / count)^2;
+    running = momentum * running + (1 - momentum) * now. The running ones carry no gradient.
+    """
+
+    count: int
+    momentum: float = 0.9
+    outputs = ("mean", "var", "running_mean", "running_var")
+
+    def formula(self, total: Any, squares: Any, mean0: Any, var0: Any) -> Any:
+        shift = total * (1.0 / self.count)
+        mean = mean0 + shift
+        var = f.maximum(squares * (1.0 / self.count) - shift * shift, 0.0)
+        old, new = self.momentum, 1.0 - self.momentum
+        return mean, var, old * mean0 + new * mean, old * var0 + new * var
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        dsum, dsquares = StatisticsSumsGrad(count=self.count)(dy[0], dy[1], inputs[0])
+        return dsum, dsquares, None, None
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(count=6, momentum=0.8), (_C, _C, _C, _C), {1: (2.0, 3.0)}),)
+
+
+class StatisticsSumsGrad(Pointwise):
+    """Gradients of `Statistics` with respect to the sums."""
+
+    count: int
+    outputs = ("dsum", "dsquares")
+
+    def formula(self, dmean: Any, dvar: Any, total: Any) -> Any:
+        one = 1.0 / self.count
+        return dmean * one - (2.0 * one * one) * total * dvar, dvar * one
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(count=6), (_C, _C, _C)),)
+
+
 class Normalize(Pointwise):
     """y = (x - mean) / sqrt(var + eps) * gain + bias"""
 

@@ -58,9 +58,10 @@ class Pointwise(Op, abstract=True):
 
         def operand(x: Spec) -> str:
             skip = n - len(x.shape)
-            return " ".join(letters[skip + i] if size == out[skip + i] else "0" for i, size in enumerate(x.shape))
+            axes = (letters[skip + i] if size == out[skip + i] else "0" for i, size in enumerate(x.shape))
+            return " ".join(axes) or "()"
 
-        return ", ".join(map(operand, xs)) + " -> " + ", ".join([" ".join(letters)] * len(self.outputs))
+        return ", ".join(map(operand, xs)) + " -> " + ", ".join([" ".join(letters) or "()"] * len(self.outputs))
 
     def scalar(self, names: tuple[str, ...] | None = None) -> Scalar:
         """The formula as source text."""
@@ -195,6 +196,22 @@ class Scale(Pointwise):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(by=-0.3), (Spec((3, 5)),)),)
+
+
+class Copy(Pointwise):
+    """y = x"""
+
+    linear = True
+
+    def formula(self, x: Any) -> Any:
+        return x
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        return (dy,)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Spec((3, 5)),)), Sample(cls(), (Spec((), "float64"),)))
 
 
 class Cast(Pointwise):

@@ -32,7 +32,7 @@ class Sum(Op):
     def index(self, x: Spec) -> str:
         letters = LETTERS[: len(x.shape)]
         out = [("0" if self.keep else "") if i in self.axes else c for i, c in enumerate(letters)]
-        return f"{' '.join(letters)} -> {' '.join(c for c in out if c)}"
+        return f"{' '.join(letters)} -> {' '.join(c for c in out if c) or '()'}"
 
     def reference(self, x: Array) -> Array:
         return np.asarray(x.sum(self.axes, keepdims=self.keep, dtype=x.dtype))

@@ -16,6 +16,7 @@ class Reshape(Op):
 
     shape: tuple[int, ...]
     linear = True
+    view = True
 
     def infer(self, x: Spec) -> Spec:
         if not x.shape or prod(x.shape[1:]) != prod(self.shape):

@@ -16,8 +16,8 @@ from .base import LETTERS, Op, Sample
 KINDS = ("param", "state", "batch", "clock")
 
 
-def _source_index(shape: tuple[int, ...], inputs: int = 0) -> str:
-    return ", ".join([""] * inputs) + "-> " + " ".join(LETTERS[: len(shape)])
+def _source_index(shape: tuple[int, ...]) -> str:
+    return "-> " + (" ".join(LETTERS[: len(shape)]) or "()")
 
 
 class Leaf(Op):
@@ -93,7 +93,7 @@ class Normal(Op):
         return Spec(self.shape, self.dtype)
 
     def index(self, seed: Spec) -> str:
-        return " " + _source_index(self.shape)
+        return "() " + _source_index(self.shape)
 
     def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
         return replace(self, shape=outs[0].shape)

@@ -1,0 +1,73 @@
+"""SnapshotWriter: snapshots written behind the training's back, the newest few kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import SettingError, SnapshotError
+from ..spec import Array, Block, Spec
+from .snapshot import array_spec, begin, commit, meta_text, prune, write_block
+
+
+class SnapshotWriter:
+    """Writes snapshots to a folder that is its own, one at a time, in one background thread.
+
+    The newest ``keep`` complete snapshots stay; older ones, and what a killed process left half written, are
+    removed after each write. The newest complete one is never removed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
+        if keep < 1:
+            raise SettingError(f"SnapshotWriter: keep={keep} must be 1 or more.")
+        self.folder, self.keep = Path(folder), keep
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="rapydli-snapshot")
+        self._writing: Future[None] | None = None
+
+    def write(self, step: int, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+        """Copy the arrays and return; they are written in the background.
+
+        Waits for the write before, and raises what that one raised. Raises DTypeError or SnapshotError at
+        once for arrays or ``meta`` (JSON) that cannot be stored.
+        """
+        if self._thread is None:
+            raise SnapshotError(f"{self.folder}: this writer is closed. Make another one.")
+        specs = {name: array_spec(name, array) for name, array in arrays.items()}
+        meta_text(meta)
+        self.wait()
+        copies = {name: np.array(array, order="C") for name, array in arrays.items()}
+        self._writing = self._thread.submit(self._write, step, specs, copies, dict(meta))
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what the last write raised (once)."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Finish the write in flight, raising its error, and stop the thread."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=True)
+        self.wait()
+
+    def __enter__(self) -> SnapshotWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, step: int, specs: dict[str, Spec], arrays: dict[str, Array], meta: dict[str, Any]) -> None:
+        begin(self.folder, step, specs)
+        for name, array in arrays.items():
+            write_block(self.folder, step, name, Block.all(array.shape), array)
+        commit(self.folder, step, meta)
+        prune(self.folder, self.keep)

@@ -1,0 +1,35 @@
+"""Graphs: building, gradients, passes, JSON, tables and pictures.
+
+May import floors 0 to 2 only. A pass is a function Graph -> Graph, printable and testable alone.
+"""
+
+from .fuse import Fused, fuse, parts
+from .gradients import gradients
+from .graph import Graph, Node, Tensor, Value
+from .rewrite import clean, merge_equal, predicting, rewrite, training, with_batch
+from .serialise import from_json, to_json
+from .trace import trace, train_step
+from .verify import checked, verify
+
+__all__ = [
+    "Fused",
+    "Graph",
+    "Node",
+    "Tensor",
+    "Value",
+    "checked",
+    "clean",
+    "from_json",
+    "fuse",
+    "gradients",
+    "merge_equal",
+    "parts",
+    "predicting",
+    "rewrite",
+    "to_json",
+    "trace",
+    "train_step",
+    "training",
+    "verify",
+    "with_batch",
+]

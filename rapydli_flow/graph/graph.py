@@ -1,0 +1,202 @@
+"""Graph: nodes (an op and its inputs) in topological order. Networks, training steps and updates are all graphs.
+
+A graph is grown by applying ops to its tensors, and from then on only read: passes make new graphs.
+A value is named by ``(node number, output number)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import GraphError
+from ..ops import Fill, Leaf, Op, Scale, Symbol, registry
+from ..spec import Block, Spec
+from .draw import html, svg
+from .table import text
+
+Value = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One op applied to values. ``at`` is where output 0 lies in the whole array, on rank graphs."""
+
+    name: str
+    op: Op
+    inputs: tuple[Value, ...]
+    specs: tuple[Spec, ...]
+    at: Block | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor(Symbol):
+    """A value of a graph that is being built."""
+
+    graph: Graph
+    node: int
+    out: int = 0
+
+    @property
+    def id(self) -> Value:
+        return self.node, self.out
+
+    @property
+    def name(self) -> str:
+        return self.graph.nodes[self.node].name
+
+    @property
+    def spec(self) -> Spec:
+        return self.graph.nodes[self.node].specs[self.out]
+
+    def apply(self, op: Op, inputs: Sequence[Any]) -> Any:
+        for x in inputs:
+            if not isinstance(x, Tensor) or x.graph is not self.graph:
+                raise GraphError(f"{op.name}: operands are of different graphs, or not tensors: {x!r}.")
+        return self.graph.add(op, inputs)
+
+    def __add__(self, other: Any) -> Any:
+        return self.graph.arithmetic("add", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self.graph.arithmetic("add", self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self.graph.arithmetic("subtract", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
+
+    def __mul__(self, other: Any) -> Any:
+        return self.graph.arithmetic("multiply", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.graph.arithmetic("multiply", self, other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.graph.arithmetic("divide", self, other)
+
+    def __neg__(self) -> Any:
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.spec}>"
+
+
+@dataclass(eq=False)
+class Graph:
+    """Nodes, named outputs, and updates: which value replaces which leaf after a step.
+
+    ``like`` remembers for a cotangent which value it belongs to, so that both are split alike.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    outputs: dict[str, Value] = field(default_factory=dict)
+    updates: dict[str, Value] = field(default_factory=dict)
+    like: dict[Value, Value] = field(default_factory=dict)
+    scope: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    # building ---------------------------------------------------------------------------------------
+
+    def add(self, op: Op, inputs: Sequence[Tensor] = (), name: str | None = None, at: Block | None = None) -> Any:
+        """Append a node; its output, or a tuple of outputs."""
+        specs = op.out_specs(*(x.spec for x in inputs))
+        self.nodes.append(Node(name or self.unique(op.name), op, tuple(x.id for x in inputs), specs, at))
+        made = tuple(Tensor(self, len(self.nodes) - 1, i) for i in range(len(specs)))
+        return made if len(made) > 1 else made[0]
+
+    def unique(self, kind: str) -> str:
+        """A new name in the present scope: 'conv_1', 'conv_2', ..."""
+        base = "/".join([*self.scope, kind])
+        self.counts[base] = self.counts.get(base, 0) + 1
+        return f"{base}_{self.counts[base]}"
+
+    def leaf(self, kind: str, label: str, spec: Spec, init: Op | None = None) -> Tensor:
+        """Append an input; its name is the scope and ``label``."""
+        label = "/".join([*self.scope, label])
+        if any(node.name == label for node in self.nodes):
+            raise GraphError(f"two leaves are named {label!r}. Names of parameters and inputs are unique.")
+        op = Leaf(kind=kind, label=label, shape=spec.shape, dtype=spec.dtype, init=init)
+        made = self.add(op, (), name=label)
+        assert isinstance(made, Tensor)
+        return made
+
+    def arithmetic(self, kind: str, a: Tensor, b: Any) -> Any:
+        """``a`` and a tensor or a number."""
+        if isinstance(b, Tensor):
+            return registry[kind]()(a, b)
+        if not isinstance(b, int | float):
+            raise GraphError(f"{kind}: the second operand is {type(b).__name__}, not a tensor or a number.")
+        if kind in ("multiply", "divide"):
+            return Scale(by=float(b) if kind == "multiply" else 1.0 / b)(a)
+        constant = self.add(Fill(value=float(b), shape=(), dtype=a.spec.dtype))
+        return registry[kind]()(a, constant)
+
+    # reading ----------------------------------------------------------------------------------------
+
+    def tensor(self, value: Value) -> Tensor:
+        return Tensor(self, *value)
+
+    def spec(self, value: Value) -> Spec:
+        return self.nodes[value[0]].specs[value[1]]
+
+    def find(self, name: str) -> Tensor:
+        """Output 0 of the node of this name, or of the last node of this scope."""
+        exact = [i for i, node in enumerate(self.nodes) if node.name == name]
+        inside = [
+            i for i, node in enumerate(self.nodes) if node.name.startswith(f"{name}/") and not isinstance(node.op, Leaf)
+        ]
+        if not exact and not inside:
+            near = difflib.get_close_matches(name, [node.name for node in self.nodes], n=3)
+            hint = f" Nearest: {', '.join(near)}." if near else ""
+            raise GraphError(f"no node is named {name!r}.{hint}")
+        return Tensor(self, (exact or inside)[-1])
+
+    def __getitem__(self, name: str) -> Node:
+        return self.nodes[self.find(name).node]
+
+    def __contains__(self, name: str) -> bool:
+        return any(node.name == name for node in self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def leaves(self, *kinds: str) -> list[Tensor]:
+        """The inputs of these kinds (of any, if none is given)."""
+        return [
+            Tensor(self, i)
+            for i, node in enumerate(self.nodes)
+            if isinstance(node.op, Leaf) and (not kinds or node.op.kind in kinds)
+        ]
+
+    def value_name(self, value: Value) -> str:
+        node = self.nodes[value[0]]
+        return node.name if len(node.specs) == 1 else f"{node.name}.{node.op.outputs[value[1]]}"
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(x.spec.size for x in self.leaves("param"))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one run."""
+        ops = (node for node in self.nodes if not isinstance(node.op, Leaf))
+        return sum(node.op.flops(*map(self.spec, node.inputs)) for node in ops)
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        return html(self)
+
+    def save_svg(self, path: str) -> None:
+        """Write a picture of the graph; see `rapydli_flow.graph.draw`."""
+        Path(path).write_text(svg(self), encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Passes: Graph -> Graph. Each leaves its input alone, drops dead nodes, and keeps names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import GraphError
+from ..ops import Leaf, Phase
+from .graph import Graph, Node, Tensor, Value
+
+Rule = Callable[[Graph, Node, tuple[Tensor, ...]], Any]
+
+
+def _keep(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+    return None
+
+
+def rewrite(graph: Graph, rule: Rule = _keep) -> Graph:
+    """A copy without dead nodes.
+
+    ``rule(new graph, node, its new inputs)`` may answer with the tensor, or tuple of tensors, that
+    replaces the node's outputs; None copies the node. Inputs that are fed (batch, clock) stay.
+    """
+    live: set[int] = set()
+    todo = [*graph.outputs.values(), *graph.updates.values(), *(x.id for x in graph.leaves("clock", "batch"))]
+    todo += [graph.find(name).id for name in graph.updates]
+    while todo:
+        i = todo.pop()[0]
+        if i not in live:
+            live.add(i)
+            todo += graph.nodes[i].inputs
+    new = Graph(counts=dict(graph.counts))
+    to: dict[Value, Tensor] = {}
+    for i, node in enumerate(graph.nodes):
+        if i not in live:
+            continue
+        inputs = tuple(to[v] for v in node.inputs)
+        made = rule(new, node, inputs)
+        if made is None:
+            made = new.add(node.op, inputs, node.name, node.at)
+        for k, y in enumerate(made if isinstance(made, tuple) else (made,)):
+            to[i, k] = y
+    new.outputs = {k: to[v].id for k, v in graph.outputs.items()}
+    new.updates = {k: to[v].id for k, v in graph.updates.items()}
+    new.like = {to[a].id: to[b].id for a, b in graph.like.items() if a in to and b in to}
+    return new
+
+
+def clean(graph: Graph) -> Graph:
+    """Drop nodes that nothing needs."""
+    return rewrite(graph)
+
+
+def training(graph: Graph) -> Graph:
+    """Resolve `Phase` ops for training: batch statistics, dropout."""
+    return rewrite(rewrite(graph, lambda new, node, xs: xs[0] if isinstance(node.op, Phase) else None))
+
+
+def predicting(graph: Graph) -> Graph:
+    """Resolve `Phase` ops for prediction: running statistics, no dropout, no updates."""
+    out = rewrite(graph, lambda new, node, xs: xs[1] if isinstance(node.op, Phase) else None)
+    out.updates = {}
+    return rewrite(out)
+
+
+def merge_equal(graph: Graph) -> Graph:
+    """Common-subexpression removal: one node for equal ops on equal inputs."""
+    seen: dict[tuple[Any, ...], Sequence[Tensor] | Tensor] = {}
+
+    def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+        if isinstance(node.op, Leaf):
+            return None
+        key = (node.op, tuple(x.id for x in inputs), node.at)
+        if key not in seen:
+            seen[key] = new.add(node.op, inputs, node.name, node.at)
+        return seen[key]
+
+    return rewrite(graph, rule)
+
+
+def with_batch(graph: Graph, size: int) -> Graph:
+    """The same graph for another number of records a batch; only for graphs that predict."""
+    if graph.updates:
+        raise GraphError("with_batch: a graph with updates depends on its batch size; trace it again instead.")
+    records = {x.spec.shape[0] for x in graph.leaves("batch") if x.spec.shape}
+
+    def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+        op = node.op
+        if isinstance(op, Leaf) and op.kind == "batch" and op.shape:
+            return new.leaf("batch", op.label, type(node.specs[0])((size, *op.shape[1:]), op.dtype), op.init)
+        return None
+
+    if len(records) != 1:
+        raise GraphError(f"with_batch: inputs hold {sorted(records)} records; they must hold the same number.")
+    return rewrite(graph, rule)

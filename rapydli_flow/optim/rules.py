@@ -1,0 +1,81 @@
+"""SGD with momentum and Adam, and learning rates as functions of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import SettingError
+from ..graph import Graph, Tensor
+from ..graph.trace import Optimizer
+from ..ops import Adam, BiasCorrection, ConstantRate, CosineDecay, Descent, Fill, Momentum, StepDecay
+
+Rate = Callable[[Tensor, str], Any]
+
+
+def constant(rate: float) -> Rate:
+    """The same rate at every step."""
+    return lambda step, dtype: ConstantRate(rate=_positive("rate", rate), to=dtype)(step)
+
+
+def step_decay(rate: float, *, factor: float = 0.1, every: int) -> Rate:
+    """``rate * factor ** floor(step / every)``"""
+    return lambda step, dtype: StepDecay(rate=_positive("rate", rate), factor=factor, every=every, to=dtype)(step)
+
+
+def cosine(rate: float, *, steps: int, warmup: int = 0) -> Rate:
+    """Rise over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
+    return lambda step, dtype: CosineDecay(rate=_positive("rate", rate), steps=steps, warmup=warmup, to=dtype)(step)
+
+
+def sgd(rate: float | Rate, *, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
+    """Stochastic gradient descent: m = momentum m + g + weight_decay w; w = w - rate m."""
+    rule = constant(rate) if isinstance(rate, int | float) else rate
+    if not 0.0 <= momentum < 1.0:
+        raise SettingError(f"sgd: momentum={momentum} is not in [0, 1).")
+
+    def update(graph: Graph, w: Tensor, g: Tensor) -> None:
+        now = rule(graph.find("step"), w.dtype)
+        if momentum == 0.0:
+            graph.updates[w.name] = Descent(decay=weight_decay)(w, g, now).id
+            return
+        m = _slot(graph, w, "momentum")
+        _replace(graph, (w, m), Momentum(beta=momentum, decay=weight_decay)(w, m, g, now))
+
+    return update
+
+
+def adam(
+    rate: float | Rate, *, beta_1: float = 0.9, beta_2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> Optimizer:
+    """Adam (Kingma, Ba 2015), with bias correction; weight decay is added to the gradient."""
+    rule = constant(rate) if isinstance(rate, int | float) else rate
+    for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+        if not 0.0 <= beta < 1.0:
+            raise SettingError(f"adam: {name}={beta} is not in [0, 1).")
+    op = Adam(beta_1=beta_1, beta_2=beta_2, eps=eps, decay=weight_decay)
+
+    def update(graph: Graph, w: Tensor, g: Tensor) -> None:
+        step = graph.find("step")
+        correct = (BiasCorrection(beta=beta, to=w.dtype)(step) for beta in (beta_1, beta_2))
+        m, v = _slot(graph, w, "mean"), _slot(graph, w, "square")
+        _replace(graph, (w, m, v), op(w, m, v, g, rule(step, w.dtype), *correct))
+
+    return update
+
+
+def _slot(graph: Graph, w: Tensor, label: str) -> Tensor:
+    """A leaf of optimizer state beside a parameter, zero at first."""
+    return graph.leaf("state", f"{w.name}/{label}", w.spec, Fill(value=0.0, shape=w.shape, dtype=w.dtype))
+
+
+def _replace(graph: Graph, leaves: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+    for leaf, value in zip(leaves, values, strict=True):
+        graph.updates[leaf.name] = value.id
+        graph.like[value.id] = leaf.id
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0.0:
+        raise SettingError(f"learning rate: {name}={value} is not positive.")
+    return float(value)
