@@ -16,6 +16,7 @@ import dis
 import hashlib
 import importlib.util
 import inspect
+import math
 import os
 import platform
 import sys
@@ -37,7 +38,7 @@ import rapydli_flow.random
 from rapydli_flow.config import settings
 from rapydli_flow.errors import SettingError, TemplateError
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, Template
+from rapydli_flow.template import Device, Epilogue, Loop, Scalar, Template
 
 from . import driver
 from .driver import Kernel, run_kernel
@@ -154,7 +155,7 @@ class _Text:
         """Write a function, after all that it refers to; its name in the module."""
         if function.__name__ == "<lambda>":
             raise TemplateError(f"template {self.owner}: a lambda cannot become a kernel function. Use def.")
-        text = textwrap.dedent(inspect.getsource(function))
+        text = getattr(function, "source", None) or textwrap.dedent(inspect.getsource(function))
         tree = ast.parse(text)
         (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef))
         known = self.claim(function.__name__, id(function))
@@ -181,17 +182,27 @@ class _Text:
         ]
         if scalar.indexed:
             lines.append(f"index = {place(epilogue.out.shape)}")
-        lines += [*self.uses(scalar.uses), *scalar.lines, f"return {scalar.results[0]}"]
+        lines += [*scalar.lines, f"return {scalar.results[0]}"]
+        for name, value in scalar_names(scalar).items():
+            self.refer(name, value)
         head = f"@njit(**INLINE)\ndef {known}({scalar.parameters[0]}, extras, o, k, at):"
         self.functions.append("\n    ".join([head, *lines]))
         return known
 
-    def uses(self, names: Sequence[str]) -> list[str]:
-        """Bring in the functions that scalar formulas call: math, and those of rapydli_flow.random."""
-        self.refer("math", sys.modules["math"])
-        for name in names:
-            self.refer(name, getattr(rapydli_flow.random, name))
-        return []
+
+
+def scalar_names(scalar: Scalar) -> dict[str, Any]:
+    """What the lines of a pointwise formula may refer to, besides operands, ``T`` and ``index``."""
+    return {"math": math, **{name: getattr(rapydli_flow.random, name) for name in scalar.uses}}
+
+
+def written(text: str, **names: Any) -> Callable[..., None]:
+    """A kernel function from source text, for bodies whose arguments depend on the op; ``names``: its globals."""
+    space = dict(names)
+    exec(compile(text, "<written>", "exec"), space)
+    (function,) = (f for name, f in space.items() if name not in names and isinstance(f, types.FunctionType))
+    function.source = text  # type: ignore[attr-defined]
+    return function
 
 
 def _references(function: types.FunctionType) -> dict[str, Any]:
@@ -245,12 +256,11 @@ def module_text(loop: Loop, buffers: Sequence[Sequence[Spec]], owner: str, title
     text = _Text(owner)
     ins, outs, work, extras, at = buffers
     phases = []
-    phase: Loop | None = loop
-    while phase is not None:
-        if not isinstance(phase.body, types.FunctionType):
-            raise TemplateError(f"template {owner}: the body of a Loop is a plain function, not {phase.body!r}.")
-        phases.append((text.refer("body", phase.body), phase.tasks))
-        phase = phase.then
+    for body, tasks in ((loop.before, loop.before_tasks), (loop.body, loop.tasks)):
+        if body is not None:
+            if not isinstance(body, types.FunctionType):
+                raise TemplateError(f"template {owner}: the body of a Loop is a plain function, not {body!r}.")
+            phases.append((text.refer("body", body), tasks))
     names = [f"{kind}_{i}" for kind, specs in (("in", ins), ("out", outs), ("work", work)) for i in range(len(specs))]
     every = [f"extra_{i}" for i in range(len(extras))]
     lines = [
@@ -320,9 +330,9 @@ def compile_kernel(
     op: Any,
     ins: Sequence[Spec],
     outs: Sequence[Spec],
-    *,
     device: Device | None = None,
     config: Mapping[str, Any] | None = None,
+    *,
     epilogue: Epilogue | None = None,
 ) -> Kernel:
     """The kernel of a template for an op on these specs (of the anchor op): compiled now, or found.
@@ -410,7 +420,7 @@ def _store(path: Path, text: str) -> None:
             file.write(text)
         try:
             os.link(temporary, path)
-        except FileExistsError:
+        except OSError:  # it is there already, or this file system has no links
             if not _whole(path):
                 os.replace(temporary, path)
                 temporary = None

@@ -74,6 +74,30 @@ def flat(typing, buffers, i, size, dtype):
     return array(buffers, i, size, dtype), codegen
 
 
+@intrinsic(prefer_literal=True)
+def scratch(typing, size, dtype):
+    """A flat array of constant size on the stack of the task, not cleared: nothing else can alias it."""
+    array = types.Array(dtype.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        out = context.make_array(array)(context, builder)
+        kind = context.get_data_type(array.dtype)
+        memory = cgutils.alloca_once(builder, ir.ArrayType(kind, size.literal_value))
+        memory.align = 64
+        constant = [context.get_constant(types.intp, v) for v in (size.literal_value, context.get_abi_sizeof(kind))]
+        context.populate_array(
+            out,
+            data=builder.bitcast(memory, out.data.type),
+            shape=cgutils.pack_array(builder, [constant[0]]),
+            strides=cgutils.pack_array(builder, [constant[1]]),
+            itemsize=constant[1],
+            meminfo=None,
+        )
+        return out._getvalue()
+
+    return array(size, dtype), codegen
+
+
 @intrinsic
 def call(typing, address, task, table, offset):
     """Call the C function at ``address`` with a task and a pointer to ``table[offset]``."""

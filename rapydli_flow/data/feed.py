@@ -90,6 +90,7 @@ class Feed:
                     shuffle=self.shuffle,
                     subset=self.dataset.subset,
                 )
+                self._orders[epoch].setflags(write=False)  # callers get views of it
                 while len(self._orders) > 2:
                     self._orders.popitem(last=False)
             order = self._orders[epoch]

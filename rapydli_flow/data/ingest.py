@@ -111,13 +111,14 @@ def _splits(source: Any) -> dict[str, Any]:
 def _part(records: Any, split: str, chunk_records: int | None, batches: bool) -> Part:
     where = f"ingest: split '{split}': " if split else "ingest: "
     if isinstance(records, Mapping):
-        arrays = {name: value if hasattr(value, "shape") else np.asarray(value) for name, value in records.items()}
-        lengths = {name: len(array) if array.shape else 0 for name, array in arrays.items()}
+        arrays = {name: _array(value, f"{where}field '{name}'") for name, value in records.items()}
+        lengths = {name: int(array.shape[0]) if array.shape else 0 for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise DatasetError(f"{where}arrays have different numbers of records: {told}. Axis 0 is the record.")
         count = next(iter(lengths.values()), 0)
-        step = 1024 if count else 1
+        widest = max((array.nbytes // count for array in arrays.values()), default=1) if count else 1
+        step = max(1, CHUNK_BYTES // max(1, widest))
         pieces: Iterator[Piece] = (
             {name: np.asarray(array[lo : lo + step]) for name, array in arrays.items()} for lo in range(0, count, step)
         )
@@ -147,14 +148,24 @@ def _piece(record: Any, number: int, where: str, batches: bool) -> Piece:
     what = "batch" if batches else "record"
     if not isinstance(record, Mapping):
         raise DatasetError(f"{where}{what} {number} is a {type(record).__name__}; a {what} is a dict of arrays.")
-    arrays = {str(name): np.asarray(value) for name, value in record.items()}
+    arrays = {name: _array(value, f"{where}field '{name}' of {what} {number}") for name, value in record.items()}
     if not batches:
-        return {name: array[None] for name, array in arrays.items()}
+        return {name: np.asarray(array)[None] for name, array in arrays.items()}
     lengths = {array.shape[:1] for array in arrays.values()}
     if len(lengths) != 1 or () in lengths:
         told = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise DatasetError(f"{where}fields of batch {number} have different numbers of records: {told}.")
-    return arrays
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _array(value: Any, what: str) -> Any:
+    """``value`` itself where it is an array of some kind (NumPy, zarr, h5py: only sliced), or as a NumPy array."""
+    if isinstance(value, np.generic) or not hasattr(value, "shape"):
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise DatasetError(f"{what} is not an array: {error}.") from error
+    return value
 
 
 def _specs(piece: Piece, where: str) -> dict[str, Spec]:

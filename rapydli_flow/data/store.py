@@ -79,6 +79,6 @@ def _store(url: str, *, read_only: bool) -> Any:
     try:
         return FsspecStore.from_url(url, read_only=read_only)
     except ImportError as error:
-        raise MissingDependency(f"{url}: {error} (the fsspec package for this scheme is not installed).") from error
+        raise MissingDependency(f"{url}: {error}. fsspec needs this package for such URLs: install it.") from error
     except ValueError as error:
         raise SettingError(f"{url}: {error}. Use a path, or a URL whose scheme fsspec knows.") from error

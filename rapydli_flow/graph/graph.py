@@ -90,7 +90,8 @@ class Tensor(Symbol):
 class Graph:
     """Nodes, named outputs, and updates: which value replaces which leaf after a step.
 
-    ``like`` remembers for a cotangent which value it belongs to, so that both are split alike.
+    ``like`` remembers for a cotangent which value it belongs to, so that both are split alike. A training
+    step knows its ``network``: the graph that predicts, with loss and metrics as further outputs.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Graph:
     like: dict[Value, Value] = field(default_factory=dict)
     scope: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    network: Graph | None = None
 
     # building ---------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def rewrite(graph: Graph, rule: Rule = _keep) -> Graph:
         if i not in live:
             live.add(i)
             todo += graph.nodes[i].inputs
-    new = Graph(counts=dict(graph.counts))
+    new = Graph(counts=dict(graph.counts), network=graph.network)
     to: dict[Value, Tensor] = {}
     for i, node in enumerate(graph.nodes):
         if i not in live:

@@ -18,7 +18,11 @@ VERSION = 1
 
 def to_json(graph: Graph, *, indent: int | None = None) -> str:
     """The graph as a JSON document."""
-    document = {
+    return json.dumps(_document(graph), indent=indent)
+
+
+def _document(graph: Graph) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "version": VERSION,
         "nodes": [
@@ -33,16 +37,19 @@ def to_json(graph: Graph, *, indent: int | None = None) -> str:
         "outputs": {k: list(v) for k, v in graph.outputs.items()},
         "updates": {k: list(v) for k, v in graph.updates.items()},
         "like": [[list(a), list(b)] for a, b in graph.like.items()],
+        **({"network": _document(graph.network)} if graph.network else {}),
     }
-    return json.dumps(document, indent=indent)
 
 
 def from_json(text: str) -> Graph:
     """The graph of a JSON document; GraphError or UnknownOp where it cannot be read."""
     try:
-        document = json.loads(text)
+        return _graph(json.loads(text))
     except json.JSONDecodeError as error:
         raise GraphError(f"not a graph: the text is not JSON ({error}).") from None
+
+
+def _graph(document: Any) -> Graph:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise GraphError(f"not a graph: 'format' is not {FORMAT!r}.")
     if document.get("version") != VERSION:
@@ -59,6 +66,7 @@ def from_json(text: str) -> Graph:
         graph.outputs = {k: (int(i), int(o)) for k, (i, o) in document["outputs"].items()}
         graph.updates = {k: (int(i), int(o)) for k, (i, o) in document["updates"].items()}
         graph.like = {(a[0], a[1]): (b[0], b[1]) for a, b in document["like"]}
+        graph.network = _graph(document["network"]) if "network" in document else None
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, UnknownOp | GraphError):
             raise

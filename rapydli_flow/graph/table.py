@@ -15,7 +15,7 @@ HEADER = ("node", "op", "output", "parameters", "GFLOP", "bytes")
 def rows(graph: Graph) -> list[tuple[str, ...]]:
     """One row for each input and op, in the words of `HEADER`; parameters count where they are first read."""
     counted: set[int] = set()
-    out = []
+    out: list[tuple[str, ...]] = []
     for node in graph.nodes:
         if isinstance(node.op, Leaf) and node.op.kind != "batch":
             continue

@@ -10,7 +10,7 @@ from ..errors import GraphError
 from ..spec import Spec
 from .gradients import gradients
 from .graph import Graph, Tensor
-from .rewrite import clean, merge_equal, training
+from .rewrite import clean, merge_equal, predicting, training
 from .verify import verify
 
 Optimizer = Callable[[Graph, Tensor, Tensor], None]
@@ -52,15 +52,17 @@ def train_step(
     ``loss`` and each of ``metrics`` are functions of the network's output 'y' and the label, one
     value a record, that give a scalar. The label is fed under the name ``label``.
     """
-    graph = training(network)
-    if "y" not in graph.outputs:
-        raise GraphError(f"train_step: the network has outputs {', '.join(graph.outputs)} but no 'y'.")
-    y = graph.tensor(graph.outputs["y"])
-    target = graph.leaf("batch", label, Spec(y.shape[:1], label_dtype))
-    value = loss(y, target)
-    graph.outputs = {"loss": value.id}
-    for name, metric in (metrics or {}).items():
-        graph.outputs[name] = metric(y, target).id
+    if "y" not in network.outputs:
+        raise GraphError(f"train_step: the network has outputs {', '.join(network.outputs)} but no 'y'.")
+    measures = {"loss": loss, **(metrics or {})}
+    graph, scored = training(network), predicting(network)
+    for g in (graph, scored):
+        y = g.tensor(g.outputs["y"])
+        target = g.leaf("batch", label, Spec(y.shape[:1], label_dtype))
+        g.outputs |= {name: measure(y, target).id for name, measure in measures.items()}
+    graph.network = verify(scored)
+    value = graph.tensor(graph.outputs["loss"])
+    del graph.outputs["y"]
     parameters = graph.leaves("param")
     if not parameters:
         raise GraphError("train_step: the network has no parameters to train.")

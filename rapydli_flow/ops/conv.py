@@ -250,7 +250,10 @@ def _cases() -> tuple[tuple[dict[str, Any], tuple[Spec, Spec]], ...]:
         x: tuple[int, ...], w: tuple[int, ...], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> Any:
         n = len(x) - 2
-        each = lambda v: v if isinstance(v, tuple) else (v,) * n  # noqa: E731
+
+        def each(value: Any) -> tuple[Any, ...]:
+            return value if isinstance(value, tuple) else (value,) * n
+
         pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in each(padding))
         geometry = {"stride": each(stride), "padding": pairs, "dilation": each(dilation), "groups": groups}
         return geometry, (Spec(x), Spec(w))

@@ -1,0 +1,188 @@
+"""Pointwise operators: one template for all of them, written from the text of the formula.
+
+    out[p] = formula(in_0[p], in_1[p broadcast], ...)
+
+Neighbouring axes that every operand reads alike are merged, which leaves a flat loop, or rows of
+channels, in nearly all cases; LLVM vectorises the inner loop. An operand may be the memory of an
+output: it is read where the output is written, before that. With ``chunk`` the results of some rows
+wait on the stack, so that costly formulas are vectorised even then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, Loop, template
+
+from .compile import scalar_names, written
+from .driver import scratch
+
+COSTLY = ("/", "sqrt", "keep")
+
+
+def merged(
+    out: Sequence[int], operands: Sequence[Sequence[int]], *, keep_last: bool = False
+) -> tuple[tuple[int, ...], tuple[tuple[bool, ...], ...]]:
+    """Extents after merging axes, and for each operand whether it varies along each of them.
+
+    (2, 3, 4) with (2, 3, 4) and (4,) gives (6, 4) and (True, True), (False, True). ``keep_last``: the
+    last axis stays apart.
+    """
+    padded = [(1,) * (len(out) - len(shape)) + tuple(shape) for shape in operands]
+    sizes: list[int] = []
+    masks: list[tuple[bool, ...]] = []
+    for axis, size in enumerate(out):
+        apart = keep_last and axis == len(out) - 1
+        mask = tuple(shape[axis] != 1 for shape in padded)
+        if size == 1 and not apart:
+            continue
+        if masks and masks[-1] == mask and not apart:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            masks.append(mask)
+    if not sizes:
+        sizes, masks = [1], [(False,) * len(operands)]
+    return tuple(sizes), tuple(tuple(mask[i] for mask in masks) for i in range(len(operands)))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How an array is cut into tasks: groups of ``group`` rows, or parts of ``columns`` of one row."""
+
+    sizes: tuple[int, ...]
+    grain: int
+
+    @property
+    def rows(self) -> int:
+        return prod(self.sizes[:-1])
+
+    @property
+    def inner(self) -> int:
+        return self.sizes[-1]
+
+    @property
+    def columns(self) -> int:
+        return max(1, min(self.inner, self.grain))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.inner // self.columns)
+
+    @property
+    def group(self) -> int:
+        return max(1, self.grain // self.columns) if self.parts == 1 else 1
+
+    @property
+    def tasks(self) -> int:
+        return -(-self.rows // self.group) * self.parts
+
+    def lines(self) -> Iterator[str]:
+        """Text that gives a task its rows ``first`` to ``last`` and columns ``low`` to ``high``."""
+        if self.parts > 1:
+            yield f"first = task // {self.parts}"
+            yield "last = first + 1"
+            yield f"low = task % {self.parts} * {self.columns}"
+            yield f"high = min(low + {self.columns}, {self.inner})"
+        else:
+            yield f"first = task * {self.group}"
+            yield f"last = min(first + {self.group}, {self.rows})"
+            yield f"low, high = 0, {self.inner}"
+
+    def offset(self, varies: Sequence[bool]) -> str:
+        """Text of where the part of an operand for ``row`` begins."""
+        if all(varies):
+            return f"row * {self.inner}"
+        terms = []
+        own, below = self.inner if varies[-1] else 1, 1
+        for axis in reversed(range(len(self.sizes) - 1)):
+            if varies[axis]:
+                term = f"row // {below}" if below > 1 else "row"
+                terms.append(f"{term} % {self.sizes[axis]} * {own}" if axis else f"{term} * {own}")
+                own *= self.sizes[axis]
+            below *= self.sizes[axis]
+        return " + ".join(reversed(terms)) or "0"
+
+
+def row_place(shape: Sequence[int]) -> list[str]:
+    """Text of ``place``: the index in the whole array of the first element of ``row`` of a block."""
+    lines, n, below = ["place = 0"], len(shape), prod(shape[:-1])
+    for axis, size in enumerate(shape[:-1]):
+        below //= max(1, size)
+        lines.append(f"place = place * at[{n + axis}] + at[{axis}] + row // {below} % {size}")
+    return [*lines, f"place = place * at[{2 * n - 1}] + at[{n - 1}]"] if n else lines
+
+
+def _names(ins: Sequence[Spec]) -> tuple[str, ...]:
+    return tuple(f"x{i}" for i in range(len(ins)))
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    costly = any(word in line for line in op.scalar(_names(ins)).lines for word in COSTLY)
+    return {"grain": 16384, "chunk": 256 if costly and outs[0].size >= 256 else 0}
+
+
+@template("pointwise", "cpu", space={"grain": (16384, 4096, 65536), "chunk": (0, 256)}, prefer=_prefer)
+def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, grain: int, chunk: int) -> Loop:
+    """``grain``: elements of a task; ``chunk``: results that wait on the stack, 0 for none."""
+    scalar = op.scalar(_names(ins))
+    shape = outs[0].shape
+    by_channel = any(epilogue.reach(extra) == "channel" for extra in epilogue.extras)
+    sizes, varies = merged(shape, [spec.shape for spec in ins], keep_last=scalar.indexed or by_channel)
+    walk = Walk(sizes, grain)
+    scalars = [i for i in range(len(ins)) if not any(varies[i])]
+    by_row = [i for i in range(len(ins)) if any(varies[i]) and not varies[i][-1]]
+    by_element = [i for i in range(len(ins)) if varies[i][-1]]
+    every = range(len(outs))
+    width = min(chunk, walk.columns)
+    height = min(walk.group, max(1, chunk // width)) if chunk else 0
+    results = list(scalar.results)
+    if not epilogue.identity:
+        results[0] = f"epilogue({results[0]}, extras, o + j, {'j' if by_channel else '0'}, at)"
+
+    def lines() -> Iterator[str]:
+        yield from (f"    x{i} = in_{i}[0]" for i in scalars)
+        yield from (f"    {line}" for line in walk.lines())
+        if not chunk:
+            yield from loop("    ", "first", "last", "low", "high")
+            return
+        yield from (f"    r_{i} = scratch({height * width}, D_{i})" for i in every)
+        yield f"    for top in range(first, last, {height}):"
+        yield f"        end = min(top + {height}, last)"
+        yield f"        for left in range(low, high, {width}):"
+        yield f"            right = min(left + {width}, high)"
+        yield from loop("            ", "top", "end", "left", "right")
+        yield "            for row in range(top, end):"
+        yield f"                o, w = row * {walk.inner}, (row - top) * {width} - left"
+        yield "                for j in range(left, right):"
+        yield from (f"                    out_{i}[o + j] = r_{i}[w + j]" for i in every)
+
+    def loop(pad: str, *bounds: str) -> Iterator[str]:
+        yield f"{pad}for row in range({bounds[0]}, {bounds[1]}):"
+        yield f"{pad}    o = row * {walk.inner}"
+        if chunk:
+            yield f"{pad}    w = (row - top) * {width} - left"
+        if scalar.indexed:
+            yield from (f"{pad}    {line}" for line in row_place(shape))
+        yield from (f"{pad}    x{i} = in_{i}[{walk.offset(varies[i])}]" for i in by_row)
+        yield from (f"{pad}    a_{i} = {walk.offset(varies[i])}" for i in by_element)
+        yield f"{pad}    for j in range({bounds[2]}, {bounds[3]}):"
+        yield from (f"{pad}        x{i} = in_{i}[a_{i} + j]" for i in by_element)
+        if scalar.indexed:
+            yield f"{pad}        index = U(place + j)"
+        yield from (f"{pad}        {line}" for line in scalar.lines)
+        yield from (f"{pad}        y{i} = {result}" for i, result in enumerate(results))
+        target = "r_{}[w + j]" if chunk else "out_{}[o + j]"
+        yield from (f"{pad}        {target.format(i)} = y{i}" for i in every)
+
+    arrays = ", ".join([*(f"in_{i}" for i in range(len(ins))), *(f"out_{i}" for i in every)])
+    text = "\n".join([f"def {op.name}(task, {arrays}, extras, at):", *lines()]) + "\n"
+    dtypes = {f"D_{i}": np.dtype(spec.dtype).type for i, spec in enumerate(outs)}
+    names = {"scratch": scratch, "epilogue": epilogue, "T": dtypes["D_0"], "U": np.uint64}
+    return Loop(written(text, **names, **dtypes, **scalar_names(scalar)), walk.tasks)

@@ -1,0 +1,276 @@
+"""Register tiles: a Numba type that holds a small matrix of SIMD vectors, and what can be done with it.
+
+    Tile(lines, rows, vectors, lanes): lines * rows rows, each of `vectors` vectors of `lanes` floats
+
+            w[o : o+lanes]  w[o+lanes : ...]            outer: acc[l, i, j] += x[l, i] * w[j]
+    x[0,0]     acc[0,0,0]      acc[0,0,1]               x[l, i] is a scalar at
+    x[0,1]     acc[0,1,0]      acc[0,1,1]                   x_offset + l * x_jump + i * x_stride
+    x[1,0]     acc[1,0,0]      acc[1,0,1]
+
+LLVM keeps a tile in registers as long as its vectors, one row of `w` and one broadcast scalar fit. A
+loop nest of plain Numba around `outer` then runs at the speed of the multiply-add units, which plain
+loops do not reach. Convolution, its gradients and matrix products are all such nests.
+
+Extents are compile-time constants. `tail` is the number of valid lanes of the last vector (0: all);
+the others are neither read nor written. Vectors of any length compile on every processor (LLVM
+splits those that are too long), memory needs the alignment of one element only, and multiply-adds
+are fused where the processor can.
+
+Source of the method: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+from numba.np.arrayobj import populate_array
+
+FULL_REGISTERS, FEW_REGISTERS = 32, 16
+
+
+def registers(size_bytes: int) -> int:
+    """How many vector registers of this size to count on: 64-byte vectors come in 32, others in 16."""
+    return FULL_REGISTERS if size_bytes >= 64 else FEW_REGISTERS
+
+
+class Tile(types.Type):
+    """Numba type of a register tile; ``dtype`` is float32 or float64."""
+
+    def __init__(self, extents: tuple[int, int, int, int], dtype: Any) -> None:
+        self.lines, self.rows, self.vectors, self.lanes = extents
+        self.dtype = dtype
+        super().__init__(name=f"Tile({', '.join(map(str, extents))}, {dtype})")
+
+    @property
+    def vector(self) -> ir.VectorType:
+        element = ir.FloatType() if self.dtype is types.float32 else ir.DoubleType()
+        return ir.VectorType(element, self.lanes)
+
+    @property
+    def align(self) -> int:
+        return int(self.dtype.bitwidth) // 8
+
+    def slots(self) -> list[tuple[int, int, int]]:
+        """(line, row, number of the row's first vector), in memory order."""
+        return [(n, i, (n * self.rows + i) * self.vectors) for n in range(self.lines) for i in range(self.rows)]
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, tile: Tile) -> None:
+        values = [tile.vector] * (tile.lines * tile.rows * tile.vectors)
+        super().__init__(manager, tile, ir.LiteralStructType(values))
+
+
+class _Emit:
+    """The LLVM instructions that tiles are made of, at one call of an intrinsic."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, tile: Tile, tail: int = 0) -> None:
+        self.context, self.builder, self.tile = context, builder, tile
+        self.tail = tail % tile.lanes
+        self.int = ir.IntType(32)
+
+    def data(self, array_type: Any, array: ir.Value) -> ir.Value:
+        return self.context.make_array(array_type)(self.context, self.builder, array).data
+
+    def at(self, data: ir.Value, *steps: tuple[ir.Value, int]) -> ir.Value:
+        """Address of element ``sum of value * factor``; factor 0 adds nothing."""
+        total = None
+        for value, factor in steps:
+            if factor:
+                part = self.builder.mul(value, ir.Constant(value.type, factor)) if factor != 1 else value
+                total = part if total is None else self.builder.add(total, part)
+        assert total is not None
+        return self.builder.gep(data, [total])
+
+    def vector_at(self, data: ir.Value, start: ir.Value, j: int) -> ir.Value:
+        """Address of the j-th vector behind element ``start``."""
+        return self.builder.gep(data, [self.builder.add(start, ir.Constant(start.type, j * self.tile.lanes))])
+
+    def masked(self, j: int) -> bool:
+        return bool(self.tail) and j == self.tile.vectors - 1
+
+    @property
+    def mask(self) -> ir.Constant:
+        one = ir.IntType(1)
+        bits = [ir.Constant(one, int(i < self.tail)) for i in range(self.tile.lanes)]
+        return ir.Constant(ir.VectorType(one, self.tile.lanes), bits)
+
+    def function(self, name: str, result: ir.Type, operands: list[ir.Type]) -> ir.Function:
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, operands), name)
+
+    @property
+    def suffix(self) -> str:
+        return f"v{self.tile.lanes}f{self.tile.align * 8}"
+
+    def load(self, pointer: ir.Value, j: int) -> ir.Value:
+        vector = self.tile.vector
+        pointer = self.builder.bitcast(pointer, vector.as_pointer())
+        if not self.masked(j):
+            return self.builder.load(pointer, align=self.tile.align)
+        operands = [pointer.type, self.int, self.mask.type, vector]
+        load = self.function(f"llvm.masked.load.{self.suffix}.p0", vector, operands)
+        zero = ir.Constant(vector, [0.0] * self.tile.lanes)
+        return self.builder.call(load, [pointer, self.int(self.tile.align), self.mask, zero])
+
+    def store(self, value: ir.Value, pointer: ir.Value, j: int) -> None:
+        vector = self.tile.vector
+        pointer = self.builder.bitcast(pointer, vector.as_pointer())
+        if not self.masked(j):
+            self.builder.store(value, pointer, align=self.tile.align)
+            return
+        operands = [vector, pointer.type, self.int, self.mask.type]
+        store = self.function(f"llvm.masked.store.{self.suffix}.p0", ir.VoidType(), operands)
+        self.builder.call(store, [value, pointer, self.int(self.tile.align), self.mask])
+
+    def broadcast(self, scalar: ir.Value) -> ir.Value:
+        nothing = ir.Constant(self.tile.vector, ir.Undefined)
+        first = self.builder.insert_element(nothing, scalar, self.int(0))
+        everywhere = ir.Constant(ir.VectorType(self.int, self.tile.lanes), [0] * self.tile.lanes)
+        return self.builder.shuffle_vector(first, nothing, everywhere)
+
+    def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        # fmuladd, not fma: without such an instruction fma becomes a library call for each lane
+        vector = self.tile.vector
+        return self.builder.call(self.function(f"llvm.fmuladd.{self.suffix}", vector, [vector] * 3), [a, b, c])
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typingctx, lines, rows, vectors, lanes, like):  # type: ignore[no-untyped-def]
+    """A tile of zeros with the dtype of array ``like``; the extents are constants."""
+    tile = Tile(tuple(e.literal_value for e in (lines, rows, vectors, lanes)), like.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        count = tile.lines * tile.rows * tile.vectors
+        zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
+        return ir.Constant(context.get_value_type(tile), [zero] * count)
+
+    return tile(lines, rows, vectors, lanes, like), codegen
+
+
+@intrinsic(prefer_literal=True)
+def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  # type: ignore[no-untyped-def]
+    """tile[l, i, j] + x[x_offset + l*x_jump + i*x_stride] * w[w_offset + j*lanes : ... + lanes]."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, x_array, start, stride, jump, w_array, w_start, _ = args
+        emit = _Emit(context, builder, tile, tail.literal_value)
+        x_data, w_data = emit.data(x, x_array), emit.data(w, w_array)
+        row = [emit.load(emit.vector_at(w_data, w_start, j), j) for j in range(tile.vectors)]
+        for line, i, first in tile.slots():
+            scalar = builder.load(emit.at(x_data, (start, 1), (jump, line), (stride, i)))
+            scalar = emit.broadcast(scalar)
+            for j in range(tile.vectors):
+                total = emit.fused(scalar, row[j], builder.extract_value(value, first + j))
+                value = builder.insert_value(value, total, first + j)
+        return value
+
+    size = types.intp
+    return tile(tile, x, size, size, size, w, size, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, y_array, start, stride, _ = args
+        emit = _Emit(context, builder, tile, tail.literal_value)
+        data = emit.data(y, y_array)
+        for n, (_, _, first) in enumerate(tile.slots()):
+            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
+            for j in range(tile.vectors):
+                value = builder.insert_value(value, emit.load(emit.vector_at(data, row, j), j), first + j)
+        return value
+
+    return tile(tile, y, types.intp, types.intp, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """Write the rows of the tile to y, ``y_stride`` elements apart."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, y_array, start, stride, _ = args
+        emit = _Emit(context, builder, tile, tail.literal_value)
+        data = emit.data(y, y_array)
+        for n, (_, _, first) in enumerate(tile.slots()):
+            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
+            for j in range(tile.vectors):
+                emit.store(builder.extract_value(value, first + j), emit.vector_at(data, row, j), j)
+        return context.get_dummy_value()
+
+    return types.void(tile, y, types.intp, types.intp, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
+    """The transpose of a tile of 1 line, `lanes` rows and 1 vector, in registers."""
+    if (tile.lines, tile.rows, tile.vectors) != (1, tile.lanes, 1):
+        raise TypeError(f"transpose: {tile} is not square. Give 1 line, {tile.lanes} rows and 1 vector.")
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, lanes = args[0], tile.lanes
+        rows = [builder.extract_value(value, i) for i in range(lanes)]
+        which = ir.VectorType(ir.IntType(32), lanes)
+        # swap off-diagonal blocks of 1, 2, 4, ... elements: log2(lanes) rounds
+        block = 1
+        while block < lanes:
+            low = [n if not n & block else n - block + lanes for n in range(lanes)]
+            high = [n + block if not n & block else n + lanes for n in range(lanes)]
+            for i in (i for i in range(lanes) if not i & block):
+                a, b = rows[i], rows[i + block]
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(which, low))
+                rows[i + block] = builder.shuffle_vector(a, b, ir.Constant(which, high))
+            block *= 2
+        for i, row in enumerate(rows):
+            value = builder.insert_value(value, row, i)
+        return value
+
+    return tile(tile), codegen
+
+
+@intrinsic(prefer_literal=True)
+def local(typingctx, size, like):  # type: ignore[no-untyped-def]
+    """An uninitialised array of a constant size and the dtype of ``like``, on the stack of the caller."""
+    array = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        element = context.get_data_type(like.dtype)
+        count, itemsize = ir.Constant(ir.IntType(64), size.literal_value), like.dtype.bitwidth // 8
+        with builder.goto_entry_block():
+            memory = builder.alloca(element, size=count)
+            memory.align = 64
+        out = context.make_array(array)(context, builder)
+        shape, strides = [context.get_constant(types.intp, v) for v in (size.literal_value, itemsize)]
+        bytes_each = context.get_constant(types.intp, itemsize)
+        populate_array(out, memory, [shape], [strides], bytes_each, None)
+        return out._getvalue()
+
+    return array(size, like), codegen
+
+
+def balanced(extent: int, most: int) -> int:
+    """The size of the pieces when ``extent`` is cut into as few equal pieces of at most ``most`` as possible.
+
+    The last piece is moved back to end where the extent ends; what it shares with its neighbour is
+    computed twice and written once. So one tile serves all pieces, and nothing outside is read.
+    """
+    pieces = -(-extent // most)
+    return -(-extent // pieces)
+
+
+def holds(rows: int, vectors: int, lanes: int, itemsize: int, vector_bytes: int) -> bool:
+    """Does the processor have such vectors, and registers for the tile, a row of `w` and a scalar?"""
+    size_bytes = lanes * itemsize
+    return 16 <= size_bytes <= vector_bytes and rows * vectors + vectors + 1 <= registers(size_bytes)
+
+
+def step_cost(rows: int, vectors: int) -> float:
+    """Half-cycles of one `outer`: multiply-adds, loads, or the latency of a chain of multiply-adds."""
+    # the last term: every step streams `vectors` vectors of w from the second-level cache
+    return max(rows * vectors, rows + vectors, 8) + 0.5 * vectors

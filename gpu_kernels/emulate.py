@@ -1,0 +1,130 @@
+"""Runs GPU kernels on a CPU: one Python call a block, per-thread values are NumPy vectors over the thread.
+
+The kernels are the functions that are compiled for the GPU; their intrinsics (`ptx`) answer with their
+NumPy twins here. Control flow is the same for all threads of a block; what differs is a guard ("active")
+inside an intrinsic. The emulator refuses what a GPU would do silently wrong:
+
+- reads and writes outside an array, or not aligned to the vector;
+- an output element that is written twice, or never;
+- a race in shared memory: an element that is read, or written again, between the same two barriers as it
+  is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.errors import RapydliError
+from rapydli_flow.spec import Array, Block, Spec
+
+from .grid import Grid
+
+
+class KernelFault(RapydliError, RuntimeError):
+    """A kernel did what a GPU would not forgive; raised by the emulator."""
+
+
+class Buffer:
+    """A flat array in device memory."""
+
+    def __init__(self, name: str, data: Array, *, output: bool = False) -> None:
+        self.name, self.data = name, data
+        self.writes = np.zeros(data.size, np.uint8) if output else None
+
+    def _places(self, active: Any, at: Any, width: int) -> tuple[Array, Array]:
+        """The lanes that take part, and where each starts."""
+        on = np.broadcast_to(np.asarray(active, bool), machine.threads)
+        at = np.broadcast_to(np.asarray(at), machine.threads)
+        used = at[on]
+        if used.size and (used.min() < 0 or used.max() + width > self.data.size):
+            raise KernelFault(f"{self.name} has {self.data.size} elements but {used.min()}..{used.max()} are touched.")
+        if np.any(used % width):
+            raise KernelFault(f"{self.name}: {width} elements are touched at once from {used[used % width != 0][0]}.")
+        return on, np.where(on, at, 0)
+
+    def read(self, active: Any, at: Any, width: int) -> tuple[Array, ...]:
+        on, at = self._places(active, at, width)
+        zero = self.data.dtype.type(0)
+        return tuple(np.where(on, self.data[np.minimum(at + j, self.data.size - 1)], zero) for j in range(width))
+
+    def write(self, active: Any, at: Any, values: Sequence[Any]) -> None:
+        if self.writes is None:
+            raise KernelFault(f"{self.name} is an input but the kernel writes to it.")
+        on, at = self._places(active, at, len(values))
+        for j, value in enumerate(values):
+            np.add.at(self.writes, at[on] + j, 1)
+            self.data[at[on] + j] = np.broadcast_to(value, machine.threads)[on]
+
+
+class Shared:
+    """An array that the threads of one block share; each element knows when it was last written and read."""
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        self.data = np.full(size, np.nan, dtype)
+        self.written = np.full(size, -1)
+        self.used = np.full(size, -1)
+
+    def write(self, at: Array, value: Array) -> None:
+        """``at``: one place for each thread."""
+        if np.any(self.used[at] == machine.interval):
+            raise KernelFault("shared memory is overwritten before the barrier after its last read.")
+        if np.any(self.written[at] == machine.interval) or np.unique(at).size != at.size:
+            raise KernelFault("an element of shared memory is written twice between two barriers.")
+        self.data[at] = value
+        self.written[at] = machine.interval
+
+    def read(self, at: Array) -> Array:
+        """``at[..., thread]``."""
+        if np.any(self.written[at] == machine.interval):
+            raise KernelFault("shared memory is read before the barrier after its write.")
+        self.used[at] = machine.interval
+        return self.data[at]
+
+
+class Machine:
+    """Stands where kernels say ``cuda``: one block at a time."""
+
+    def __init__(self) -> None:
+        self.shared = SimpleNamespace(array=lambda size, dtype, alignment=None: Shared(size, dtype))
+        self.local = SimpleNamespace(array=self._local)
+        self.start(1, 0)
+
+    def start(self, threads: int, block: int) -> None:
+        self.threads, self.interval = threads, 0
+        self.threadIdx = SimpleNamespace(x=np.arange(threads, dtype=np.int32))
+        self.blockIdx = SimpleNamespace(x=block)
+
+    def syncthreads(self) -> None:
+        self.interval += 1
+
+    def _local(self, size: int, dtype: Any) -> Array:
+        poison = np.nan if np.dtype(dtype).kind == "f" else -(2**20)
+        return np.full((size, self.threads), poison, dtype)
+
+
+machine = Machine()
+
+
+def run(
+    grid: Grid, ins: Sequence[Array], outs: Sequence[Spec], *, extras: Sequence[Array] = (), at: Block | None = None
+) -> tuple[Array, ...]:
+    """The outputs of a kernel, which starts with NaN in all of them."""
+    flat = [np.full(spec.size, np.nan if spec.floating else -1, spec.dtype) for spec in outs]
+    inputs = tuple(Buffer(f"input {i}", np.ascontiguousarray(x).ravel()) for i, x in enumerate(ins))
+    outputs = tuple(Buffer(f"output {i}", x, output=True) for i, x in enumerate(flat))
+    tail = tuple(Buffer(f"extra {i}", np.ascontiguousarray(x).ravel()) for i, x in enumerate(extras))
+    where = at or Block.all(outs[0].shape)
+    place = Buffer("at", np.asarray((*where.lo, *where.whole) or (0,), np.int64))
+    for block in range(grid.grid):
+        machine.start(grid.block, block)
+        with np.errstate(all="ignore"):  # inactive lanes compute with zeros
+            grid.kernel(inputs, outputs, tail, place)
+    for buffer in outputs:
+        if buffer.writes is not None and np.any(buffer.writes != 1):
+            wrong = int(np.flatnonzero(buffer.writes != 1)[0])
+            raise KernelFault(f"{buffer.name}: element {wrong} is written {buffer.writes[wrong]} times, not once.")
+    return tuple(x.reshape(spec.shape) for x, spec in zip(flat, outs, strict=True))

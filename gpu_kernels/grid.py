@@ -1,0 +1,37 @@
+"""Grid: what a GPU template returns, and the few sums that every template does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+INDEX_LIMIT = 2**31  # kernels count elements in 32 bits
+STATIC_SHARED_BYTES = 48 * 1024  # what every card gives without opting in
+REGISTERS = 65536  # of one multiprocessor, every card since sm_50
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The kernel of a GPU template: ``kernel(ins, outs, extras, at)`` for each of ``grid`` blocks of ``block`` threads.
+
+    ``ins``, ``outs`` and ``extras`` are tuples of flat arrays, each aligned to 16 bytes; ``at`` holds lo and
+    whole of the output's block (int64), for formulas that use indices. Every output element is written
+    once, by one thread, in an order that the config fixes.
+    """
+
+    kernel: Callable[[Any, Any, Any, Any], None]
+    grid: int
+    block: int
+    shared_bytes: int = 0  # dynamic; arrays of a size known to the compiler are not counted
+    resident: int = 1  # blocks that a multiprocessor should hold at once: bounds the registers of a thread
+
+
+def blocks_of(size: int, part: int) -> int:
+    """How many parts cover ``size``."""
+    return -(-size // part)
+
+
+def widest(*extents: int, itemsize: int = 4) -> int:
+    """The widest load (4, 2 or 1 elements, at most 16 bytes) that divides every extent."""
+    return next(v for v in (4, 2, 1) if v * itemsize <= 16 and all(extent % v == 0 for extent in extents))

@@ -1,0 +1,409 @@
+"""Intrinsics: everything that a kernel says which plain index arithmetic cannot.
+
+Each is a `Pair`: what numba-cuda compiles (LLVM IR and PTX), and the NumPy twin that the emulator runs.
+The device halves are made on first use, so that importing this module needs NumPy only. Their names tell
+all their constants: a kernel's generated text and this module say everything about its machine code.
+
+Index arithmetic is 32-bit. Guarded accesses are predicated PTX: no branch, zeros where inactive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import Array
+
+from .emulate import machine as cuda
+
+__all__ = ["Pair", "cuda", "device_type", "float32", "int32", "unroll"]
+
+float32, int32 = np.float32, np.int32
+FAR = 1 << 28  # a coordinate that lies outside every array
+_FULL = "llvm.fma"
+
+
+def unroll(count: int) -> range:
+    """A loop that the compiled kernel writes out; its variable is a constant there."""
+    return range(count)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One intrinsic: its NumPy twin, and the rule from which numba-cuda's half is made.
+
+    ``rule(*types)`` returns the result type, the parameter types, and a function that emits LLVM IR.
+    """
+
+    name: str
+    twin: Callable[..., Any]
+    rule: Callable[..., tuple[Any, Sequence[Any], Callable[..., Any]]]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.twin(*args)
+
+    @cached_property
+    def device(self) -> Any:
+        """The intrinsic of numba-cuda."""
+        from numba.cuda.extending import intrinsic
+        from numba.cuda.typing import signature
+
+        def definition(typing: Any, *types: Any) -> Any:
+            result, parameters, emit = self.rule(*types)
+            return signature(result, *parameters), emit
+
+        definition.__name__ = self.name
+        return intrinsic(definition)
+
+
+# ---- types
+
+
+_REGISTER = {"float32": ("f", "f32"), "float64": ("d", "f64"), "int64": ("l", "s64"), "int32": ("r", "s32")}
+_REGISTER["uint8"] = ("r", "u8")
+_ZERO = {"f": "mov.f32 ${}, 0f00000000;", "d": "mov.f64 ${}, 0d0000000000000000;"}
+_ZERO |= {"l": "mov.s64 ${}, 0;", "r": "mov.s32 ${}, 0;"}
+
+
+def device_type(dtype: str) -> Any:
+    """Numba's type of an element."""
+    from numba.cuda import types
+
+    return getattr(types, dtype)
+
+
+def _llvm(register: str) -> Any:
+    from llvmlite import ir
+
+    made = {"f": ir.FloatType(), "d": ir.DoubleType(), "l": ir.IntType(64), "r": ir.IntType(32)}
+    return made[register]
+
+
+def _address(builder: Any, pointer: Any, at: Any) -> Any:
+    """The address of an element in global memory, as an integer; the index is widened last."""
+    from llvmlite import ir
+
+    space = ir.PointerType(pointer.type.pointee, addrspace=1)
+    return builder.ptrtoint(builder.gep(builder.addrspacecast(pointer, space), [at]), ir.IntType(64))
+
+
+def _array(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The data pointer of a local or shared array."""
+    return context.make_array(kind)(context, builder, value).data
+
+
+def _number(value: int) -> Any:
+    from llvmlite import ir
+
+    return ir.Constant(ir.IntType(32), value)
+
+
+def _at(builder: Any, pointer: Any, *offsets: Any) -> Any:
+    for offset in offsets:
+        pointer = builder.gep(pointer, [_number(offset) if isinstance(offset, int) else offset], inbounds=True)
+    return pointer
+
+
+def _vector_pointer(builder: Any, pointer: Any, width: int) -> Any:
+    from llvmlite import ir
+
+    return builder.bitcast(pointer, ir.PointerType(ir.VectorType(pointer.type.pointee, width)))
+
+
+# ---- index arithmetic
+
+
+def _binary(name: str, twin: Callable[..., Any]) -> Pair:
+    def rule(*types: Any) -> Any:
+        integer = device_type("int32")
+        return integer, (integer, integer), lambda context, builder, sig, args: getattr(builder, name)(*args)
+
+    return Pair(f"i32_{name}", twin, rule)
+
+
+ARITHMETIC = {
+    "Add": _binary("add", lambda a, b: a + b),
+    "Sub": _binary("sub", lambda a, b: a - b),
+    "Mult": _binary("mul", lambda a, b: a * b),
+    "FloorDiv": _binary("udiv", lambda a, b: a // b),  # operands are never negative
+    "Mod": _binary("urem", lambda a, b: a % b),
+}
+
+
+def _inside_rule(*types: Any) -> Any:
+    integer, boolean = device_type("int32"), device_type("boolean")
+    return boolean, (integer, integer), lambda context, builder, sig, args: builder.icmp_unsigned("<", *args)
+
+
+def _select_rule(*types: Any) -> Any:
+    integer, boolean = device_type("int32"), device_type("boolean")
+    return integer, (boolean, integer, integer), lambda context, builder, sig, args: builder.select(*args)
+
+
+inside = Pair("inside", lambda at, extent: (at >= 0) & (at < extent), _inside_rule)
+select = Pair("select", lambda condition, a, b: np.where(condition, a, b).astype(np.int32), _select_rule)
+
+
+# ---- global memory
+
+
+@cache
+def load(dtype: str, width: int, *, constant: bool = False) -> Pair:
+    """``(active, pointer, at) -> width elements``; ``constant``: nobody writes them while the kernel runs."""
+
+    def rule(active: Any, pointer: Any, at: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        register, suffix = _REGISTER[dtype]
+        kind = _llvm(register)
+        regs = ", ".join(f"${j}" for j in range(width))
+        what = f"ld.global{'.nc' if constant else ''}{f'.v{width}' if width > 1 else ''}.{suffix}"
+        asm = "{ .reg .pred p; setp.ne.b32 p, $" + f"{width + 1}, 0; "
+        asm += " ".join(_ZERO[register].format(j) for j in range(width))
+        asm += f" @p {what} {'{' + regs + '}' if width > 1 else regs}, [${width}]; }}"
+        result = ir.LiteralStructType([kind] * width) if width > 1 else kind
+        constraints = ",".join([f"=&{register}"] * width + ["l", "r"] + ([] if constant else ["~{memory}"]))
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            signature = ir.FunctionType(result, [ir.IntType(64), ir.IntType(32)])
+            call = ir.InlineAsm(signature, asm, constraints, side_effect=True)
+            on = builder.zext(args[0], ir.IntType(32))
+            out = builder.call(call, [_address(builder, args[1], args[2]), on])
+            values = [builder.extract_value(out, j) for j in range(width)] if width > 1 else [out]
+            if dtype == "uint8":
+                values = [builder.trunc(value, ir.IntType(8)) for value in values]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return (
+            types.UniTuple(device_type(dtype), width),
+            (types.boolean, types.CPointer(device_type(dtype)), types.int32),
+            emit,
+        )
+
+    name = f"load{width}_{dtype}{'_constant' if constant else ''}"
+    return Pair(name, lambda active, pointer, at: pointer.read(active, at, width), rule)
+
+
+@cache
+def load_one(dtype: str, width: int) -> Pair:
+    """``(active, pointer, at) -> the same element width times``."""
+    one = load(dtype, 1)
+
+    def rule(*args: Any) -> Any:
+        from numba.cuda import types
+
+        _, parameters, load_it = one.rule(*args)
+        single = types.UniTuple(device_type(dtype), 1)
+
+        def emit(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            loaded = load_it(context, builder, sig.replace(return_type=single), values)
+            return context.make_tuple(builder, sig.return_type, [builder.extract_value(loaded, 0)] * width)
+
+        return types.UniTuple(device_type(dtype), width), parameters, emit
+
+    return Pair(f"load_one{width}_{dtype}", lambda *args: one.twin(*args) * width, rule)
+
+
+@cache
+def store(dtype: str, width: int) -> Pair:
+    """``(active, pointer, at, values)``"""
+
+    def rule(active: Any, pointer: Any, at: Any, values: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        register, suffix = _REGISTER[dtype]
+        kind = _llvm(register)
+        regs = ", ".join(f"${j + 2}" for j in range(width))
+        what = f"st.global{f'.v{width}' if width > 1 else ''}.{suffix}"
+        asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {what} [$0], {'{' + regs + '}' if width > 1 else regs}; }}"
+        constraints = ",".join(["l", "r"] + [register] * width + ["~{memory}"])
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(32)] + [kind] * width)
+            elements = [builder.extract_value(args[3], j) for j in range(width)]
+            if dtype == "uint8":
+                elements = [builder.zext(e, ir.IntType(32)) for e in elements]
+            call = ir.InlineAsm(signature, asm, constraints, side_effect=True)
+            builder.call(call, [_address(builder, args[1], args[2]), builder.zext(args[0], ir.IntType(32)), *elements])
+            return context.get_dummy_value()
+
+        element = device_type(dtype)
+        return (
+            types.void,
+            (types.boolean, types.CPointer(element), types.int32, types.UniTuple(element, width)),
+            emit,
+        )
+
+    return Pair(f"store{width}_{dtype}", lambda active, pointer, at, v: pointer.write(active, at, v), rule)
+
+
+# ---- tuples and registers
+
+
+def _append_rule(values: Any, value: Any) -> Any:
+    from numba.cuda import types
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        old = [builder.extract_value(args[0], i) for i in range(len(values))]
+        return context.make_tuple(builder, sig.return_type, [*old, args[1]])
+
+    return types.BaseTuple.from_types((*values, value)), (values, value), emit
+
+
+append = Pair("append", lambda values, value: (*values, value), _append_rule)
+
+
+@cache
+def take(width: int) -> Pair:
+    """``(registers, first) -> width of them``"""
+
+    def twin(registers: Array, first: int) -> tuple[Array, ...]:
+        return tuple(registers[first + j] for j in range(width))
+
+    def rule(registers: Any, first: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, registers, args[0])
+            values = [builder.load(_at(builder, data, args[1], j)) for j in range(width)]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return types.UniTuple(registers.dtype, width), (registers, types.int32), emit
+
+    return Pair(f"take{width}", twin, rule)
+
+
+@cache
+def hold(width: int) -> Pair:
+    """``(registers, first, values)``: the reverse of `take`."""
+
+    def twin(registers: Array, first: int, values: Sequence[Any]) -> None:
+        for j in range(width):
+            registers[first + j] = values[j]
+
+    def rule(registers: Any, first: Any, values: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, registers, args[0])
+            for j in range(width):
+                builder.store(builder.extract_value(args[2], j), _at(builder, data, args[1], j))
+            return context.get_dummy_value()
+
+        return types.void, (registers, types.int32, types.UniTuple(registers.dtype, width)), emit
+
+    return Pair(f"hold{width}", twin, rule)
+
+
+@cache
+def clear(count: int) -> Pair:
+    """``(registers)``: all zero."""
+
+    def twin(registers: Array) -> None:
+        registers[:] = 0
+
+    def rule(registers: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, registers, args[0])
+            for i in range(count):
+                builder.store(ir.Constant(data.type.pointee, 0.0), _at(builder, data, i))
+            return context.get_dummy_value()
+
+        return types.void, (registers,), emit
+
+    return Pair(f"clear{count}", twin, rule)
+
+
+# ---- shared memory
+
+
+@cache
+def put(width: int) -> Pair:
+    """``(shared, at, registers, first)``: neighbouring registers to neighbouring elements."""
+
+    def twin(shared: Any, at: Array, registers: Array, first: int) -> None:
+        if np.any(at % width):
+            raise ValueError(f"put{width} to an element that is not a multiple of {width}.")
+        for j in range(width):
+            shared.write(at + j, registers[first + j])
+
+    def rule(shared: Any, at: Any, registers: Any, first: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            source = _array(context, builder, registers, args[2])
+            values = [builder.load(_at(builder, source, args[3], j)) for j in range(width)]
+            target = _at(builder, _array(context, builder, shared, args[0]), args[1])
+            vector = ir.Constant(ir.VectorType(values[0].type, width), ir.Undefined)
+            for j, value in enumerate(values):
+                vector = builder.insert_element(vector, value, _number(j))
+            builder.store(vector, _vector_pointer(builder, target, width), align=4 * width)
+            return context.get_dummy_value()
+
+        return types.void, (shared, types.int32, registers, types.int32), emit
+
+    return Pair(f"put{width}", twin, rule)
+
+
+@cache
+def multiply_tile(depth: int, a: tuple[int, int, int], b: tuple[int, int, int]) -> Pair:
+    """``(acc, shared_a, shared_b, at_a, at_b)``: acc[i * b_size + j] += sum over k < depth of a[k, i] * b[k, j].
+
+    ``a = (size, pitch, step)``: the thread's values of row k start at ``at_a + k * pitch``, in groups of four
+    that lie ``step`` apart. Fully unrolled: accumulators stay in registers, k by k.
+    """
+    (rows, pitch_a, step_a), (columns, pitch_b, step_b) = a, b
+
+    def twin(acc: Array, shared_a: Any, shared_b: Any, at_a: Array, at_b: Array) -> None:
+        def read(shared: Any, at: Array, size: int, pitch: int, step: int) -> Array:
+            group = np.arange(size)
+            own = group // 4 * step + group % 4
+            k = np.arange(depth)
+            return np.asarray(shared.read(k[:, None, None] * pitch + own[:, None] + np.asarray(at)))
+
+        x, y = read(shared_a, at_a, *a), read(shared_b, at_b, *b)
+        product = np.einsum("kit,kjt->ijt", x, y)
+        acc += product.reshape(acc.shape)
+
+    def rule(acc: Any, shared_a: Any, shared_b: Any, at_a: Any, at_b: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def read(builder: Any, first: Any, size: int, step: int) -> list[Any]:
+            out = []
+            for group in range(size // 4):
+                four = builder.load(_vector_pointer(builder, _at(builder, first, group * step), 4), align=16)
+                out += [builder.extract_element(four, _number(j)) for j in range(4)]
+            return out
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = ir.FloatType()
+            fma = builder.module.declare_intrinsic(_FULL, [kind], ir.FunctionType(kind, [kind] * 3))
+            data, of_a, of_b = (_array(context, builder, t, v) for t, v in zip(sig.args[:3], args[:3], strict=True))
+            places = [_at(builder, data, i) for i in range(rows * columns)]
+            sums = [builder.load(place) for place in places]
+            of_a, of_b = _at(builder, of_a, args[3]), _at(builder, of_b, args[4])
+            for k in range(depth):
+                x = read(builder, _at(builder, of_a, k * pitch_a), rows, step_a)
+                y = read(builder, _at(builder, of_b, k * pitch_b), columns, step_b)
+                for i in range(rows):
+                    for j in range(columns):
+                        sums[i * columns + j] = builder.call(fma, [x[i], y[j], sums[i * columns + j]])
+            for place, value in zip(places, sums, strict=True):
+                builder.store(value, place)
+            return context.get_dummy_value()
+
+        return types.void, (acc, shared_a, shared_b, types.int32, types.int32), emit
+
+    name = f"multiply_tile_{depth}_" + "_".join(map(str, (*a, *b)))
+    return Pair(name, twin, rule)

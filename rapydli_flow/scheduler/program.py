@@ -1,0 +1,239 @@
+"""A rank's program: a flat list of kernel calls and collectives over one arena. A value; nothing is allocated here.
+
+An output takes the buffer of an input that dies at this node and is read only where the output is
+written (the index formula says so); the update of a leaf goes straight into the leaf once nothing
+reads the old value any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import TooLittleMemory
+from ..graph import Graph, Node, Value, parts
+from ..ops import Copy, Leaf
+from ..spec import Block, Spec
+from ..tuner import Choice, Request
+from .arena import Arena
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes ``offset`` to ``offset + spec.size_bytes`` of the arena."""
+
+    offset: int
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call. ``ins`` are the anchor's operands, ``extras`` those of its epilogue."""
+
+    name: str
+    request: Request
+    choice: Choice
+    ins: tuple[Buffer, ...]
+    outs: tuple[Buffer, ...]
+    work: tuple[Buffer, ...]
+    extras: tuple[Buffer, ...]
+    at: Block | None
+
+    @property
+    def title(self) -> str:
+        """The op and its tail."""
+        return self.request.title
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One meeting of all ranks: an `AllReduce` or an `Exchange`."""
+
+    name: str
+    op: object
+    ins: tuple[Buffer, ...]
+    outs: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank runs for one step."""
+
+    steps: tuple[Call | Collective, ...]
+    leaves: Mapping[str, Buffer]
+    layout: Mapping[str, Block]
+    starts: Mapping[str, Leaf]
+    outputs: Mapping[str, Buffer]
+    updates: tuple[str, ...]
+    arena_bytes: int
+    donated: int
+    copied: int
+    largest: tuple[tuple[str, int], ...] = ()
+
+    def kind(self, *kinds: str) -> tuple[str, ...]:
+        """Names of the leaves of these kinds, in order."""
+        return tuple(name for name, leaf in self.starts.items() if leaf.kind in kinds)
+
+    @property
+    def requests(self) -> tuple[tuple[Request, Choice], ...]:
+        """The distinct kernels of the program."""
+        calls = (s for s in self.steps if isinstance(s, Call))
+        return tuple(dict.fromkeys((c.request, c.choice) for c in calls))
+
+    def check_memory(self, limit_bytes: int, rank: int = 0) -> None:
+        """Raise TooLittleMemory, with a table of what takes it, if the arena is larger than the limit."""
+        if self.arena_bytes <= limit_bytes:
+            return
+        rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.largest)
+        raise TooLittleMemory(
+            f"rank {rank} needs {self.arena_bytes:,} bytes for its arena but {limit_bytes:,} are free. "
+            f"Use a smaller batch, more ranks or workers with more memory. The largest buffers, in bytes:\n{rows}"
+        )
+
+
+Choose = Callable[[Request], Choice]
+Workspace = Callable[[Request, Choice], tuple[Spec, ...]]
+
+
+def compile_program(graph: Graph, choose: Choose, workspace: Workspace) -> Program:
+    """The program of a rank graph; ``choose`` gives each kernel its template and config, which fix its workspace."""
+    return _Planner(graph, choose, workspace).run()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, choose: Choose, workspace: Workspace) -> None:
+        self.graph, self.choose, self.workspace = graph, choose, workspace
+        self.arena = Arena()
+        self.buffers: dict[Value, Buffer] = {}
+        self.root: dict[Value, Value] = {}
+        self.last = self._last_reads()
+        self.permanent: set[int] = set()
+        self.sizes: dict[str, int] = {}
+        self.steps: list[Call | Collective] = []
+        self.donated = 0
+        homes: dict[Value, list[Value]] = {}
+        for name, value in graph.updates.items():
+            homes.setdefault(value, []).append(graph.find(name).id)
+        self.home = {value: leaves[0] for value, leaves in homes.items() if len(leaves) == 1}
+
+    def _last_reads(self) -> dict[Value, int]:
+        """For each value that owns memory, the last node that reads it or a view of it."""
+        last: dict[Value, int] = {}
+        for i, node in enumerate(self.graph.nodes):
+            for v in node.inputs:
+                last[self.root.get(v, v)] = i
+            if node.op.view:
+                source = node.inputs[0]
+                self.root[i, 0] = self.root.get(source, source)
+        for v in (*self.graph.outputs.values(), *self.graph.updates.values()):
+            last[self.root.get(v, v)] = len(self.graph.nodes)
+        return last
+
+    def own(self, value: Value) -> Value:
+        return self.root.get(value, value)
+
+    def take(self, name: str, spec: Spec) -> Buffer:
+        self.sizes[f"{name} {spec}"] = spec.size_bytes
+        return Buffer(self.arena.take(spec.size_bytes), spec)
+
+    def run(self) -> Program:
+        leaves: dict[str, Buffer] = {}
+        starts: dict[str, Leaf] = {}
+        layout: dict[str, Block] = {}
+        for i, node in enumerate(self.graph.nodes):
+            if isinstance(node.op, Leaf):
+                leaves[node.name] = self.buffers[i, 0] = self.take(node.name, node.specs[0])
+                starts[node.name] = node.op
+                layout[node.name] = node.at or Block.all(node.specs[0].shape)
+        self.permanent = {b.offset for b in self.buffers.values()}
+        for i, node in enumerate(self.graph.nodes):
+            if not isinstance(node.op, Leaf):
+                self.place(i, node)
+        copied = self.copy_updates(leaves)
+        largest = sorted(self.sizes.items(), key=lambda item: -item[1])[:12]
+        return Program(
+            steps=tuple(self.steps),
+            leaves=leaves,
+            layout=layout,
+            starts=starts,
+            outputs={k: self.buffers[v] for k, v in self.graph.outputs.items()},
+            updates=tuple(self.graph.updates),
+            arena_bytes=self.arena.size_bytes,
+            donated=self.donated,
+            copied=copied,
+            largest=tuple(largest),
+        )
+
+    def place(self, i: int, node: Node) -> None:
+        if node.op.view:
+            self.buffers[i, 0] = Buffer(self.buffers[node.inputs[0]].offset, node.specs[0])
+            self.release(i, node, set())
+            return
+        taken: set[int] = set()
+        for k, spec in enumerate(node.specs):
+            old = self.donor(i, node, k, taken)
+            if old is not None:
+                self.donated += 1
+                taken.add(old.offset)
+            self.buffers[i, k] = Buffer(old.offset, spec) if old else self.take(node.name, spec)
+        ins = tuple(self.buffers[v] for v in node.inputs)
+        outs = tuple(self.buffers[i, k] for k in range(len(node.specs)))
+        if node.op.collective:
+            self.steps.append(Collective(node.name, node.op, ins, outs))
+        else:
+            self.steps.append(self.call(node, ins, outs))
+        for k in range(len(node.specs)):
+            if (i, k) not in self.last and outs[k].offset not in self.permanent:
+                self.arena.give(outs[k].offset, outs[k].spec.size_bytes)
+        self.release(i, node, taken)
+
+    def call(self, node: Node, ins: tuple[Buffer, ...], outs: tuple[Buffer, ...]) -> Call:
+        anchor, specs, epilogue = parts(node.op, [b.spec for b in ins])
+        request = Request(anchor, specs, epilogue, node.op.title)
+        choice = self.choose(request)
+        work = tuple(self.take(f"{node.name} workspace", spec) for spec in self.workspace(request, choice))
+        for buffer in work:
+            self.arena.give(buffer.offset, buffer.spec.size_bytes)
+        n = len(specs)
+        at = (node.at or Block.all(node.specs[0].shape)) if node.op.indexed else None
+        return Call(node.name, request, choice, ins[:n], outs, work, ins[n:], at)
+
+    def donor(self, i: int, node: Node, k: int, taken: set[int]) -> Buffer | None:
+        """The buffer that output k may be written into, if there is one."""
+        index = node.op.indexing(*(self.graph.spec(v) for v in node.inputs))
+        value, spec = (i, k), node.specs[k]
+        if value in self.home:
+            leaf = self.home[value]
+            at_last = [j for j, v in enumerate(node.inputs) if self.own(v) == leaf]
+            dead = self.last.get(leaf, -1) < i
+            if dead or (self.last[leaf] == i and all(index.in_place(j, k) for j in at_last)):
+                return self.buffers[leaf]
+            return None
+        for j, v in enumerate(node.inputs):
+            buffer, own = self.buffers[v], self.own(v)
+            once = sum(self.own(u) == own for u in node.inputs) == 1
+            free = self.last[own] == i and buffer.offset not in self.permanent and buffer.offset not in taken
+            if free and once and buffer.spec == spec and index.in_place(j, k):
+                return buffer
+        return None
+
+    def release(self, i: int, node: Node, taken: set[int]) -> None:
+        """Give back what was read for the last time."""
+        for own in {self.own(v) for v in node.inputs}:
+            buffer = self.buffers[own]
+            if self.last[own] == i and buffer.offset not in self.permanent and buffer.offset not in taken:
+                self.arena.give(buffer.offset, buffer.spec.size_bytes)
+
+    def copy_updates(self, leaves: Mapping[str, Buffer]) -> int:
+        """Updates that could not go home while they were made are copied at the end of the step."""
+        copied = 0
+        for name, value in self.graph.updates.items():
+            source, target = self.buffers[value], leaves[name]
+            if source.offset == target.offset:
+                continue
+            copied += 1
+            _, specs, epilogue = parts(Copy(), [source.spec])
+            request = Request(Copy(), specs, epilogue, "copy")
+            choice = self.choose(request)
+            self.steps.append(Call(f"{name}/copy", request, choice, (source,), (target,), (), (), None))
+        return copied

@@ -1,0 +1,104 @@
+"""Request: a kernel that is needed. Choice: the template and config that serve it. Tuning: all choices of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..errors import TemplateError
+from ..ops import Op
+from ..spec import Spec
+from ..template import Device, Epilogue, Template, templates
+
+
+@dataclass(frozen=True)
+class Request:
+    """An op on local specs, with what happens to each element before it is stored."""
+
+    op: Op
+    ins: tuple[Spec, ...]
+    epilogue: Epilogue
+    title: str = field(default="", compare=False)
+
+    @cached_property
+    def outs(self) -> tuple[Spec, ...]:
+        return self.op.out_specs(*self.ins)
+
+    def key(self, device: Device) -> str:
+        """Equal keys are served by the same kernel."""
+        tail = [self.epilogue.scalar.lines, self.epilogue.scalar.results, [str(s) for s in self.epilogue.extras]]
+        text = json.dumps([str(self.op), [str(s) for s in self.ins], tail, device.key])
+        return f"{self.op.family}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+    def templates(self, device: Device) -> tuple[Template, ...]:
+        """The templates that have at least one config for this request."""
+        found = templates(self.op.family, device.kind)
+        return tuple(t for t in found if t.default(self.op, self.ins, self.outs, device) is not None)
+
+    def __str__(self) -> str:
+        return f"{self.title or self.op.name} {', '.join(map(str, self.ins))}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A template by name, and its config as sorted pairs."""
+
+    template: str
+    config: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, template: Template, config: Mapping[str, Any]) -> Choice:
+        return cls(template.name, tuple(sorted(config.items())))
+
+    @property
+    def reference(self) -> bool:
+        return self.template == "reference"
+
+    def find(self, request: Request, device: Device) -> Template:
+        """The template itself."""
+        for template in templates(request.op.family, device.kind):
+            if template.name == self.template:
+                return template
+        raise TemplateError(f"{request.op.family} has no template {self.template!r} for {device.kind} devices.")
+
+    def __str__(self) -> str:
+        return self.template + "".join(f" {k}={v}" for k, v in self.config)
+
+
+REFERENCE = Choice("reference")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices by request key; what is not there gets its first template's default, so starting never waits."""
+
+    device: Device
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    def choose(self, request: Request) -> Choice:
+        """The tuned choice, else the default of the first template that fits, else the reference."""
+        known = self.choices.get(request.key(self.device))
+        if known is not None:
+            return known
+        for template in request.templates(self.device):
+            config = template.default(request.op, request.ins, request.outs, self.device)
+            if config is not None:
+                return Choice.of(template, config)
+        return REFERENCE
+
+    def workspace(self, request: Request, choice: Choice) -> tuple[Spec, ...]:
+        """Specs of the buffers that the chosen kernel needs for one call."""
+        if choice.reference:
+            return ()
+        template = choice.find(request, self.device)
+        return tuple(template.workspace(request.op, request.ins, request.outs, **dict(choice.config)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
