@@ -40,7 +40,6 @@ from rapydli_flow.errors import SettingError, TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, Scalar, Template
 
-from . import driver
 from .driver import Kernel, run_kernel
 
 __all__ = ["Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
@@ -190,7 +189,6 @@ class _Text:
         return known
 
 
-
 def scalar_names(scalar: Scalar) -> dict[str, Any]:
     """What the lines of a pointwise formula may refer to, besides operands, ``T`` and ``index``."""
     return {"math": math, **{name: getattr(rapydli_flow.random, name) for name in scalar.uses}}
@@ -310,15 +308,23 @@ def _whole(path: Path) -> bool:
 def _generator_key() -> str:
     """Hash of the code that every kernel contains or is made by, and of the compilers."""
     folder = Path(__file__).parent
-    texts = [p.read_text() for p in (folder / "compile.py", folder / "driver.py", folder / "tile.py") if p.exists()]
+    texts = [(folder / name).read_text() for name in ("compile.py", "driver.py", "tile.py")]
     texts.append(Path(rapydli_flow.random.__file__).read_text())
     versions = (platform.python_version(), numba.__version__, llvmlite.__version__)
     return _digest("\0".join([*texts, *versions]))
 
 
 @cache
-def _template_key(source: str) -> str:
-    return _digest(source)
+def _template_key(module: str, source: str) -> str:
+    """Hash of the template's module and of those of this package that it takes names from."""
+    found, stack = {module: source}, [module]
+    while stack:
+        for value in vars(sys.modules[stack.pop()]).values():
+            name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if isinstance(name, str) and name.startswith(f"{__package__}.") and name not in found:
+                found[name] = inspect.getsource(sys.modules[name])
+                stack.append(name)
+    return _digest("\0".join(text for _, text in sorted(found.items())))
 
 
 _kernels: dict[str, Kernel] = {}
@@ -350,7 +356,13 @@ def compile_kernel(
     called = ", ".join(f"{name}={value}" for name, value in config.items())
     specs = f"{', '.join(map(str, ins))} -> {', '.join(map(str, outs))}"
     title = f"{owner}({called})\n\n{op}\n{specs}; epilogue {epilogue.scalar.lines} {list(map(str, epilogue.extras))}"
-    parts = [_generator_key(), _template_key(template.source()), device.key, title, repr(epilogue)]
+    parts = [
+        _generator_key(),
+        _template_key(template.build.__module__, template.source()),
+        device.key,
+        title,
+        repr(epilogue),
+    ]
     key = _digest("\0".join(parts))
     with _lock:
         if key not in _kernels:

@@ -2,18 +2,19 @@
 
     y[m, k] = sum over i of a[m, i] * b[i, k]       a[M,I] or, with `ta`, [I,M]; b[I,K] or, with `tb`, [K,I]
 
-A task computes a block of rows by `vectors * lanes` columns:
+A task computes a block of rows by a band of panels, `vectors * lanes` columns each:
 
     for each DEPTH of i:                            b     K               a panel is packed once per task,
-        pack a panel of b  ---------------------> i |  |panel|  |         transposed in registers for `tb`,
-        for each tile of rows:                                            and stays in the first-level cache
+        pack the panels of b  ------------------> i |  |panel|  |         transposed in registers for `tb`,
+        for each tile of rows, each panel:                                and stays in the nearest caches
             acc  = partial sums of the tile
             acc += a[rows, i] x panel[i, columns]   (`outer`, broadcast a)
             partial sums = acc
     write the sums through the epilogue
 
 Panels and sums live on the stack of the task, so there is no workspace. Few rows do not repay
-packing: with ``pack=False`` tiles read b where it lies.
+packing: with ``pack=False`` tiles read b where it lies. Rows of a that would evict each other from the
+first-level cache (their distance is a large power of two) are copied apart.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rapydli_flow.template import Device, Epilogue, Loop, template
 from .tile import balanced, holds, load, local, outer, step_cost, store, transpose, zeros
 
 DEPTH = 256  # length of a panel: 256 x 32 floats are 32 KiB
-BLOCK = 128  # most rows of a task: 128 x 32 sums are 16 KiB
+BAND_BYTES, SUMS_BYTES = 1 << 17, 1 << 16  # most bytes of a task's panels, and of its sums
 TASKS = 16  # enough to share out evenly among the cores of a rank
 ALIAS_BYTES = 2048  # rows this far apart fall into the same set of a first-level cache
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -44,24 +45,41 @@ SPACE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Blocking:
-    """How a product of m x i by i x k is cut: ``rows`` of a tile, ``width`` of a panel, ``tiles`` per task."""
+    """How m x k sums are cut: tiles of ``rows`` by ``width``; ``tiles`` by ``band`` of them for each task."""
 
     rows: int
     width: int
-    tiles: int
     row_tiles: int
     panels: int
+    tiles: int
+    band: int
 
     @classmethod
-    def of(cls, m: int, k: int, *, rows: int, vectors: int, lanes: int) -> Blocking:
-        rows, width = balanced(m, rows), vectors * lanes
+    def of(cls, m: int, k: int, dtype: str, *, rows: int, vectors: int, lanes: int) -> Blocking:
+        rows, width, itemsize = balanced(m, rows), vectors * lanes, np.dtype(dtype).itemsize
         row_tiles, panels = -(-m // rows), -(-k // width)
-        tiles = min(row_tiles, max(1, BLOCK // rows), max(1, row_tiles * panels // TASKS))
-        return cls(rows, width, tiles, row_tiles, panels)
+
+        def cut(band: int) -> Blocking:
+            most = max(1, SUMS_BYTES // (rows * band * width * itemsize))
+            tiles = min(row_tiles, most, max(1, row_tiles * -(-panels // band) // TASKS))
+            return cls(rows, width, row_tiles, panels, tiles, band)
+
+        # a wide band reads longer pieces of the rows of b, and what it reads of a serves more columns; but
+        # packing must serve many rows
+        for band in (4, 2):
+            blocking = cut(band)
+            enough = blocking.tasks >= TASKS and blocking.tiles >= min(row_tiles, 8)
+            if enough and band * width * DEPTH * itemsize <= BAND_BYTES:
+                return blocking
+        return cut(1)
+
+    @property
+    def bands(self) -> int:
+        return -(-self.panels // self.band)
 
     @property
     def tasks(self) -> int:
-        return -(-self.row_tiles // self.tiles) * self.panels
+        return -(-self.row_tiles // self.tiles) * self.bands
 
 
 def _sizes(op: Any, a: Spec) -> tuple[int, int]:
@@ -70,7 +88,15 @@ def _sizes(op: Any, a: Spec) -> tuple[int, int]:
 
 
 def _fits(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int, pack: bool
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    pack: bool,
 ) -> bool:
     (m, k), itemsize = outs[0].shape, np.dtype(outs[0].dtype).itemsize
     used = balanced(m, rows) if m else rows
@@ -95,7 +121,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
                 yield config
 
     def cost(config: dict[str, Any]) -> float:
-        blocking = Blocking.of(m, k, **{name: config[name] for name in ("rows", "vectors", "lanes")})
+        blocking = Blocking.of(m, k, outs[0].dtype, **{name: config[name] for name in ("rows", "vectors", "lanes")})
         return blocking.row_tiles * blocking.panels * step_cost(blocking.rows, config["vectors"])
 
     return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes, "pack": True})
@@ -116,14 +142,13 @@ def tiles(
     """Register tiles over rows and columns, panels of b packed by each task."""
     m, inner = _sizes(op, ins[0])
     k = outs[0].shape[1]
-    transposed_a, transposed_b = bool(op.ta), bool(op.tb)
-    blocking = Blocking.of(m, k, rows=rows, vectors=vectors, lanes=lanes)
+    blocking = Blocking.of(m, k, outs[0].dtype, rows=rows, vectors=vectors, lanes=lanes)
     rows, width, block, row_tiles = blocking.rows, blocking.width, blocking.tiles, blocking.row_tiles
-    panels = blocking.panels
+    panels, band, bands = blocking.panels, blocking.band, blocking.bands
     # columns of a panel that exist; where k is wider than a panel, the last one moves back to end at k
     columns = min(k, width)
     tail = columns % lanes
-    last = k - columns
+    last, even = k - columns, panels * columns == k
     squares = columns // lanes
     itemsize = np.dtype(outs[0].dtype).itemsize
     copy = (m if op.ta else inner) * itemsize % ALIAS_BYTES == 0 and inner > 1
@@ -131,80 +156,89 @@ def tiles(
     # in the copy of a tile's part of a: distance of rows, distance of i
     copy_row, copy_step = (1, rows) if op.ta else (depth + 16, 1)
     row_step, inner_step = (1, m) if op.ta else (inner, 1)
-    panel_size = depth * width if pack else 1
+    panel_size = depth * width if pack else 0
+    band_size = max(1, panel_size * band)
     copy_size = rows * (depth + 16) if copy else 1
-    sums_size = block * rows * width
+    tile_size = rows * width
+    sums_size = block * band * tile_size
 
-    def pack_rows(b, panel, start, count, column):  # type: ignore[no-untyped-def]
+    def pack_rows(b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
         for i in range(count):
             row = zeros(1, 1, vectors, lanes, panel)
             row = load(row, b, (start + i) * k + column, 0, tail)
-            store(row, panel, i * width, 0, 0)
+            store(row, panel, into + i * width, 0, 0)
 
-    def pack_columns(b, panel, start, count, column):  # type: ignore[no-untyped-def]
+    def pack_columns(b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
         whole = count - count % lanes
         for v in range(squares):
             source = (column + v * lanes) * inner + start
             for i in range(0, whole, lanes):
                 square = zeros(1, lanes, 1, lanes, panel)
                 square = load(square, b, source + i, inner, 0)
-                store(transpose(square), panel, i * width + v * lanes, width, 0)
+                store(transpose(square), panel, into + i * width + v * lanes, width, 0)
             for i in range(whole, count):
                 for j in range(lanes):
-                    panel[i * width + v * lanes + j] = b[source + j * inner + i]
+                    panel[into + i * width + v * lanes + j] = b[source + j * inner + i]
         for j in range(squares * lanes, width):
             for i in range(count):
-                panel[i * width + j] = b[(column + j) * inner + start + i] if j < columns else 0
+                value = b[(column + j) * inner + start + i] if j < columns else 0
+                panel[into + i * width + j] = value
 
-    def copy_a(a, part, source, count):  # type: ignore[no-untyped-def]
-        if transposed_a:
+    def copy_rows(a, part, source, count):  # type: ignore[no-untyped-def]
+        for r in range(rows):
             for i in range(count):
-                for r in range(rows):
-                    part[i * rows + r] = a[source + i * m + r]
-        else:
-            for r in range(rows):
-                for i in range(count):
-                    part[r * copy_row + i] = a[source + r * inner + i]
+                part[r * copy_row + i] = a[source + r * inner + i]
 
-    def multiply(sums, at_sums, first, a, source, b, panel, part, start, count, column):  # type: ignore[no-untyped-def]
-        acc = zeros(1, rows, vectors, lanes, sums)
-        if not first:
-            acc = load(acc, sums, at_sums, width, 0)
-        if copy:
-            copy_a(a, part, source, count)
+    def copy_columns(a, part, source, count):  # type: ignore[no-untyped-def]
         for i in range(count):
-            if copy and pack:
-                acc = outer(acc, part, i * copy_step, copy_row, 0, panel, i * width, 0)
-            elif copy:
-                acc = outer(acc, part, i * copy_step, copy_row, 0, b, (start + i) * k + column, tail)
-            elif pack:
-                acc = outer(acc, a, source + i * inner_step, row_step, 0, panel, i * width, 0)
-            else:
-                acc = outer(acc, a, source + i * inner_step, row_step, 0, b, (start + i) * k + column, tail)
-        store(acc, sums, at_sums, width, 0)
+            for r in range(rows):
+                part[i * rows + r] = a[source + i * m + r]
+
+    def multiply(sums, slot, fresh, x, at_x, x_step, x_row, w, at_w, w_step, count):  # type: ignore[no-untyped-def]
+        acc = zeros(1, rows, vectors, lanes, sums)
+        if not fresh:
+            acc = load(acc, sums, slot, width, 0)
+        for i in range(count):
+            acc = outer(acc, x, at_x + i * x_step, x_row, 0, w, at_w + i * w_step, w_tail)
+        store(acc, sums, slot, width, 0)
+
+    pack_panel = pack_columns if op.tb else pack_rows
+    copy_part = copy_columns if op.ta else copy_rows
+    w_tail = 0 if pack else tail
+
+    def write(y, sums, first_tile, tile_count, first_panel, panel_count, extras, at):  # type: ignore[no-untyped-def]
+        for t in range(tile_count):
+            row = min((first_tile + t) * rows, m - rows)
+            for r in range((first_tile + t) * rows - row, rows):
+                for p in range(panel_count):
+                    column = min((first_panel + p) * width, last)
+                    skip = 0 if even else (first_panel + p) * width - column
+                    o, s = (row + r) * k + column, (t * band + p) * tile_size + r * width
+                    for j in range(skip, columns):
+                        y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
 
     def body(task, a, b, y, extras, at):  # type: ignore[no-untyped-def]
-        panel, part, sums = local(panel_size, y), local(copy_size, y), local(sums_size, y)
-        first_tile = task // panels * block
-        column = min(task % panels * width, last)
-        skip = task % panels * width - column
-        count_tiles = min(block, row_tiles - first_tile)
+        panel, part, sums = local(band_size, y), local(copy_size, y), local(sums_size, y)
+        first_tile, first_panel = task // bands * block, task % bands * band
+        tile_count, panel_count = min(block, row_tiles - first_tile), min(band, panels - first_panel)
         for start in range(0, max(inner, 1), depth):
             count = min(depth, inner - start)
             if pack:
-                if transposed_b:
-                    pack_columns(b, panel, start, count, column)
+                for p in range(panel_count):
+                    pack_panel(b, panel, p * panel_size, start, count, min((first_panel + p) * width, last))
+            for t in range(tile_count):
+                source = min((first_tile + t) * rows, m - rows) * row_step + start * inner_step
+                if copy:
+                    copy_part(a, part, source, count)
+                    x, at_x, x_step, x_row = part, 0, copy_step, copy_row
                 else:
-                    pack_rows(b, panel, start, count, column)
-            for t in range(count_tiles):
-                row = min((first_tile + t) * rows, m - rows)
-                source = row * row_step + start * inner_step
-                multiply(sums, t * rows * width, start == 0, a, source, b, panel, part, start, count, column)
-        for t in range(count_tiles):
-            row = min((first_tile + t) * rows, m - rows)
-            for r in range((first_tile + t) * rows - row, rows):
-                o, s = (row + r) * k + column, (t * rows + r) * width
-                for j in range(skip, columns):
-                    y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
+                    x, at_x, x_step, x_row = a, source, inner_step, row_step
+                for p in range(panel_count):
+                    slot, column = (t * band + p) * tile_size, min((first_panel + p) * width, last)
+                    if pack:
+                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, panel, p * panel_size, width, count)
+                    else:
+                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, b, start * k + column, k, count)
+        write(y, sums, first_tile, tile_count, first_panel, panel_count, extras, at)
 
     return Loop(body, blocking.tasks)

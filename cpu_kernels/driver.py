@@ -1,30 +1,32 @@
 """Running compiled kernels: one Numba call for a whole list of them, without the GIL.
 
 A kernel is the address of a C function ``entry(task, buffers)``, where ``buffers`` points to the
-addresses of its arrays. `CallList` packs kernels and buffers into flat tables; `CallList.run` enters one
-parallel region, in which every thread walks the same list:
+addresses of its arrays. `CallList` packs kernels and buffers into one flat table. `CallList.run` opens it
+to the helper threads of the calling Python thread, and all walk the same list:
 
     for each phase of each call:  while (t = next task) < tasks: entry(t)      an atomic counter
                                   wait until all tasks are done                spin, then sched_yield
 
-Threads take tasks as they come, so a slow core holds up nothing, a region that gets fewer threads than
-it asked for still finishes, and no thread sleeps between two kernels. Tasks write disjoint outputs: no
-result depends on who ran them.
+Threads take tasks as they come. A helper that the system does not let run (other processes want its
+core) is not waited for, and nobody sleeps between two kernels. That is why this is not Numba's `prange`:
+its layers wait for every thread at the end of every region (milliseconds on a busy machine), and
+`workqueue` aborts when two Python threads enter one. Tasks write disjoint outputs, so no result
+depends on who ran them.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -32,8 +34,15 @@ from rapydli_flow.config import settings
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.spec import Spec
 
-SPINS = 4000  # about 100 us of pauses before a waiting thread offers its core to others
-LINE = 8  # int64 values in a cache line: counters of different use must not share one
+SPINS = 2000  # looks at a counter before a waiting thread offers its core to others: tens of microseconds
+LINE = 8  # int64 values in a cache line: counters of different use do not share one
+FIELDS = 4  # of a row of a CallList: entry, first task, tasks, place of its buffers in the table
+
+# POSIX functions; pointers are passed as integers.
+sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+sem_post = types.ExternalFunction("sem_post", types.int32(types.int64))
+sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 @dataclass(frozen=True)
@@ -51,113 +60,91 @@ class Kernel:
     entry: Any = field(default=None, compare=False, repr=False)  # keeps the machine code alive
 
 
+def _array(context: Any, builder: Any, kind: Any, address: Any, size: Any) -> Any:
+    """A flat array of Numba type ``kind`` over memory that it does not own."""
+    out = context.make_array(kind)(context, builder)
+    item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    context.populate_array(
+        out,
+        data=builder.inttoptr(address, out.data.type),
+        shape=cgutils.pack_array(builder, [size]),
+        strides=cgutils.pack_array(builder, [item]),
+        itemsize=item,
+        meminfo=None,
+    )
+    return out._getvalue()
+
+
 @intrinsic(prefer_literal=True)
-def flat(typing, buffers, i, size, dtype):
-    """The i-th buffer as a flat array of constant size, used by the entry of every generated module."""
+def flat(typing, buffers, i, size, dtype):  # type: ignore[no-untyped-def]
+    """The i-th buffer as a flat array of constant size, for the entry of a generated module."""
     array = types.Array(dtype.dtype, 1, "C")
 
-    def codegen(context, builder, signature, args):
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         address = builder.load(builder.gep(args[0], [ir.Constant(ir.IntType(64), i.literal_value)]))
-        out = context.make_array(array)(context, builder)
-        item = context.get_abi_sizeof(context.get_data_type(array.dtype))
-        constant = [context.get_constant(types.intp, v) for v in (size.literal_value, item)]
-        context.populate_array(
-            out,
-            data=builder.inttoptr(address, out.data.type),
-            shape=cgutils.pack_array(builder, [constant[0]]),
-            strides=cgutils.pack_array(builder, [constant[1]]),
-            itemsize=constant[1],
-            meminfo=None,
-        )
-        return out._getvalue()
+        return _array(context, builder, array, address, context.get_constant(types.intp, size.literal_value))
 
     return array(buffers, i, size, dtype), codegen
 
 
-@intrinsic(prefer_literal=True)
-def scratch(typing, size, dtype):
-    """A flat array of constant size on the stack of the task, not cleared: nothing else can alias it."""
-    array = types.Array(dtype.dtype, 1, "C")
+@intrinsic
+def words(typing, address, size):  # type: ignore[no-untyped-def]
+    """``size`` int64 values at an address."""
+    array = types.Array(types.int64, 1, "C")
 
-    def codegen(context, builder, signature, args):
-        out = context.make_array(array)(context, builder)
-        kind = context.get_data_type(array.dtype)
-        memory = cgutils.alloca_once(builder, ir.ArrayType(kind, size.literal_value))
-        memory.align = 64
-        constant = [context.get_constant(types.intp, v) for v in (size.literal_value, context.get_abi_sizeof(kind))]
-        context.populate_array(
-            out,
-            data=builder.bitcast(memory, out.data.type),
-            shape=cgutils.pack_array(builder, [constant[0]]),
-            strides=cgutils.pack_array(builder, [constant[1]]),
-            itemsize=constant[1],
-            meminfo=None,
-        )
-        return out._getvalue()
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _array(context, builder, array, *args)
 
-    return array(size, dtype), codegen
+    return array(types.int64, types.int64), codegen
 
 
 @intrinsic
-def call(typing, address, task, table, offset):
-    """Call the C function at ``address`` with a task and a pointer to ``table[offset]``."""
+def call(typing, address, task, buffers):  # type: ignore[no-untyped-def]
+    """Call the C function at ``address`` with a task and the address of its buffers' addresses."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         i64 = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [i64, i64.as_pointer()])
-        data = context.make_array(table)(context, builder, args[2]).data
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], builder.gep(data, [args[3]])])
+        pointer = ir.FunctionType(ir.VoidType(), [i64, i64.as_pointer()]).as_pointer()
+        builder.call(builder.inttoptr(args[0], pointer), [args[1], builder.inttoptr(args[2], i64.as_pointer())])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, table, types.int64), codegen
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
-def _pointer(context, builder, array, value, at):
+def _pointer(context: Any, builder: Any, array: Any, value: Any, at: Any) -> Any:
     return builder.gep(context.make_array(array)(context, builder, value).data, [at])
 
 
 @intrinsic
-def add_one(typing, array, at):
-    """``array[at] += 1`` for all threads; returns the value before."""
+def add(typing, array, at, value):  # type: ignore[no-untyped-def]
+    """``array[at] += value``, seen by all threads; returns what was there before."""
 
-    def codegen(context, builder, signature, args):
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", _pointer(context, builder, array, *args), one, "seq_cst")
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, array, args[0], args[1])
+        return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
 
-    return types.int64(array, types.int64), codegen
+    return types.int64(array, types.int64, types.int64), codegen
 
 
 @intrinsic
-def look(typing, array, at):
+def look(typing, array, at):  # type: ignore[no-untyped-def]
     """``array[at]`` as other threads have left it."""
 
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(_pointer(context, builder, array, *args), "acquire", 8)
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_pointer(context, builder, array, *args), "seq_cst", 8)
 
     return types.int64(array, types.int64), codegen
 
 
 @intrinsic
-def give_way(typing):
-    """Offer this core to other threads (sched_yield)."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def clock_ns(typing):
+def clock_ns(typing):  # type: ignore[no-untyped-def]
     """Nanoseconds of the monotonic clock: the one of time.perf_counter_ns."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         i64, i32 = ir.IntType(64), ir.IntType(32)
-        spec = ir.LiteralStructType([i64, i64])
-        kind = ir.FunctionType(i32, [i32, spec.as_pointer()])
-        out = cgutils.alloca_once(builder, spec)
+        time_kind = ir.LiteralStructType([i64, i64])
+        kind = ir.FunctionType(i32, [i32, time_kind.as_pointer()])
+        out = cgutils.alloca_once(builder, time_kind)
         function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
         builder.call(function, [ir.Constant(i32, time.CLOCK_MONOTONIC), out])
         seconds, rest = (builder.load(cgutils.gep_inbounds(builder, out, 0, i)) for i in (0, 1))
@@ -166,57 +153,122 @@ def clock_ns(typing):
     return types.int64(), codegen
 
 
+# The parts of a crew's state, a cache line each: a semaphore on which helpers sleep, whether a list is open
+# to them, how many are in it, whether they shall end; and the list: its address, words, calls, rows, ends.
+SLEEP, OPEN, INSIDE, STOP, LIST = 0, LINE, 2 * LINE, 3 * LINE, 4 * LINE
+STATE = 5 * LINE
+
+
 @njit(nogil=True, cache=True)
-def _work(rows, table, counters, ends, first, last):
-    """One thread's walk. A row is (entry, first task, tasks, offset of its buffers, clock it?)."""
+def _stamp(ends, row):  # type: ignore[no-untyped-def]
+    if ends:
+        words(ends, row + 1)[row] = clock_ns()
+
+
+@njit(nogil=True, cache=True)
+def _walk(rows, counters, first, last, ends):  # type: ignore[no-untyped-def]
+    """One thread's walk over rows ``first`` to ``last - 1``; the last to finish one notes the time."""
     for row in range(first, last):
-        tasks = rows[row, 2]
+        entry, begin, tasks, buffers = rows[row * FIELDS : row * FIELDS + FIELDS]
         taken, finished = row * 2 * LINE, row * 2 * LINE + LINE
         while True:
-            t = add_one(counters, taken)
+            t = add(counters, taken, 1)
             if t >= tasks:
                 break
-            call(rows[row, 0], rows[row, 1] + t, table, rows[row, 3])
-            if add_one(counters, finished) == tasks - 1 and ends.size:
-                ends[row] = clock_ns()
+            call(entry, begin + t, buffers)
+            if add(counters, finished, 1) == tasks - 1:
+                _stamp(ends, row)
         spins = 0
         while look(counters, finished) < tasks:
             spins += 1
             if spins > SPINS:
-                give_way()
+                sched_yield()
 
 
 @njit(nogil=True, cache=True)
-def _serial(rows, table, ends, first, last):
+def _serial(rows, first, last, ends):  # type: ignore[no-untyped-def]
     for row in range(first, last):
-        for t in range(rows[row, 2]):
-            call(rows[row, 0], rows[row, 1] + t, table, rows[row, 3])
-        if ends.size:
-            ends[row] = clock_ns()
+        for t in range(rows[row * FIELDS + 2]):
+            call(rows[row * FIELDS], rows[row * FIELDS + 1] + t, rows[row * FIELDS + 3])
+        _stamp(ends, row)
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _parallel(rows, table, counters, ends, first, last, threads):
-    for _ in prange(threads):
-        _work(rows, table, counters, ends, first, last)
+@njit(nogil=True, cache=True)
+def _lead(state, rows, counters, first, last, ends, helpers):  # type: ignore[no-untyped-def]
+    """Open a list to the helpers, walk it, close it, and wait for those that are inside."""
+    counters[first * 2 * LINE : last * 2 * LINE] = 0
+    state[LIST] = rows.ctypes.data
+    state[LIST + 1] = counters.ctypes.data
+    state[LIST + 2] = first
+    state[LIST + 3] = last
+    state[LIST + 4] = ends
+    add(state, OPEN, 1)
+    for _ in range(helpers):
+        sem_post(state.ctypes.data)
+    _walk(rows, counters, first, last, ends)
+    add(state, OPEN, -1)
+    spins = 0
+    while look(state, INSIDE) > 0:
+        spins += 1
+        if spins > SPINS:
+            sched_yield()
 
 
-_lock = threading.Lock()
+@njit(nogil=True, cache=True)
+def _help(state):  # type: ignore[no-untyped-def]
+    """A helper's life: sleep, and join the list that is open, if it still is."""
+    while look(state, STOP) == 0:
+        sem_wait(state.ctypes.data)
+        add(state, INSIDE, 1)
+        if look(state, OPEN) > 0:
+            last = state[LIST + 3]
+            rows = words(state[LIST], last * FIELDS)
+            _walk(rows, words(state[LIST + 1], last * 2 * LINE), state[LIST + 2], last, state[LIST + 4])
+        add(state, INSIDE, -1)
 
 
-def _entering() -> Any:
-    """What to hold while in a parallel region: Numba's workqueue aborts when two threads enter at once."""
-    try:
-        return nullcontext() if numba.threading_layer() in ("omp", "tbb") else _lock
-    except ValueError:  # no layer yet: the first region chooses it
-        return _lock
+@njit(nogil=True, cache=True)
+def _prepare(state):  # type: ignore[no-untyped-def]
+    return sem_init(state.ctypes.data, 0, 0)
 
 
-def set_threads(threads: int) -> int:
-    """Let regions entered by this Python thread use ``threads`` cores; returns the number that it will get."""
-    threads = max(1, min(threads, numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(threads)
-    return threads
+@njit(nogil=True, cache=True)
+def _dismiss(state, helpers):  # type: ignore[no-untyped-def]
+    add(state, STOP, 1)
+    for _ in range(helpers):
+        sem_post(state.ctypes.data)
+
+
+class _Crew:
+    """The helper threads of one Python thread; they end with it."""
+
+    def __init__(self) -> None:
+        self.state = np.zeros(STATE, np.int64)
+        self.process = os.getpid()
+        self.helpers = 0
+        self._end: weakref.finalize[Any, Any] | None = None
+        _prepare(self.state)
+
+    def grow(self, helpers: int) -> None:
+        """Have at least so many helpers."""
+        for _ in range(helpers - self.helpers):
+            threading.Thread(target=_help, args=(self.state,), name="rapydli-kernels", daemon=True).start()
+            self.helpers += 1
+            if self._end is not None:
+                self._end.detach()
+            self._end = weakref.finalize(self, _dismiss, self.state, self.helpers)
+            self._end.atexit = False  # they are daemons
+
+
+_local = threading.local()
+
+
+def _crew(helpers: int) -> _Crew:
+    crew: _Crew | None = getattr(_local, "crew", None)
+    if crew is None or crew.process != os.getpid():  # threads do not survive a fork
+        crew = _local.crew = _Crew()
+    crew.grow(helpers)
+    return crew
 
 
 class CallList:
@@ -241,10 +293,12 @@ class CallList:
             self._starts.append(len(rows))
             self._offsets.append(len(table))
             table.extend(addresses)
-        self._rows = np.array(rows, np.int64).reshape(-1, 4)
         self._table = np.array(table, np.int64)
-        self._counters = np.zeros(2 * LINE * max(1, len(rows)), np.int64)
-        self._untimed = np.zeros(0, np.int64)
+        base = self._table.ctypes.data
+        self._tasks = [tasks for _, _, tasks, _ in rows]
+        flat_rows = [v for entry, begin, tasks, at in rows for v in (entry, begin, tasks, base + 8 * at)]
+        self._rows = np.array(flat_rows, np.int64)
+        self._counters = np.zeros(2 * LINE * len(rows), np.int64)
         self._ends = np.zeros(len(rows), np.int64)
 
     def __len__(self) -> int:
@@ -256,27 +310,29 @@ class CallList:
 
     def run(self, first: int = 0, last: int | None = None, *, threads: int | None = None) -> None:
         """Execute the calls ``first`` to ``last - 1``, each after the one before."""
-        self._run(first, len(self) if last is None else last, threads, self._untimed)
+        self._run(first, len(self) if last is None else last, threads, 0)
 
     def run_timed(self, first: int, last: int, out_ns: Any, *, threads: int | None = None) -> int:
-        """The same; ``out_ns[call]`` gets the clock at the end of each call, the result is that at the start."""
-        begin = time.perf_counter_ns()
-        self._run(first, last, threads, self._ends)
+        """The same; ``out_ns[call]`` gets the time at the end of each call, the result is that at the start.
+
+        Times are those of ``time.perf_counter_ns``.
+        """
+        begin = before = time.perf_counter_ns()
+        self._run(first, last, threads, self._ends.ctypes.data)
         for i in range(first, last):
-            before = out_ns[i - 1] if i > first else begin
-            a, b = self._starts[i], self._starts[i + 1]
-            out_ns[i] = self._ends[a:b].max() if self._rows[a:b, 2].any() else before
+            ends = [int(self._ends[row]) for row in range(self._starts[i], self._starts[i + 1]) if self._tasks[row]]
+            before = max([before, *ends])
+            out_ns[i] = before
         return begin
 
-    def _run(self, first: int, last: int, threads: int | None, ends: Any) -> None:
+    def _run(self, first: int, last: int, threads: int | None, ends: int) -> None:
         a, b = self._starts[first], self._starts[last]
-        threads = min(settings().threads if threads is None else threads, int(self._rows[a:b, 2].max(initial=1)))
-        if threads <= 1:
-            _serial(self._rows, self._table, ends, a, b)
-            return
-        self._counters[a * 2 * LINE : b * 2 * LINE] = 0
-        with _entering():
-            _parallel(self._rows, self._table, self._counters, ends, a, b, set_threads(threads))
+        useful = max(self._tasks[a:b], default=1)
+        helpers = min(settings().threads if threads is None else threads, useful) - 1
+        if helpers < 1:
+            _serial(self._rows, a, b, ends)
+        else:
+            _lead(_crew(helpers).state, self._rows, self._counters, a, b, ends, helpers)
 
 
 def address_of(array: Any) -> int:

@@ -4,8 +4,8 @@
 
 Neighbouring axes that every operand reads alike are merged, which leaves a flat loop, or rows of
 channels, in nearly all cases; LLVM vectorises the inner loop. An operand may be the memory of an
-output: it is read where the output is written, before that. With ``chunk`` the results of some rows
-wait on the stack, so that costly formulas are vectorised even then.
+output: it is read where the output is written, before that (LLVM then runs its loop without vectors,
+which costs little where memory is the limit; results that wait on the stack were slower).
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
 from .compile import scalar_names, written
-from .driver import scratch
-
-COSTLY = ("/", "sqrt", "keep")
 
 
 def merged(
@@ -123,25 +120,30 @@ def _names(ins: Sequence[Spec]) -> tuple[str, ...]:
     return tuple(f"x{i}" for i in range(len(ins)))
 
 
-def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    costly = any(word in line for line in op.scalar(_names(ins)).lines for word in COSTLY)
-    return {"grain": 16384, "chunk": 256 if costly and outs[0].size >= 256 else 0}
+@template("pointwise", "cpu", space={"grain": (16384, 4096, 65536)})
+def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, grain: int) -> Loop:
+    """``grain``: elements of a task."""
+    shapes = [spec.shape for spec in ins]
+    return elements(op.name, op.scalar(_names(ins)), shapes, outs, epilogue, grain=grain)
 
 
-@template("pointwise", "cpu", space={"grain": (16384, 4096, 65536), "chunk": (0, 256)}, prefer=_prefer)
-def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, grain: int, chunk: int) -> Loop:
-    """``grain``: elements of a task; ``chunk``: results that wait on the stack, 0 for none."""
-    scalar = op.scalar(_names(ins))
+def elements(
+    name: str,
+    scalar: Scalar,
+    ins: Sequence[Sequence[int]],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    grain: int,
+) -> Loop:
+    """The loop of a formula over operands x0, x1, ... of shapes ``ins``, which broadcast to the outputs."""
     shape = outs[0].shape
     by_channel = any(epilogue.reach(extra) == "channel" for extra in epilogue.extras)
-    sizes, varies = merged(shape, [spec.shape for spec in ins], keep_last=scalar.indexed or by_channel)
+    sizes, varies = merged(shape, ins, keep_last=scalar.indexed or by_channel)
     walk = Walk(sizes, grain)
     scalars = [i for i in range(len(ins)) if not any(varies[i])]
     by_row = [i for i in range(len(ins)) if any(varies[i]) and not varies[i][-1]]
     by_element = [i for i in range(len(ins)) if varies[i][-1]]
-    every = range(len(outs))
-    width = min(chunk, walk.columns)
-    height = min(walk.group, max(1, chunk // width)) if chunk else 0
     results = list(scalar.results)
     if not epilogue.identity:
         results[0] = f"epilogue({results[0]}, extras, o + j, {'j' if by_channel else '0'}, at)"
@@ -149,40 +151,22 @@ def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue,
     def lines() -> Iterator[str]:
         yield from (f"    x{i} = in_{i}[0]" for i in scalars)
         yield from (f"    {line}" for line in walk.lines())
-        if not chunk:
-            yield from loop("    ", "first", "last", "low", "high")
-            return
-        yield from (f"    r_{i} = scratch({height * width}, D_{i})" for i in every)
-        yield f"    for top in range(first, last, {height}):"
-        yield f"        end = min(top + {height}, last)"
-        yield f"        for left in range(low, high, {width}):"
-        yield f"            right = min(left + {width}, high)"
-        yield from loop("            ", "top", "end", "left", "right")
-        yield "            for row in range(top, end):"
-        yield f"                o, w = row * {walk.inner}, (row - top) * {width} - left"
-        yield "                for j in range(left, right):"
-        yield from (f"                    out_{i}[o + j] = r_{i}[w + j]" for i in every)
-
-    def loop(pad: str, *bounds: str) -> Iterator[str]:
-        yield f"{pad}for row in range({bounds[0]}, {bounds[1]}):"
-        yield f"{pad}    o = row * {walk.inner}"
-        if chunk:
-            yield f"{pad}    w = (row - top) * {width} - left"
+        yield "    for row in range(first, last):"
+        yield f"        o = row * {walk.inner}"
         if scalar.indexed:
-            yield from (f"{pad}    {line}" for line in row_place(shape))
-        yield from (f"{pad}    x{i} = in_{i}[{walk.offset(varies[i])}]" for i in by_row)
-        yield from (f"{pad}    a_{i} = {walk.offset(varies[i])}" for i in by_element)
-        yield f"{pad}    for j in range({bounds[2]}, {bounds[3]}):"
-        yield from (f"{pad}        x{i} = in_{i}[a_{i} + j]" for i in by_element)
+            yield from (f"        {line}" for line in row_place(shape))
+        yield from (f"        x{i} = in_{i}[{walk.offset(varies[i])}]" for i in by_row)
+        yield from (f"        a_{i} = {walk.offset(varies[i])}" for i in by_element)
+        yield "        for j in range(low, high):"
+        yield from (f"            x{i} = in_{i}[a_{i} + j]" for i in by_element)
         if scalar.indexed:
-            yield f"{pad}        index = U(place + j)"
-        yield from (f"{pad}        {line}" for line in scalar.lines)
-        yield from (f"{pad}        y{i} = {result}" for i, result in enumerate(results))
-        target = "r_{}[w + j]" if chunk else "out_{}[o + j]"
-        yield from (f"{pad}        {target.format(i)} = y{i}" for i in every)
+            yield "            index = U(place + j)"
+        yield from (f"            {line}" for line in scalar.lines)
+        # all results before the first is stored: an output may lie on an input
+        yield from (f"            y{i} = {result}" for i, result in enumerate(results))
+        yield from (f"            out_{i}[o + j] = y{i}" for i in range(len(outs)))
 
-    arrays = ", ".join([*(f"in_{i}" for i in range(len(ins))), *(f"out_{i}" for i in every)])
-    text = "\n".join([f"def {op.name}(task, {arrays}, extras, at):", *lines()]) + "\n"
-    dtypes = {f"D_{i}": np.dtype(spec.dtype).type for i, spec in enumerate(outs)}
-    names = {"scratch": scratch, "epilogue": epilogue, "T": dtypes["D_0"], "U": np.uint64}
-    return Loop(written(text, **names, **dtypes, **scalar_names(scalar)), walk.tasks)
+    arrays = ", ".join([*(f"in_{i}" for i in range(len(ins))), *(f"out_{i}" for i in range(len(outs)))])
+    text = "\n".join([f"def {name}(task, {arrays}, extras, at):", *lines()]) + "\n"
+    names = {"epilogue": epilogue, "T": np.dtype(outs[0].dtype).type, "U": np.uint64}
+    return Loop(written(text, **names, **scalar_names(scalar)), walk.tasks)

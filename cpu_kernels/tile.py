@@ -26,6 +26,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import populate_array
 
@@ -40,7 +41,7 @@ def registers(size_bytes: int) -> int:
 class Tile(types.Type):
     """Numba type of a register tile; ``dtype`` is float32 or float64."""
 
-    def __init__(self, extents: tuple[int, int, int, int], dtype: Any) -> None:
+    def __init__(self, extents: tuple[int, ...], dtype: Any) -> None:
         self.lines, self.rows, self.vectors, self.lanes = extents
         self.dtype = dtype
         super().__init__(name=f"Tile({', '.join(map(str, extents))}, {dtype})")
@@ -139,10 +140,22 @@ class _Emit:
         return self.builder.call(self.function(f"llvm.fmuladd.{self.suffix}", vector, [vector] * 3), [a, b, c])
 
 
+def _constant(name: str, given: Any) -> int:
+    """The value of an argument that the compiler must know."""
+    if not isinstance(given, types.IntegerLiteral):
+        raise TypingError(f"{name} is not a constant but {given}. Make it a free variable of the kernel, not a sum.")
+    return int(given.literal_value)
+
+
+def _extents(*given: Any) -> tuple[int, ...]:
+    names = ("lines", "rows", "vectors", "lanes")
+    return tuple(_constant(f"zeros: {name}", extent) for name, extent in zip(names, given, strict=True))
+
+
 @intrinsic(prefer_literal=True)
 def zeros(typingctx, lines, rows, vectors, lanes, like):  # type: ignore[no-untyped-def]
     """A tile of zeros with the dtype of array ``like``; the extents are constants."""
-    tile = Tile(tuple(e.literal_value for e in (lines, rows, vectors, lanes)), like.dtype)
+    tile = Tile(_extents(lines, rows, vectors, lanes), like.dtype)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         count = tile.lines * tile.rows * tile.vectors
@@ -155,10 +168,11 @@ def zeros(typingctx, lines, rows, vectors, lanes, like):  # type: ignore[no-unty
 @intrinsic(prefer_literal=True)
 def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  # type: ignore[no-untyped-def]
     """tile[l, i, j] + x[x_offset + l*x_jump + i*x_stride] * w[w_offset + j*lanes : ... + lanes]."""
+    valid = _constant("outer: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, x_array, start, stride, jump, w_array, w_start, _ = args
-        emit = _Emit(context, builder, tile, tail.literal_value)
+        emit = _Emit(context, builder, tile, valid)
         x_data, w_data = emit.data(x, x_array), emit.data(w, w_array)
         row = [emit.load(emit.vector_at(w_data, w_start, j), j) for j in range(tile.vectors)]
         for line, i, first in tile.slots():
@@ -176,10 +190,11 @@ def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  #
 @intrinsic(prefer_literal=True)
 def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
+    valid = _constant("load: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
-        emit = _Emit(context, builder, tile, tail.literal_value)
+        emit = _Emit(context, builder, tile, valid)
         data = emit.data(y, y_array)
         for n, (_, _, first) in enumerate(tile.slots()):
             row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
@@ -193,10 +208,11 @@ def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyp
 @intrinsic(prefer_literal=True)
 def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """Write the rows of the tile to y, ``y_stride`` elements apart."""
+    valid = _constant("store: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
-        emit = _Emit(context, builder, tile, tail.literal_value)
+        emit = _Emit(context, builder, tile, valid)
         data = emit.data(y, y_array)
         for n, (_, _, first) in enumerate(tile.slots()):
             row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
@@ -211,7 +227,7 @@ def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-unty
 def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
     """The transpose of a tile of 1 line, `lanes` rows and 1 vector, in registers."""
     if (tile.lines, tile.rows, tile.vectors) != (1, tile.lanes, 1):
-        raise TypeError(f"transpose: {tile} is not square. Give 1 line, {tile.lanes} rows and 1 vector.")
+        raise TypingError(f"transpose: {tile} is not square. Give 1 line, {tile.lanes} rows and 1 vector.")
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, lanes = args[0], tile.lanes
@@ -237,16 +253,16 @@ def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
 @intrinsic(prefer_literal=True)
 def local(typingctx, size, like):  # type: ignore[no-untyped-def]
     """An uninitialised array of a constant size and the dtype of ``like``, on the stack of the caller."""
-    array = types.Array(like.dtype, 1, "C")
+    array, length = types.Array(like.dtype, 1, "C"), _constant("local: size", size)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         element = context.get_data_type(like.dtype)
-        count, itemsize = ir.Constant(ir.IntType(64), size.literal_value), like.dtype.bitwidth // 8
+        count, itemsize = ir.Constant(ir.IntType(64), length), like.dtype.bitwidth // 8
         with builder.goto_entry_block():
             memory = builder.alloca(element, size=count)
             memory.align = 64
         out = context.make_array(array)(context, builder)
-        shape, strides = [context.get_constant(types.intp, v) for v in (size.literal_value, itemsize)]
+        shape, strides = [context.get_constant(types.intp, v) for v in (length, itemsize)]
         bytes_each = context.get_constant(types.intp, itemsize)
         populate_array(out, memory, [shape], [strides], bytes_each, None)
         return out._getvalue()

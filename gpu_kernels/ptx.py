@@ -10,15 +10,16 @@ Index arithmetic is 32-bit. Guarded accesses are predicated PTX: no branch, zero
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from rapydli_flow.errors import TemplateError
 from rapydli_flow.spec import Array
 
 from .emulate import machine as cuda
+from .pair import Pair, device_type
 
 __all__ = ["Pair", "cuda", "device_type", "float32", "int32", "unroll"]
 
@@ -32,34 +33,6 @@ def unroll(count: int) -> range:
     return range(count)
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One intrinsic: its NumPy twin, and the rule from which numba-cuda's half is made.
-
-    ``rule(*types)`` returns the result type, the parameter types, and a function that emits LLVM IR.
-    """
-
-    name: str
-    twin: Callable[..., Any]
-    rule: Callable[..., tuple[Any, Sequence[Any], Callable[..., Any]]]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.twin(*args)
-
-    @cached_property
-    def device(self) -> Any:
-        """The intrinsic of numba-cuda."""
-        from numba.cuda.extending import intrinsic
-        from numba.cuda.typing import signature
-
-        def definition(typing: Any, *types: Any) -> Any:
-            result, parameters, emit = self.rule(*types)
-            return signature(result, *parameters), emit
-
-        definition.__name__ = self.name
-        return intrinsic(definition)
-
-
 # ---- types
 
 
@@ -67,13 +40,6 @@ _REGISTER = {"float32": ("f", "f32"), "float64": ("d", "f64"), "int64": ("l", "s
 _REGISTER["uint8"] = ("r", "u8")
 _ZERO = {"f": "mov.f32 ${}, 0f00000000;", "d": "mov.f64 ${}, 0d0000000000000000;"}
 _ZERO |= {"l": "mov.s64 ${}, 0;", "r": "mov.s32 ${}, 0;"}
-
-
-def device_type(dtype: str) -> Any:
-    """Numba's type of an element."""
-    from numba.cuda import types
-
-    return getattr(types, dtype)
 
 
 def _llvm(register: str) -> Any:
@@ -114,11 +80,18 @@ def _vector_pointer(builder: Any, pointer: Any, width: int) -> Any:
     return builder.bitcast(pointer, ir.PointerType(ir.VectorType(pointer.type.pointee, width)))
 
 
+def _at_most_16_bytes(dtype: str, width: int) -> None:
+    if np.dtype(dtype).itemsize * width > 16:
+        raise TemplateError(
+            f"{width} elements of {dtype} are more than 16 bytes. Use narrower vectors for this kernel."
+        )
+
+
 # ---- index arithmetic
 
 
 def _binary(name: str, twin: Callable[..., Any]) -> Pair:
-    def rule(*types: Any) -> Any:
+    def rule(a: Any, b: Any) -> Any:
         integer = device_type("int32")
         return integer, (integer, integer), lambda context, builder, sig, args: getattr(builder, name)(*args)
 
@@ -134,12 +107,12 @@ ARITHMETIC = {
 }
 
 
-def _inside_rule(*types: Any) -> Any:
+def _inside_rule(at: Any, extent: Any) -> Any:
     integer, boolean = device_type("int32"), device_type("boolean")
     return boolean, (integer, integer), lambda context, builder, sig, args: builder.icmp_unsigned("<", *args)
 
 
-def _select_rule(*types: Any) -> Any:
+def _select_rule(condition: Any, a: Any, b: Any) -> Any:
     integer, boolean = device_type("int32"), device_type("boolean")
     return integer, (boolean, integer, integer), lambda context, builder, sig, args: builder.select(*args)
 
@@ -154,6 +127,7 @@ select = Pair("select", lambda condition, a, b: np.where(condition, a, b).astype
 @cache
 def load(dtype: str, width: int, *, constant: bool = False) -> Pair:
     """``(active, pointer, at) -> width elements``; ``constant``: nobody writes them while the kernel runs."""
+    _at_most_16_bytes(dtype, width)
 
     def rule(active: Any, pointer: Any, at: Any) -> Any:
         from llvmlite import ir
@@ -194,10 +168,10 @@ def load_one(dtype: str, width: int) -> Pair:
     """``(active, pointer, at) -> the same element width times``."""
     one = load(dtype, 1)
 
-    def rule(*args: Any) -> Any:
+    def rule(active: Any, pointer: Any, at: Any) -> Any:
         from numba.cuda import types
 
-        _, parameters, load_it = one.rule(*args)
+        _, parameters, load_it = one.rule(active, pointer, at)
         single = types.UniTuple(device_type(dtype), 1)
 
         def emit(context: Any, builder: Any, sig: Any, values: Any) -> Any:
@@ -212,6 +186,7 @@ def load_one(dtype: str, width: int) -> Pair:
 @cache
 def store(dtype: str, width: int) -> Pair:
     """``(active, pointer, at, values)``"""
+    _at_most_16_bytes(dtype, width)
 
     def rule(active: Any, pointer: Any, at: Any, values: Any) -> Any:
         from llvmlite import ir

@@ -1,0 +1,83 @@
+"""rapydli_flow: deep learning as Dask task graphs of Numba and Numba-CUDA kernels, specialised by an autotuner.
+
+Networks are drawn in Python (`trace`), differentiated (`train_step`), divided over the workers of a Dask
+cluster (`plan`), tuned (`autotune`) and trained (`fit`) on chunked arrays. See the README for a first run.
+
+Names are imported when they are first used: `import rapydli_flow` loads neither Dask nor Numba.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from . import nn as nn
+    from . import optim as optim
+    from .api import Compiled as Compiled
+    from .api import Model as Model
+    from .api import Run as Run
+    from .api import autotune as autotune
+    from .api import compile as compile
+    from .api import evaluate as evaluate
+    from .api import fit as fit
+    from .api import init as init
+    from .api import load_model as load_model
+    from .api import plan as plan
+    from .api import predict as predict
+    from .api import save_model as save_model
+    from .config import settings as settings
+    from .data import ingest as ingest
+    from .data import load as load
+    from .graph import trace as trace
+    from .graph import train_step as train_step
+    from .progress import ProgressBar as ProgressBar
+    from .runtime.events import Callback as Callback
+    from .scheduler import Plan as Plan
+    from .spec import Block as Block
+    from .spec import Spec as Spec
+
+_HOMES = {
+    "api": (
+        "Compiled",
+        "Model",
+        "Run",
+        "autotune",
+        "compile",
+        "evaluate",
+        "fit",
+        "init",
+        "load_model",
+        "plan",
+        "predict",
+        "save_model",
+    ),
+    "config": ("settings",),
+    "data": ("ingest", "load"),
+    "graph": ("trace", "train_step"),
+    "progress": ("ProgressBar",),
+    "runtime.events": ("Callback",),
+    "scheduler": ("Plan",),
+    "spec": ("Block", "Spec"),
+}
+_MODULES = ("errors", "nn", "optim")
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_MODULES, *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -151,13 +151,16 @@ class Index:
     ) -> Iterator[tuple[int, tuple[int | None, ...], int, tuple[int | None, ...]]]:
         """Every (input, element, output, element) pair of the formula; None on an axis written ``.``.
 
-        Enumerates the iteration space: only for small specs, in tests.
+        A point at which one operand lies in the padding reads none of the others. Enumerates the
+        iteration space: only for small specs, in tests.
         """
         sizes = self.sizes(ins, outs)
         letters = list(sizes)
         for point in product(*(range(sizes[letter]) for letter in letters)):
             values = dict(zip(letters, point, strict=True))
             at_in = [_element(o, s, values) for o, s in zip(self.inputs, ins, strict=True)]
+            if any(a is None for a in at_in):
+                continue
             at_out = [_element(o, s, values) for o, s in zip(self.outputs, outs, strict=True)]
             for i, a in enumerate(at_in):
                 for k, b in enumerate(at_out):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..errors import GraphError
 from ..ops import (
     Add,
     Conv,
@@ -18,6 +19,7 @@ from ..ops import (
     Fill,
     Leaf,
     Matmul,
+    Moments,
     Multiply,
     Op,
     Pointwise,
@@ -28,6 +30,7 @@ from ..ops import (
     Sum,
     Tanh,
 )
+from ..ops.base import Reject, refuse
 from ..ops.formula import trace
 from ..spec import Block, Spec
 from ..template import Epilogue, Scalar
@@ -57,7 +60,14 @@ class Fused(Op):
         return "+".join([self.anchor.title, *(op.title for op, _ in self.tail)])
 
     def infer(self, *inputs: Spec) -> Any:
-        return self.anchor.infer(*inputs[: self.arity])
+        out = self.anchor.infer(*inputs[: self.arity])
+        if not isinstance(out, Spec):
+            raise GraphError(f"fused: {self.anchor.name} has {len(out)} outputs; a tail follows an op with one.")
+        for i, extra in enumerate(inputs[self.arity :]):
+            if not Epilogue.takes(extra, out):
+                rule = f"extra {i} must be a scalar, or have the shape or the channels of the output {out}"
+                raise refuse(self, rule, {f"e{i}": extra}, "Leave the op that reads it outside the tail.")
+        return out
 
     def index(self, *inputs: Spec) -> str:
         body, bar, given = self.anchor.index(*inputs[: self.arity]).partition("|")
@@ -105,6 +115,16 @@ class Fused(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return _samples()
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        one, two = (cls(anchor=op, arity=2, tail=((Add(), (-1, 0)),)) for op in (Matmul(), Moments()))
+        a, b, c = Spec((7, 9)), Spec((9, 17)), Spec((9,))
+        return (
+            Reject(one, (a, b, Spec((7, 1))), r"fused: extra 0 must be a scalar, .* f32\[7,17\] \(e0 f32\[7,1\]\)"),
+            Reject(one, (a, a, Spec((17,))), "matmul: a gives 9 values but b expects 7"),
+            Reject(two, (a, c, c), "fused: moments has 2 outputs"),
+        )
 
 
 def parts(op: Op, inputs: Sequence[Spec]) -> tuple[Op, tuple[Spec, ...], Epilogue]:

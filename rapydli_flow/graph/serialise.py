@@ -63,6 +63,7 @@ def _graph(document: Any) -> Graph:
             inputs = [graph.tensor((int(i), int(k))) for i, k in row["inputs"]]
             at = Block(*(tuple(part) for part in row["at"])) if "at" in row else None
             graph.add(decode(row["op"]), inputs, row["name"], at)
+            _count(graph, row["name"])
         graph.outputs = {k: (int(i), int(o)) for k, (i, o) in document["outputs"].items()}
         graph.updates = {k: (int(i), int(o)) for k, (i, o) in document["updates"].items()}
         graph.like = {(a[0], a[1]): (b[0], b[1]) for a, b in document["like"]}
@@ -72,6 +73,15 @@ def _graph(document: Any) -> Graph:
             raise
         raise GraphError(f"not a graph: {type(error).__name__} {error} while reading its nodes.") from None
     return verify(graph)
+
+
+def _count(graph: Graph, name: str) -> None:
+    """Let nodes that are added later not take this name, or its scope's."""
+    parts = name.split("/")
+    for i in range(1, len(parts) + 1):
+        base, _, number = "/".join(parts[:i]).rpartition("_")
+        if number.isdigit():
+            graph.counts[base] = max(graph.counts.get(base, 0), int(number))
 
 
 def encode(value: Any) -> Any:

@@ -177,7 +177,7 @@ def mean(x: Tensor, axes: Sequence[int]) -> Any:
 
 def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:
     """One number for each spatial axis."""
-    out = (value,) * space if isinstance(value, int) else tuple(value)
+    out = tuple(value) if isinstance(value, Sequence) else (value,) * space
     if len(out) != space or any(not isinstance(v, int) or v < 1 for v in out):
         raise SettingError(f"{layer}: {what}={value} is not a positive number, or one for each of {space} axes.")
     return out
@@ -185,9 +185,9 @@ def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:
 
 def pairs(layer: str, value: Padding, space: int) -> tuple[tuple[int, int], ...]:
     """A (low, high) pair for each spatial axis."""
-    each = (value,) * space if isinstance(value, int) else tuple(value)
-    out = tuple((v, v) if isinstance(v, int) else (v[0], v[1]) for v in each)
-    if len(out) != space or any(v < 0 for pair in out for v in pair):
+    each = tuple(value) if isinstance(value, Sequence) else (value,) * space
+    out = tuple((v[0], v[1]) if isinstance(v, Sequence) and len(v) == 2 else (v, v) for v in each)
+    if len(out) != space or any(not isinstance(v, int) or v < 0 for pair in out for v in pair):
         raise SettingError(
             f"{layer}: padding={value} is not 0 or more, or a (low, high) pair for each of {space} axes."
         )

@@ -1,4 +1,4 @@
-"""Losses and metrics: functions of the network's output and the label that give a scalar for the whole batch."""
+"""Losses and metrics: functions of the network's output and the label that give a mean over the batch."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ class Op(ABC):
     name: ClassVar[str]
     family: ClassVar[str]
     outputs: ClassVar[tuple[str, ...]] = ("y",)
+    no_gradient: ClassVar[tuple[str, ...]] = ()  # outputs whose cotangent vjp leaves out
     indexed: ClassVar[bool] = False  # reference(..., at=Block): reads where its output lies in the whole array
     collective: ClassVar[bool] = False  # what it gives depends on other ranks
     view: ClassVar[bool] = False  # the output is the input's memory, under another shape
@@ -90,10 +91,10 @@ class Op(ABC):
     def __init_subclass__(cls, abstract: bool = False) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
         cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if abstract:
+            return  # and leave family open: each op below has its own, unless the base names one
         if not hasattr(cls, "family"):
             cls.family = cls.name
-        if abstract:
-            return
         known = registry.setdefault(cls.name, cls)
         if known is not cls and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise GraphError(

@@ -147,6 +147,9 @@ class ConvInputGrad(_Sliding):
 
     def infer(self, dy: Spec, w: Spec) -> Spec:
         self.check_dtypes(dy=dy, w=w)
+        if dy.shape[-1] != w.shape[-1] or w.shape[-1] % self.groups:
+            rule = f"dy has {dy.shape[-1]} channels but w has {w.shape[-1]} filters in {self.groups} groups"
+            raise refuse(self, rule, {"dy": dy, "w": w}, LAYOUT)
         return Spec((dy.shape[0], *self.size, w.shape[-2] * self.groups), dy.dtype)
 
     def index(self, dy: Spec, w: Spec) -> str:
@@ -182,8 +185,12 @@ class ConvInputGrad(_Sliding):
     @classmethod
     def rejects(cls) -> tuple[Reject, ...]:
         op = cls(size=(6,), stride=(1,), padding=((0, 0),), dilation=(1,))
-        ins = (Spec((2, 4, 8)), Spec((3, 3, 8), "float64"))
-        return (Reject(op, ins, "conv_input_grad: operands need one floating dtype"),)
+        dy = Spec((2, 4, 8))
+        return (
+            Reject(op, (dy, Spec((3, 3, 8), "float64")), "conv_input_grad: operands need one floating dtype"),
+            Reject(op, (dy, Spec((3, 3, 6))), "conv_input_grad: dy has 8 channels but w has 6 filters in 1 groups"),
+            Reject(replace(op, groups=3), (dy, Spec((3, 1, 8))), "conv_input_grad: dy has 8 .* in 3 groups"),
+        )
 
 
 class ConvFilterGrad(_Sliding):
@@ -193,6 +200,9 @@ class ConvFilterGrad(_Sliding):
 
     def infer(self, x: Spec, dy: Spec) -> Spec:
         self.check_dtypes(x=x, dy=dy)
+        if x.shape[0] != dy.shape[0] or x.shape[-1] % self.groups or dy.shape[-1] % self.groups:
+            rule = f"x and dy must hold the same samples, and channels divisible by {self.groups} groups"
+            raise refuse(self, rule, {"x": x, "dy": dy}, LAYOUT)
         return Spec((*self.window, x.shape[-1] // self.groups, dy.shape[-1]), dy.dtype)
 
     def index(self, x: Spec, dy: Spec) -> str:
@@ -234,8 +244,12 @@ class ConvFilterGrad(_Sliding):
     @classmethod
     def rejects(cls) -> tuple[Reject, ...]:
         op = cls(window=(3,), stride=(1,), padding=((0, 0),), dilation=(1,))
-        ins = (Spec((2, 6, 3)), Spec((2, 4, 8), "int64"))
-        return (Reject(op, ins, "conv_filter_grad: operands need one floating dtype"),)
+        x, dy, message = Spec((2, 6, 3)), Spec((2, 4, 8)), "conv_filter_grad: x and dy must hold the same samples"
+        return (
+            Reject(op, (x, Spec((2, 4, 8), "int64")), "conv_filter_grad: operands need one floating dtype"),
+            Reject(op, (x, Spec((3, 4, 8))), message),
+            Reject(replace(op, groups=3), (x, dy), message + ", and channels divisible by 3 groups"),
+        )
 
 
 def local_groups(groups: int, split: Block) -> int:

@@ -85,6 +85,7 @@ class Statistics(Pointwise):
     count: int
     momentum: float = 0.9
     outputs = ("mean", "var", "running_mean", "running_var")
+    no_gradient = ("running_mean", "running_var")
 
     def formula(self, total: Any, squares: Any, mean0: Any, var0: Any) -> Any:
         shift = total * (1.0 / self.count)

@@ -231,7 +231,11 @@ class Cast(Pointwise):
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(), (Spec((3, 4), "uint8"),)), Sample(cls(to="float64"), (Spec((3, 4), "int64"),)))
+        return (
+            Sample(cls(), (Spec((3, 4), "uint8"),)),
+            Sample(cls(to="float64"), (Spec((3, 4), "int64"),)),
+            Sample(cls(to="float64"), (Spec((3, 4)),)),
+        )
 
 
 class Relu(Pointwise):

@@ -112,7 +112,13 @@ class StepDecay(_OfStep):
     every: int = 10
 
     def formula(self, step: Any) -> Any:
-        return self.rate * f.power(self.factor, f.floor(f.cast(step, self.to) / float(self.every)))
+        middle = f.cast(step, self.to) + 0.5  # floor never sees a whole number, which division may round down
+        return self.rate * f.power(self.factor, f.floor(middle / float(self.every)))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        on_the_edge = tuple(Sample(cls(every=49, to=to), (_STEP,), {0: (49, 50)}) for to in ("float32", "float64"))
+        return (*super().samples(), *on_the_edge)
 
 
 class CosineDecay(_OfStep):

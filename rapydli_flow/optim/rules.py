@@ -15,17 +15,20 @@ Rate = Callable[[Tensor, str], Any]
 
 def constant(rate: float) -> Rate:
     """The same rate at every step."""
-    return lambda step, dtype: ConstantRate(rate=_positive("rate", rate), to=dtype)(step)
+    rate = _positive("rate", rate)
+    return lambda step, dtype: ConstantRate(rate=rate, to=dtype)(step)
 
 
 def step_decay(rate: float, *, factor: float = 0.1, every: int) -> Rate:
     """``rate * factor ** floor(step / every)``"""
-    return lambda step, dtype: StepDecay(rate=_positive("rate", rate), factor=factor, every=every, to=dtype)(step)
+    rate, every = _positive("rate", rate), int(_positive("every", every))
+    return lambda step, dtype: StepDecay(rate=rate, factor=factor, every=every, to=dtype)(step)
 
 
 def cosine(rate: float, *, steps: int, warmup: int = 0) -> Rate:
     """Rise over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
-    return lambda step, dtype: CosineDecay(rate=_positive("rate", rate), steps=steps, warmup=warmup, to=dtype)(step)
+    rate = _positive("rate", rate)
+    return lambda step, dtype: CosineDecay(rate=rate, steps=steps, warmup=warmup, to=dtype)(step)
 
 
 def sgd(rate: float | Rate, *, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:

@@ -7,14 +7,14 @@ reads the old value any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import TooLittleMemory
-from ..graph import Graph, Node, Value, parts
-from ..ops import Copy, Leaf
+from ..graph import Graph, Node, Value
+from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
-from ..tuner import Choice, Request
+from ..tuner import Choice, Request, Tuning
 from .arena import Arena
 
 
@@ -50,9 +50,13 @@ class Collective:
     """One meeting of all ranks: an `AllReduce` or an `Exchange`."""
 
     name: str
-    op: object
+    op: Op
     ins: tuple[Buffer, ...]
     outs: tuple[Buffer, ...]
+
+    @property
+    def title(self) -> str:
+        return self.op.title
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,14 @@ class Program:
         )
 
 
-Choose = Callable[[Request], Choice]
-Workspace = Callable[[Request, Choice], tuple[Spec, ...]]
-
-
-def compile_program(graph: Graph, choose: Choose, workspace: Workspace) -> Program:
-    """The program of a rank graph; ``choose`` gives each kernel its template and config, which fix its workspace."""
-    return _Planner(graph, choose, workspace).run()
+def compile_program(graph: Graph, tuning: Tuning) -> Program:
+    """The program of a rank graph; the tuning gives each kernel its template and config, which fix its workspace."""
+    return _Planner(graph, tuning).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, choose: Choose, workspace: Workspace) -> None:
-        self.graph, self.choose, self.workspace = graph, choose, workspace
+    def __init__(self, graph: Graph, tuning: Tuning) -> None:
+        self.graph, self.tuning = graph, tuning
         self.arena = Arena()
         self.buffers: dict[Value, Buffer] = {}
         self.root: dict[Value, Value] = {}
@@ -188,13 +188,11 @@ class _Planner:
         self.release(i, node, taken)
 
     def call(self, node: Node, ins: tuple[Buffer, ...], outs: tuple[Buffer, ...]) -> Call:
-        anchor, specs, epilogue = parts(node.op, [b.spec for b in ins])
-        request = Request(anchor, specs, epilogue, node.op.title)
-        choice = self.choose(request)
-        work = tuple(self.take(f"{node.name} workspace", spec) for spec in self.workspace(request, choice))
+        request, choice = self.tuning.serve(node.op, [b.spec for b in ins])
+        work = tuple(self.take(f"{node.name} workspace", spec) for spec in self.tuning.workspace(request, choice))
         for buffer in work:
             self.arena.give(buffer.offset, buffer.spec.size_bytes)
-        n = len(specs)
+        n = len(request.ins)
         at = (node.at or Block.all(node.specs[0].shape)) if node.op.indexed else None
         return Call(node.name, request, choice, ins[:n], outs, work, ins[n:], at)
 
@@ -232,8 +230,6 @@ class _Planner:
             if source.offset == target.offset:
                 continue
             copied += 1
-            _, specs, epilogue = parts(Copy(), [source.spec])
-            request = Request(Copy(), specs, epilogue, "copy")
-            choice = self.choose(request)
+            request, choice = self.tuning.serve(Copy(), [source.spec])
             self.steps.append(Call(f"{name}/copy", request, choice, (source,), (target,), (), (), None))
         return copied

@@ -1,1 +1,4 @@
-"""Suites that others subclass or parametrise: `ops` walks every operator. May import everything below the front doors."""
+"""Suites that others subclass or parametrise, and slow twins.
+
+`ops` walks every operator; `interpret` runs a graph node by node. May import everything below the front doors.
+"""

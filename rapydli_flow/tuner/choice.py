@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ..errors import TemplateError
+from ..graph import parts
 from ..ops import Op
 from ..spec import Spec
 from ..template import Device, Epilogue, Template, templates
@@ -89,6 +90,15 @@ class Tuning:
             if config is not None:
                 return Choice.of(template, config)
         return REFERENCE
+
+    def serve(self, op: Op, ins: Sequence[Spec]) -> tuple[Request, Choice]:
+        """What to run for an op of a graph, with its tail in the epilogue where a template takes it."""
+        anchor, specs, epilogue = parts(op, ins)
+        request = Request(anchor, specs, epilogue, op.title)
+        choice = self.choose(request)
+        if choice.reference:  # the whole op runs in NumPy, its tail too
+            request = Request(op, tuple(ins), Epilogue.none(op.out_specs(*ins)[0]), op.title)
+        return request, choice
 
     def workspace(self, request: Request, choice: Choice) -> tuple[Spec, ...]:
         """Specs of the buffers that the chosen kernel needs for one call."""

@@ -1,0 +1,51 @@
+# make demo    set up an environment of its own and train on real data
+# make test    the test suite, in the same environment
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONWARNINGS =
+
+.PHONY: demo test test-exhaustive lint types floors bench gpu-check docs wheel clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[dev,docs]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/rapydli train examples/digits.py --workers 2 --run-dir runs/digits --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+test-exhaustive: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m exhaustive
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+floors: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers.py
+	.peers/bin/python benchmarks/train_step.py
+	.peers/bin/python benchmarks/overhead.py
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --site-dir site
+
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .peers dist site runs

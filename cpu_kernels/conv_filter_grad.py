@@ -1,0 +1,289 @@
+"""Filter gradient of convolutions on register tiles.
+
+    dw[r, c, k] = sum over n, o of x[n, o*stride + r*dilation - low, c] * dy[n, o, k]
+
+A tile holds (tap, channel) pairs by filters and grows by one pixel at a time:
+
+             dy: `vectors` vectors of filters        for each chunk of pixel rows:
+    x  (r, s, c)    acc ...                              for each tile of the task:
+       (r, s, c+1)  acc ...                                  acc  = partial sums of the tile
+       ...          acc ...                                  for each pixel of the chunk:
+                                                                 acc += x[pixel + (r, s, c)] * dy[pixel]
+                                                             partial sums = acc
+
+The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has
+one panel of filters and all tiles of a few rows of taps, so that a chunk of dy and x is read from the
+second-level cache. Chunks are short for accuracy as well: float32 sums stay below CHUNK terms. Where that
+makes few tasks, ``split`` cuts the records into parts; their sums are made first, and added in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, Loop, template
+
+from .conv_geometry import Geometry, forward, padding, sizes
+from .tile import balanced, holds, load, local, outer, step_cost, store, zeros
+
+CHUNK = 1024  # most pixels between two visits of the partial sums
+TASKS = 16  # fewer tasks than that are split
+SUMS = 1 << 20  # most partial sums
+COPY_BYTES = 1 << 17  # most of dy that may lie on a stack
+SPACE: dict[str, tuple[Any, ...]] = {
+    "rows": (14, 12, 10, 6),
+    "vectors": (2, 1, 3, 4),
+    "lanes": (16, 8, 4, 2),
+    "split": (1, 8, 32),
+}
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How dw is cut into groups of tiles, and the pixels into parts."""
+
+    g: Geometry
+    lines: int
+    rows: int
+    width: int
+    split: int
+
+    @classmethod
+    def of(cls, g: Geometry, *, rows: int, vectors: int, lanes: int, split: int) -> Blocking:
+        window = g.axes[1].taps[0]
+        length = cls.length(g)
+        tile_lines = balanced(window, rows // length) if length < rows else 1
+        return cls(g, tile_lines, balanced(length, rows), vectors * lanes, split)
+
+    @staticmethod
+    def length(g: Geometry) -> int:
+        """(tap, channel) pairs that follow each other in x."""
+        return g.inner * (g.axes[2].taps[0] if g.contiguous else 1)
+
+    @property
+    def stretches(self) -> int:
+        """Stretches of such pairs in a row of taps."""
+        return 1 if self.g.contiguous else self.g.axes[2].taps[0]
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.length(self.g) // self.rows)
+
+    @property
+    def bands(self) -> int:
+        """Pieces of the window's second axis."""
+        return -(-self.g.axes[1].taps[0] // self.lines)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.g.outer // self.width)
+
+    @property
+    def pieces(self) -> int:
+        """Tasks of one part of the pixels."""
+        return self.panels * self.g.groups * self.g.axes[0].taps[0] * self.bands * self.stretches
+
+    @property
+    def pixel_rows(self) -> int:
+        return self.g.n * self.g.axes[0].out * self.g.axes[1].out
+
+    @property
+    def tile_size(self) -> int:
+        return self.lines * self.rows * self.width
+
+
+def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
+    x, dy, dw = ins[0].shape, ins[1].shape, outs[0].shape
+    d, h, w = (forward(s) for s in sizes(op, x[1:-1], dy[1:-1], dw[:-2]))
+    return Geometry(x[0], (d, h, w), dw[-2], dw[-1] // op.groups, op.groups)
+
+
+def _fits(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    split: int,
+) -> bool:
+    if outs[0].size == 0 or ins[0].size == 0 or ins[1].size == 0:
+        return False
+    g = _geometry(op, ins, outs)
+
+    def tile(rows: int) -> tuple[int, int]:
+        b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split)
+        return b.lines, b.rows
+
+    shape = tile(rows)
+    return (
+        holds(prod(shape), vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+        and (vectors - 1) * lanes < g.outer
+        and split <= g.n
+        # a smaller `rows` means the same tile
+        and not any(r < rows and tile(r) == shape for r in SPACE["rows"])
+    )
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    g, lanes = _geometry(op, ins, outs), device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+
+    def candidates() -> Iterator[dict[str, Any]]:
+        for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
+            config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1}
+            b = Blocking.of(g, **config)
+            size = b.pieces * b.tiles * b.tile_size
+            for split in reversed(SPACE["split"]):
+                config["split"] = split
+                useful = split == 1 or (b.pieces < TASKS and size * split <= SUMS)
+                if useful and _fits(op, ins, outs, device, **config):
+                    yield config
+                    break
+
+    def cost(config: dict[str, Any]) -> float:
+        b = Blocking.of(g, **config)
+        return b.pieces * b.tiles * step_cost(b.lines * b.rows, config["vectors"])
+
+    return min(candidates(), key=cost, default={"rows": 6, "vectors": 1, "lanes": lanes, "split": 1})
+
+
+def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    g = _geometry(op, ins, outs)
+    b = Blocking.of(g, **config)
+    sums, padded = b.split * b.pieces * b.tiles * b.tile_size, g.padded_size if g.pads else 1
+    return Spec((sums,), outs[0].dtype), Spec((padded,), outs[0].dtype)
+
+
+@template("conv_filter_grad", "cpu", space=SPACE, fits=_fits, workspace=_workspace, prefer=_prefer)
+def tiles(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    split: int,
+) -> Loop:
+    """Taps and channels by filters, pixel after pixel."""
+    g = _geometry(op, ins, outs)
+    b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split)
+    d, h, w = g.axes
+    pad, pad_tasks = padding(g)
+    pads, records, record_rows, padded_rows = g.pads, g.n, d.out * h.out, d.padded * h.padded
+
+    lines, rows, width, tile_size = b.lines, b.rows, b.width, b.tile_size
+    pieces, panels, tile_count, bands, stretches = b.pieces, b.panels, b.tiles, b.bands, b.stretches
+    window_d, window_h = d.taps[0], h.taps[0]
+    length, inner, outer_channels = b.length(g), g.inner, g.outer
+    row_length = length * stretches
+    columns = min(g.outer, width)
+    tail, last, filters = columns % lanes, g.outer - columns, g.outer * g.groups
+    even = panels * columns == g.outer
+    last_row, last_line = length - rows, window_h - lines
+    # distances in the padded x
+    channels = g.inner * g.groups
+    line_h, line_d = w.padded * channels, h.padded * w.padded * channels
+    record = d.padded * line_d
+    step_d, step_h, step_w = d.step * line_d, h.step * line_h, w.step * channels
+    spread_d, spread_h, spread_w = d.spread * line_d, h.spread * line_h, w.spread * channels
+    origin = d.first[0] * line_d + h.first[0] * line_h + w.first[0] * channels
+    out_d, out_h, out_w, pixel_rows = d.out, h.out, w.out, b.pixel_rows
+    chunk = max(1, CHUNK // out_w)
+    part_size = pieces * tile_count * tile_size
+    # dy's vectors of one panel lie far apart: many tiles repay copying them together
+    copy_size = chunk * out_w * width
+    copies = filters > 2 * width and tile_count >= 4 and copy_size * np.dtype(outs[0].dtype).itemsize <= COPY_BYTES
+    # who pads its records for itself has all pieces of them
+    portion = pieces if pads else 1
+    portions = pieces // portion
+
+    def before(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
+        pad(task, x, padded)
+
+    def add_pixels(sums, slot, fresh, x, start, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
+        acc = zeros(lines, rows, vectors, lanes, sums)
+        if not fresh:
+            acc = load(acc, sums, slot, width, 0)
+        for row in range(begin, end):
+            n, z, o = row // (out_h * out_d), row // out_h % out_d, row % out_h
+            pixel = start + n * record + z * step_d + o * step_h
+            source = (row - begin) * out_w * stride + column
+            for i in range(out_w):
+                acc = outer(acc, x, pixel + i * step_w, 1, spread_h, dy, source + i * stride, tail)
+        store(acc, sums, slot, width, 0)
+
+    def write(piece, dw, sums, extras, at):  # type: ignore[no-untyped-def]
+        panel, stretch, band = piece % panels, piece // panels % stretches, piece // (panels * stretches) % bands
+        q = piece // (panels * stretches * bands) % window_d
+        group = piece // (panels * stretches * bands * window_d)
+        column, line = min(panel * width, last), min(band * lines, last_line)
+        skip = 0 if even else panel * width - column
+        k = group * outer_channels + column
+        for tile in range(tile_count):
+            first = min(tile * rows, last_row)
+            for m in range(band * lines - line, lines):
+                for i in range(tile * rows - first, rows):
+                    position = (q * window_h + line + m) * row_length + stretch * inner + first + i
+                    o = position * filters + k
+                    s = (piece * tile_count + tile) * tile_size + (m * rows + i) * width
+                    for j in range(skip, columns):
+                        v = sums[s + j]
+                        for part in range(1, split):
+                            v += sums[s + part * part_size + j]
+                        dw[o + j] = epilogue(v, extras, o + j, k + j, at)
+
+    def add_piece(part, piece, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
+        panel, stretch, band = piece % panels, piece // panels % stretches, piece // (panels * stretches) % bands
+        q = piece // (panels * stretches * bands) % window_d
+        group = piece // (panels * stretches * bands * window_d)
+        column, line = min(panel * width, last) + group * outer_channels, min(band * lines, last_line)
+        start = origin + q * spread_d + line * spread_h + stretch * spread_w + group * inner
+        first, stride = low * out_w * filters + column, filters
+        if copies:
+            panel_dy = local(copy_size, dy)
+            for i in range((high - low) * out_w):
+                row = zeros(1, 1, vectors, lanes, dy)
+                store(load(row, dy, first + i * filters, 0, tail), panel_dy, i * width, 0, 0)
+            dy, first, stride = panel_dy, 0, width
+        for tile in range(tile_count):
+            slot = part * part_size + (piece * tile_count + tile) * tile_size
+            add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), dy, first, stride, low, high)
+
+    def before_whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
+        pad(task, x, padded)
+
+    def whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
+        source = padded if pads else x
+        for low in range(0, pixel_rows, chunk):
+            add_piece(0, task, source, dy, sums, low == 0, low, min(low + chunk, pixel_rows))
+        write(task, dw, sums, extras, at)
+
+    def before_parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
+        part, first = task // portions, task % portions * portion
+        begin, end = records * part // split, records * (part + 1) // split
+        if pads:
+            for row in range(begin * padded_rows, end * padded_rows):
+                pad(row, x, padded)
+        source = padded if pads else x
+        for low in range(begin * record_rows, end * record_rows, chunk):
+            high = min(low + chunk, end * record_rows)
+            for piece in range(first, first + portion):
+                add_piece(part, piece, source, dy, sums, low == begin * record_rows, low, high)
+
+    def parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
+        write(task, dw, sums, extras, at)
+
+    if split == 1:
+        return Loop(whole, pieces, before=before_whole if pads else None, before_tasks=pad_tasks)
+    return Loop(parts, pieces, before=before_parts, before_tasks=split * portions)

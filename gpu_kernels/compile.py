@@ -1,0 +1,236 @@
+"""Cubins without a GPU: numba-cuda as the compiler, `cuda.core`'s linker, and a cache on disk.
+
+A kernel goes text -> LTO-IR -> cubin, the one path on which launch bounds and register limits hold. The
+assembler's report (registers, shared memory, spills, warnings) is part of the result, so that hard
+constraints can be checked on any machine. Cubins are kept under ``settings().cache_dir/"cubins"``, or in a folder
+that is carried to a machine with a GPU and no compiler: there a cubin of any compiler version will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.config import settings
+from rapydli_flow.errors import MissingDependency, TemplateError
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Config, Epilogue, Template
+
+from .grid import Grid
+from .specialise import flatten
+
+Capability = tuple[int, int] | tuple[int, int, str]
+_SOURCES = ("grid", "pair", "ptx", "scalar", "specialise", "tail", "tiles")
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one kernel, how to launch it, and what it takes of a multiprocessor."""
+
+    code: bytes
+    target: str
+    entry: str
+    grid: int
+    block: int
+    dynamic_bytes: int
+    pointers: int
+    registers: int = 0
+    shared_bytes: int = 0
+    stack_bytes: int = 0
+    spill_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Nothing spilled, no complaint of the assembler. (A cosine's slow path has a stack of its own.)"""
+        return not (self.spill_bytes or self.warnings)
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the code."""
+        return {**asdict(replace(self, code=b"")), "code": len(self.code)}
+
+
+def target_of(capability: Capability) -> str:
+    """(9, 0, 'a') -> 'sm_90a'"""
+    return "sm_" + "".join(map(str, capability))
+
+
+def capability_of(target: str) -> Capability:
+    """'sm_90a' -> (9, 0, 'a')"""
+    found = re.fullmatch(r"sm_(\d+)(\d)([a-z]?)", target)
+    if found is None:
+        raise TemplateError(f"{target!r} is not the name of a GPU architecture. Write 'sm_80' or 'sm_90a'.")
+    major, minor = int(found[1]), int(found[2])
+    return (major, minor, found[3]) if found[3] else (major, minor)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A template's kernel for one op, config and card: what a cubin is the answer to."""
+
+    template: Template
+    op: Any
+    ins: tuple[Spec, ...]
+    outs: tuple[Spec, ...]
+    epilogue: Epilogue
+    config: Config
+    target: str
+
+    @property
+    def key(self) -> str:
+        """Equal keys have equal machine code, if compiled by the same compiler."""
+        e = self.epilogue
+        parts = [
+            self.template.family,
+            self.template.name,
+            self.template.source(),
+            *(f"{module} {text}" for module, text in _sources()),
+            *map(str, (self.op, *self.ins, "->", *self.outs)),
+            repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
+            repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
+            json.dumps(dict(self.config), sort_keys=True),
+            self.target,
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+    def build(self) -> Grid:
+        return self.template.build(self.op, self.ins, self.outs, self.epilogue, **self.config)
+
+
+@cache
+def _sources() -> tuple[tuple[str, str], ...]:
+    folder = Path(__file__).parent
+    return tuple((name, (folder / f"{name}.py").read_text()) for name in _SOURCES)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    for package in ("numba_cuda", "cuda.core"):
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            return (
+                f"compiling GPU kernels needs the package {package.replace('numba_', 'numba-').replace('.', '-')}, "
+                "which is not installed. pip install 'rapydli-flow[cuda12]' (or cuda13, as the driver says)."
+            )
+    return None
+
+
+@cache
+def compiler() -> str:
+    """The versions that a cubin depends on; MissingDependency where there is no compiler."""
+    if why := missing():
+        raise MissingDependency(why)
+    names = ("numba", "numba-cuda", "llvmlite", "cuda-core", "numpy", "nvidia-nvjitlink-cu12", "nvidia-nvjitlink")
+    versions = importlib.import_module("importlib.metadata")
+
+    def version(name: str) -> str:
+        try:
+            return str(versions.version(name))
+        except versions.PackageNotFoundError:
+            return "none"
+
+    return " ".join(f"{name} {version(name)}" for name in names)
+
+
+def cubin(request: Request, folder: Path | None = None) -> Cubin:
+    """From the cache, else compiled and kept there; ``folder`` is one that was carried here."""
+    carried, folder = folder is not None, folder or settings().cache_dir / "cubins"
+    why = missing()
+    found = sorted(folder.glob(f"{request.key}-*.json")) if carried or why else []
+    if found:
+        return _read(found[0])
+    if why:
+        raise MissingDependency(f"{why} Or carry compiled kernels: none for {request.key} is in {folder}.")
+    path = folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
+    if path.exists():
+        return _read(path)
+    epilogue = request.epilogue
+    made = compile_grid(
+        request.build(), ins=request.ins, outs=request.outs, extras=epilogue.extras, target=request.target
+    )
+    _write(path, made)
+    return made
+
+
+def _read(path: Path) -> Cubin:
+    described = json.loads(path.read_text())
+    described["warnings"] = tuple(described["warnings"])
+    return Cubin(**{**described, "code": path.with_suffix(".cubin").read_bytes()})
+
+
+def _write(path: Path, made: Cubin) -> None:
+    """The code first: a description that is there has its code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, data in ((path.with_suffix(".cubin"), made.code), (path, json.dumps(made.report()).encode())):
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, target)
+
+
+def compile_grid(
+    grid: Grid, *, ins: Sequence[Spec], outs: Sequence[Spec], extras: Sequence[Spec] = (), target: str = "sm_90a"
+) -> Cubin:
+    """Compile a kernel for a card that need not be here."""
+    compiler()
+    if not hasattr(np, "row_stack"):  # gone from NumPy 2.5, still named by numba-cuda 0.30
+        np.row_stack = np.vstack
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+    from numba import cuda
+    from numba.cuda import types
+
+    flat = flatten(grid.kernel, ins=len(ins), outs=len(outs), extras=len(extras))
+    pointers = [types.CPointer(getattr(types, spec.dtype)) for spec in (*ins, *outs, *extras)]
+    signature = types.void(*pointers, types.CPointer(types.int64))
+    ltoir, _ = cuda.compile(
+        flat.function(cuda=cuda),
+        signature,
+        device=False,
+        abi="numba",
+        cc=capability_of(target),
+        output="ltoir",
+        launch_bounds=(grid.block, grid.resident),
+    )
+    options = LinkerOptions(arch=target, link_time_optimization=True, ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
+    try:
+        code = bytes(linker.link("cubin").code)
+    except Exception as problem:  # cuda.core's own classes differ by version; a kernel that cannot be built is pruned
+        raise TemplateError(f"the assembler refuses this kernel for {target}: {problem}") from problem
+    log = linker.get_info_log() + linker.get_error_log()
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, log)))
+
+    entry = re.search(r"entry function '([^']+)'", log)
+    if entry is None:
+        raise TemplateError(f"the assembler names no kernel for {target}: {log}")
+    return Cubin(
+        code,
+        target,
+        entry[1],
+        grid.grid,
+        grid.block,
+        grid.shared_bytes,
+        len(flat.parameters),
+        registers=number(r"Used (\d+) registers"),
+        shared_bytes=number(r"(\d+) bytes smem"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        spill_bytes=number(r"(\d+) bytes spill"),
+        warnings=tuple(re.findall(r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*", log)),
+    )

@@ -1,0 +1,176 @@
+"""Runs cubins: the CUDA driver through ctypes, with nothing but the driver installed.
+
+A launch is prepared once (function, sizes, packed arguments) and costs one call of `cuLaunchKernel` after
+that. Work goes to one non-blocking stream, or to one that the caller has (PyTorch's, CuPy's). The primary
+context is used, so that arrays of those libraries can be passed by address. Without a driver or a device
+the first use raises `MissingDependency`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.errors import MissingDependency, RapydliError
+from rapydli_flow.spec import Array
+from rapydli_flow.template import Device
+
+from .compile import Cubin
+
+_Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
+_NON_BLOCKING = 1
+_OPT_IN_SHARED_BYTES = 48 * 1024
+_ATTRIBUTES = {"cores": 16, "major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_...
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+ALIGNMENT = 16  # of every array that a kernel gets
+
+
+class DeviceFault(RapydliError, RuntimeError):
+    """The CUDA driver refused a call; the message has its name for the error."""
+
+
+class Driver:
+    """libcuda, with its error codes as exceptions."""
+
+    def __init__(self, library: Any = None) -> None:
+        if library is None:
+            try:
+                library = ctypes.CDLL("libcuda.so.1")
+            except OSError:
+                raise MissingDependency(
+                    "no CUDA driver: libcuda.so.1 is not there. GPU kernels run on a machine with an NVIDIA card and "
+                    "its driver; everything else of rapydli_flow runs without."
+                ) from None
+        self._library = library
+        self("cuInit", _Unsigned(0))
+
+    def __call__(self, name: str, *args: Any) -> None:
+        code = getattr(self._library, name)(*args)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
+            known = text.value.decode() if text.value else "unknown error"
+            if known in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_INVALID_DEVICE"):
+                raise MissingDependency(f"the CUDA driver is there but no such device ({name}: {known}).")
+            raise DeviceFault(f"{name}: {known} ({code}).")
+
+
+class Card:
+    """One GPU: memory, cubins and a stream of its own."""
+
+    def __init__(self, number: int = 0, *, driver: Driver | None = None) -> None:
+        self.call = driver or Driver()
+        device, context, stream = ctypes.c_int(), _Pointer(), _Pointer()
+        self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
+        self.call("cuStreamCreate", ctypes.byref(stream), _Unsigned(_NON_BLOCKING))
+        self._device, self._context, self.stream = device, context, int(stream.value or 0)
+
+    def describe(self) -> Device:
+        """What templates are told of this card."""
+        name, total = ctypes.create_string_buffer(128), ctypes.c_size_t()
+        self.call("cuDeviceGetName", name, ctypes.c_int(len(name)), self._device)
+        self.call("cuDeviceTotalMem_v2", ctypes.byref(total), self._device)
+        found = {}
+        for key, attribute in _ATTRIBUTES.items():
+            value = ctypes.c_int()
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
+            found[key] = value.value
+        target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] >= 9 else "")
+        return Device(
+            "cuda", name.value.decode(), target=target, cores=found["cores"], vector_bytes=16, memory_bytes=total.value
+        )
+
+    def use(self) -> None:
+        """Make this card's context the thread's current one."""
+        self.call("cuCtxSetCurrent", self._context)
+
+    def array(self, data: Array) -> Memory:
+        """A copy of ``data`` on the card."""
+        return Memory(self, np.ascontiguousarray(data))
+
+    def load(self, cubin: Cubin) -> Kernel:
+        return Kernel(self, cubin)
+
+    def wait(self) -> None:
+        """Until all work of the stream is done; faults of kernels are raised here."""
+        self.call("cuStreamSynchronize", _Pointer(self.stream))
+
+
+class Memory:
+    """An array on the card, freed with this object."""
+
+    def __init__(self, card: Card, data: Array) -> None:
+        self._card, self._shape, self._dtype = card, data.shape, data.dtype
+        address = ctypes.c_uint64()
+        card.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(ALIGNMENT, data.nbytes)))
+        self.address = int(address.value)
+        self.write(data)
+
+    def write(self, data: Array) -> None:
+        data = np.ascontiguousarray(data, self._dtype)
+        self._copy("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(self.address), _Pointer(data.ctypes.data), data.nbytes)
+
+    def _copy(self, how: str, target: Any, source: Any, size_bytes: int) -> None:
+        """On the stream of the kernels, which does not wait for the default one; done when this returns."""
+        if size_bytes:
+            self._card.call(how, target, source, ctypes.c_size_t(size_bytes), _Pointer(self._card.stream))
+        self._card.wait()
+
+    def read(self) -> Array:
+        """A copy on the host, after all work of the stream."""
+        out = np.empty(self._shape, self._dtype)
+        self._copy("cuMemcpyDtoHAsync_v2", _Pointer(out.ctypes.data), ctypes.c_uint64(self.address), out.nbytes)
+        return out
+
+    def free(self) -> None:
+        if self.address:
+            self._card.call("cuMemFree_v2", ctypes.c_uint64(self.address))
+            self.address = 0
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.free()
+
+
+class Kernel:
+    """A cubin on the card; keep it as long as launches of it."""
+
+    def __init__(self, card: Card, cubin: Cubin) -> None:
+        module, function = _Pointer(), _Pointer()
+        card.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(cubin.code))
+        card.call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(cubin.entry.encode()))
+        if cubin.dynamic_bytes > _OPT_IN_SHARED_BYTES:
+            size = ctypes.c_int(cubin.dynamic_bytes)
+            card.call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), size)
+        self.card, self.cubin, self._module, self._function = card, cubin, module, function
+
+    def bind(self, addresses: Sequence[int], *, at: int = 0, stream: int | None = None) -> Launch:
+        """Pack the arguments: addresses of inputs, outputs and extras, and of the output's lo and whole."""
+        given = (*addresses, at)
+        if len(given) != self.cubin.pointers:
+            raise DeviceFault(f"{self.cubin.entry} takes {self.cubin.pointers} addresses but {len(given)} are given.")
+        if wrong := [hex(address) for address in addresses if address % ALIGNMENT]:
+            raise DeviceFault(f"{self.cubin.entry}: addresses {wrong} are not multiples of {ALIGNMENT}.")
+        return Launch(self, given, self.card.stream if stream is None else stream)
+
+
+class Launch:
+    """A kernel with its arguments packed: call it as often as you like."""
+
+    def __init__(self, kernel: Kernel, addresses: Sequence[int], stream: int) -> None:
+        self._kernel = kernel
+        self._values = [ctypes.c_uint64(address) for address in addresses]
+        self._packed = (_Pointer * len(self._values))(*[ctypes.addressof(value) for value in self._values])
+        cubin = kernel.cubin
+        sizes = [_Unsigned(size) for size in (cubin.grid, 1, 1, cubin.block, 1, 1, cubin.dynamic_bytes)]
+        self._args = (kernel._function, *sizes, _Pointer(stream), self._packed, _Pointer(0))
+
+    def __call__(self) -> None:
+        self._kernel.card.call("cuLaunchKernel", *self._args)

@@ -1,0 +1,56 @@
+"""The tail of a kernel: a fused op's epilogue applied to elements in registers, and the store.
+
+Operands of the epilogue are read where the element lies ('element'), by its channel, or once ('scalar');
+`finish` is a procedure that templates call for every few neighbouring elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rapydli_flow.template import Epilogue
+
+from .ptx import append, load, load_one, store, unroll
+from .scalar import formula, nowhere, place
+
+
+@dataclass(frozen=True)
+class Tail:
+    """``finish(active, y, values, element, channel, extras, at)`` stores ``lanes`` neighbours of one row."""
+
+    finish: Callable[..., None]
+    lanes: int
+
+
+def tail(epilogue: Epilogue, lanes: int) -> Tail:
+    """The epilogue for vectors of ``lanes`` elements, all in one row of the last axis."""
+    out = epilogue.out
+    reach = tuple(epilogue.reach(extra) for extra in epilogue.extras)
+    loads = tuple(
+        load_one(extra.dtype, lanes) if kind == "scalar" else load(extra.dtype, lanes, constant=kind == "channel")
+        for extra, kind in zip(epilogue.extras, reach, strict=True)
+    )
+    count = len(reach)
+    apply = formula(epilogue.scalar, (out.dtype, *(extra.dtype for extra in epilogue.extras)), out.dtype, lanes)
+    where = place(out.shape) if epilogue.scalar.indexed else nowhere()
+    write = store(out.dtype, lanes)
+    identity = epilogue.identity
+
+    def plain(active: Any, y: Any, values: Any, element: Any, channel: Any, extras: Any, at: Any) -> None:
+        write(active, y, element, values)
+
+    def finish(active: Any, y: Any, values: Any, element: Any, channel: Any, extras: Any, at: Any) -> None:
+        operands = (values,)
+        for k in unroll(count):
+            if reach[k] == "element":
+                operands = append(operands, loads[k](active, extras[k], element))
+            elif reach[k] == "channel":
+                operands = append(operands, loads[k](active, extras[k], channel))
+            else:
+                operands = append(operands, loads[k](active, extras[k], 0))
+        results = apply(operands, where(element, at))
+        write(active, y, element, results[0])
+
+    return Tail(plain if identity else finish, lanes)

@@ -1,0 +1,157 @@
+"""The commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from .. import api
+from ..errors import RapydliError
+from ..runtime.events import Callback
+from ..version import __version__
+from .recipe import Recipe
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """One line for an error that rapydli_flow raised on purpose; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except RapydliError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rapydli")
+def main() -> None:
+    """Deep learning as Dask task graphs of Numba kernels.
+
+    A RECIPE is a Python file with step(), data(url) and EPOCHS; see examples/digits.py.
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--workers", default=2, show_default=True, help="Workers of a local Dask cluster; 0: in this process.")
+@click.option("--scheduler", default=None, help="Address of a running Dask scheduler, instead of a local cluster.")
+@click.option("--epochs", type=float, default=None, help="Epochs to train [default: what the recipe says].")
+@click.option("--granularity", type=click.Choice(api.GRANULARITIES), default="segment", show_default=True)
+@click.option("--run-dir", default=None, help="Where the run is kept [default: runs/<recipe>].")
+@click.option("--data", "data_url", default=None, help="Where the dataset is [default: beside the run].")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on from the newest snapshot in the run's folder.")
+@click.option("--overwrite", is_flag=True, help="Replace a run that is in the folder.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write report.html at the end.")
+def train(
+    recipe: str,
+    workers: int,
+    scheduler: str | None,
+    epochs: float | None,
+    granularity: str,
+    run_dir: str | None,
+    data_url: str | None,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    report: bool,
+) -> None:
+    """Train a RECIPE; keeps snapshots, metrics.jsonl and report.html in the run's folder."""
+    with plain_errors():
+        from ..progress import ProgressBar
+
+        chosen = Recipe(recipe)
+        folder = Path(run_dir or f"runs/{chosen.name}").absolute()
+        step = chosen.step()
+        data = chosen.data(data_url or str(folder.parent / f"{chosen.name}.zarr"))
+        click.echo(step.network)
+        click.echo("")
+        bar: Callback = ProgressBar()
+        with cluster(workers, scheduler) as client:
+            run = api.fit(
+                step,
+                data["train"],
+                validation=data["test"],
+                epochs=chosen.epochs if epochs is None else epochs,
+                client=client,
+                granularity=granularity,
+                seed=seed,
+                run_dir=folder,
+                resume=resume,
+                overwrite=overwrite,
+                callbacks=[bar],
+            )
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
+            click.echo(f"test: {numbers}")
+            if report:
+                click.echo(f"report: {_report(run, data['test'])}")
+        click.echo(f"run: {folder}")
+
+
+def _report(run: api.Run, test: Any) -> Path:
+    """Predict the test set, and write the report."""
+    from ..dashboard.report import Predictions
+    from ..dashboard.report import report as write
+
+    assert run.path is not None
+    scores = api.predict(run.graph, run.state, test).compute(scheduler="sync")
+    records = test.read(np.arange(len(test)))
+    images = records["x"] if records["x"].ndim == 4 else None
+    shown = Predictions(images, records["label"], scores.argmax(1)) if images is not None else None
+    return write(run.path, predictions=shown)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--training/--network", default=False, help="The whole training step, or the network only.")
+@click.option("--svg", default=None, help="Write a picture to this file.")
+def show(recipe: str, training: bool, svg: str | None) -> None:
+    """Show the graph of a RECIPE as a table, or as a picture."""
+    with plain_errors():
+        step = Recipe(recipe).step()
+        graph = step if training or step.network is None else step.network
+        click.echo(graph)
+        if svg:
+            graph.save_svg(svg)
+            click.echo(f"picture: {svg}")
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--budget", default=120.0, show_default=True, help="Seconds to spend.")
+@click.option("--ranks", default=1, show_default=True, help="Tune for the local shapes of so many ranks.")
+@click.option("--threads", default=None, type=int, help="Threads of a rank [default: all cores].")
+def tune(recipe: str, budget: float, ranks: int, threads: int | None) -> None:
+    """Find the fastest kernels for a RECIPE on this machine, and remember them."""
+    with plain_errors():
+        step = Recipe(recipe).step()
+        plan = api.plan(step, ranks=ranks, threads=threads)
+        click.echo(api.autotune(step, budget_s=budget, plan=plan, watch=click.echo))
+
+
+@contextmanager
+def cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
+    """A Dask client: of a running scheduler, of a local cluster, or none."""
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        with Client(scheduler) as client:
+            yield client
+    elif workers > 0:
+        with LocalCluster(n_workers=workers, threads_per_worker=_threads(workers), dashboard_address=":0") as local:
+            click.echo(f"dashboard: {local.dashboard_link}")
+            with Client(local) as client:
+                yield client
+    else:
+        yield None
+
+
+def _threads(workers: int) -> int:
+    """The cores of this machine, divided."""
+    from ..config import settings
+
+    return max(1, settings().threads // workers)

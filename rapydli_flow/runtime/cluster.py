@@ -1,0 +1,271 @@
+"""Training on a Dask cluster: every rank pinned to a worker, segments as tasks, tokens on the edges.
+
+    prepare(0) -> prepare(r) -> join(r) -> begin(r) -> segment(0, r) -> segment(1, r) -> ...
+                                                        \\-> evaluate(r)   \\-> snapshot(0) -> written(0)
+
+Nothing is asked of the cluster but that it runs: the executor is installed by `register_plugin`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dask._task_spec import Task
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from distributed import Client, Future
+from distributed import wait as wait_for
+
+from ..data import SnapshotWriter, latest
+from ..errors import NoWorkers, RunLost, SnapshotError, VersionMismatch
+from ..spec import Array
+from ..tuner import Choice, Request
+from ..version import __version__
+from . import worker as tasks
+from .backend import Backend, divided, same_scalars, whole_state
+from .evaluate import Predictor, mean_scores, score, scored
+from .segment import SegmentResult
+from .worker import EXECUTOR, Job, Resident
+
+
+def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
+    """What each worker is, by address; NoWorkers or VersionMismatch where the cluster will not do."""
+    least = ranks or 1
+    try:
+        client.wait_for_workers(least, timeout=timeout_s)
+    except TimeoutError:
+        have = len(client.scheduler_info(n_workers=-1)["workers"])
+        raise NoWorkers(
+            f"the plan needs {least} worker(s) but the cluster has {have} after {timeout_s:g} s. Start more workers, "
+            "or plan for fewer ranks."
+        ) from None
+    try:
+        known: dict[str, dict[str, Any]] = client.run(tasks.who)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise VersionMismatch(
+            f"a worker cannot import rapydli_flow {__version__} ({error}). Install the same version on every worker."
+        ) from error
+    for address, worker in sorted(known.items()):
+        if worker["version"] != __version__:
+            raise VersionMismatch(
+                f"worker {address} runs rapydli_flow {worker['version']} but this client runs {__version__}. "
+                "Install the same version everywhere: kernels and plans are exchanged between them."
+            )
+    client.register_plugin(Resident())
+    return known
+
+
+def place(workers: Mapping[str, Mapping[str, Any]], ranks: int) -> tuple[str, ...]:
+    """A worker for each rank: hosts are filled one after the other, so that neighbours share memory."""
+    ordered = sorted(workers, key=lambda address: (workers[address]["host"], address))
+    if len(ordered) < ranks:
+        raise NoWorkers(f"the plan needs {ranks} workers but the cluster has {len(ordered)}.")
+    return tuple(ordered[:ranks])
+
+
+class Cluster(Backend):
+    """Ranks of a job on the workers at ``addresses``."""
+
+    depth = 3
+
+    def __init__(self, client: Client, job: Job, addresses: Sequence[str], workers: Mapping[str, Any]) -> None:
+        self.client, self.addresses = client, tuple(addresses)
+        hosts = {workers[address]["host"] for address in addresses}
+        transport = job.transport
+        if transport == "auto":
+            transport = "shared" if len(hosts) == 1 else "comm"
+        self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport)
+        for number, (address, program) in enumerate(zip(addresses, job.programs, strict=True)):
+            worker = workers[address]
+            if worker["memory_bytes"]:
+                program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
+        self.tokens: list[Future] = []
+        self.count = 0
+        self.looked = time.monotonic()
+        self.scorer: Predictor | None = None
+        self.writer: SnapshotWriter | None = None
+        self.snapshots: list[Future] = []
+        self._warm(job, workers)
+
+    # tasks ------------------------------------------------------------------------------------------
+
+    def each(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        after: Sequence[Any] = (),
+        chain: Sequence[Any] = (),
+        ranks: int | None = None,
+    ) -> list[Future]:
+        """One pinned task for each rank: ``function(*arguments, *after, its token of chain)``.
+
+        Arguments that are functions are called with the rank's number.
+        """
+        layers, keys = {}, []
+        self.count += 1
+        for number in range(self.job.ranks if ranks is None else ranks):
+            key = (f"{name}-{self.job.run}", self.count, number)
+            values = [a(number) if callable(a) else a for a in arguments]
+            task = Task(key, function, *values, *after, *chain[number : number + 1])
+            layers[f"{name}-{self.count}-{number}"] = MaterializedLayer(
+                {key: task},
+                annotations={
+                    "workers": [self.addresses[number]],
+                    "allow_other_workers": False,
+                    "executor": EXECUTOR,
+                    "retries": 0,
+                },
+            )
+            keys.append(key)
+        graph = HighLevelGraph(layers, {layer: set() for layer in layers})
+        return list(self.client.get(graph, keys, sync=False))
+
+    def results(self, futures: Sequence[Future]) -> list[Any]:
+        """Wait for tasks; RunLost as soon as a worker that holds a rank is gone."""
+        pending = set(futures)
+        while pending:
+            try:
+                done, _ = wait_for(list(pending), timeout=1.0, return_when="FIRST_COMPLETED")
+            except TimeoutError:
+                done = set()
+            pending -= set(done)
+            failed = [future for future in done if future.status == "error"]
+            if failed:
+                self._raise(futures, failed)
+            self._look()
+        return list(self.client.gather(list(futures)))
+
+    def _raise(self, futures: Sequence[Future], failed: Sequence[Future]) -> None:
+        """Raise the error that says most: not that of a rank that was given up for another's."""
+        self._give_up()
+        wait_for(list(futures), timeout=self.job.timeout_s)
+        errors = [future.exception() for future in futures if future.status == "error"]
+        self._look(now=True)
+        raise next((e for e in errors if not isinstance(e, RunLost)), errors[0])
+
+    def _look(self, *, now: bool = False) -> None:
+        if not now and time.monotonic() - self.looked < 1.0:
+            return
+        self.looked = time.monotonic()
+        present = self.client.scheduler_info(n_workers=-1)["workers"]
+        for number, address in enumerate(self.addresses):
+            if address not in present:
+                self._give_up()
+                raise RunLost(
+                    f"rank {number} is lost: its worker {address} left the cluster. Go on from the last snapshot "
+                    "with fit(..., resume=True)."
+                )
+
+    def _give_up(self) -> None:
+        self._on_workers(tasks.give_up)
+
+    def _on_workers(self, function: Callable[[str], None]) -> None:
+        present = self.client.scheduler_info(n_workers=-1)["workers"]
+        alive = [address for address in self.addresses if address in present]
+        if alive:
+            self.client.run(function, self.job.run, workers=alive, on_error="ignore")
+
+    def _warm(self, job: Job, workers: Mapping[str, Any]) -> None:
+        """Compile each kernel once a host, divided over its workers."""
+        requests = list(dict.fromkeys(pair for program in job.programs for pair in program.requests))
+        hosts: dict[str, list[str]] = {}
+        for address in self.addresses:
+            hosts.setdefault(workers[address]["host"], []).append(address)
+        futures = []
+        for members in hosts.values():
+            for i, address in enumerate(members):
+                share: list[tuple[Request, Choice]] = requests[i :: len(members)]
+                futures.append(
+                    self.client.submit(
+                        tasks.warm,
+                        share,
+                        job.tuning,
+                        key=f"compile_kernels-{self.job.run}-{address}",
+                        pure=False,
+                        workers=[address],
+                        allow_other_workers=False,
+                    )
+                )
+        self.results(futures)
+
+    # orders -----------------------------------------------------------------------------------------
+
+    def start(self, state: Mapping[str, Array] | None) -> None:
+        first = self.each("prepare", tasks.prepare, self.job, _number, ranks=1)
+        self.results(first)
+        addresses = self.each("prepare", _others, self.job, _number, after=first)
+        joined = self.each("join", tasks.join, self.job, _number, after=addresses)
+        held = self.client.scatter([dict(state)], hash=False)[0] if state is not None else None
+        self.tokens = self.each("begin", tasks.begin, self.job.run, _number, held, after=joined)
+        self.results(self.tokens)
+
+    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
+        self.tokens = futures = self._ordered("segment", tasks.segment, first, steps, profile)
+        return lambda: same_scalars(self.results(futures))
+
+    def _ordered(
+        self, name: str, function: Callable[..., Any], *arguments: Any, ranks: int | None = None
+    ) -> list[Future]:
+        return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
+
+    def evaluate(self) -> Callable[[], dict[str, float]]:
+        if not divided(self.job.step, self.job.layouts):
+            futures = self._ordered("evaluate", tasks.evaluate)
+            self.tokens = futures
+            return lambda: mean_scores(self.results(futures))
+        state = self.state()
+        if self.scorer is None:
+            self.scorer = Predictor(scored(self.job.step), state, self.job.tuning, threads=self.job.threads)
+        self.scorer.load(state)
+        assert self.job.validation is not None
+        metrics = mean_scores([score(self.scorer, self.job.validation, 0, len(self.job.validation))])
+        return lambda: metrics
+
+    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
+        assert self.job.snapshots is not None
+        if divided(self.job.step, self.job.layouts):
+            self.writer = self.writer or SnapshotWriter(self.job.snapshots, keep=self.job.keep)
+            self.writer.write(step, self.state(), meta)
+            return self.writer.wait
+        futures = self._ordered("snapshot", tasks.snapshot, step, dict(meta), ranks=1)
+        self.tokens = [*futures, *self.tokens[1:]]
+        return lambda: self.results(futures)
+
+    def state(self) -> dict[str, Array]:
+        count = self.job.ranks if divided(self.job.step, self.job.layouts) else 1
+        parts = self.results(self._ordered("state", tasks.state_of, ranks=count))
+        return whole_state(self.job.step, self.job.layouts, parts)
+
+    def close(self, *, failed: bool) -> None:
+        try:
+            if failed:
+                self._give_up()
+            elif self.job.snapshots is not None and self.tokens:
+                self.results(self._ordered("written", tasks.written, ranks=1))
+                self._visible()
+        finally:
+            self._on_workers(tasks.release)
+            self.tokens = []
+            if self.writer is not None:
+                self.writer.close()
+
+    def _visible(self) -> None:
+        assert self.job.snapshots is not None
+        if latest(self.job.snapshots) is None:
+            raise SnapshotError(
+                f"the workers wrote snapshots to {self.job.snapshots}, but this process does not see them. "
+                "Let run_dir be on a file system that all share."
+            )
+
+
+def _number(number: int) -> int:
+    return number
+
+
+def _others(job: Job, number: int, first: str) -> str:
+    """The addresses of all ranks: rank 0 has prepared already."""
+    return first if number == 0 else tasks.prepare(job, number)

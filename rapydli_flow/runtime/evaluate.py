@@ -1,0 +1,101 @@
+"""Running a network that predicts: over arrays, and over a dataset to get its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..data import Dataset, check_labels
+from ..errors import SettingError
+from ..graph import Graph, predicting, with_batch
+from ..scheduler import Plan, compile_program
+from ..spec import Array
+from ..tuner import Tuning
+from .feeding import label_classes
+from .rank import Rank
+
+
+class Predictor:
+    """A network with its state, for batches of any size up to the one it was traced with.
+
+    Programs are made for the batch sizes that come: the whole batch and the remainder.
+    """
+
+    def __init__(self, network: Graph, state: Mapping[str, Array], tuning: Tuning, *, threads: int = 1) -> None:
+        self.network, self.tuning, self.threads = predicting(network), tuning, threads
+        self.inputs = tuple(leaf.name for leaf in self.network.leaves("batch"))
+        self.batch_size = self.network.leaves("batch")[0].spec.shape[0]
+        self._state = dict(state)
+        self._ranks: dict[int, Rank] = {}
+
+    def load(self, state: Mapping[str, Array]) -> None:
+        """Predict with another state from now on."""
+        self._state = dict(state)
+        for rank in self._ranks.values():
+            rank.load(self._state)
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs for one batch."""
+        size = len(feeds[self.inputs[0]])
+        rank = self._rank(size)
+        rank.feed({name: feeds[name] for name in self.inputs})
+        rank.step(0, 0)
+        return {name: rank.output(name) for name in rank.program.outputs}
+
+    def _rank(self, size: int) -> Rank:
+        if size not in self._ranks:
+            if size < 1:
+                raise SettingError("predict: there are no records.")
+            graph = self.network if size == self.batch_size else with_batch(self.network, size)
+            (graph,) = Plan(1, self.threads).rank_graphs(graph)
+            rank = Rank(compile_program(graph, self.tuning), self.tuning.device, threads=self.threads)
+            rank.load(self._state)
+            self._ranks[size] = rank
+        return self._ranks[size]
+
+
+def batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
+    """Intervals of at most ``size`` that cover [first, last)."""
+    for lo in range(first, last, size):
+        yield lo, min(lo + size, last)
+
+
+def score(predictor: Predictor, data: Dataset, first: int, last: int) -> dict[str, float]:
+    """Sums over records [first, last) of what each scalar output is the mean of, and the 'records'.
+
+    A mean is a sum times a constant of the traced batch size, so on a smaller batch it is still that
+    sum over the same number.
+    """
+    classes = label_classes(predictor.network)
+    total: dict[str, float] = {"records": float(last - first)}
+    for lo, hi in batches(first, last, predictor.batch_size):
+        feeds = data.read(np.arange(lo, hi), predictor.inputs)
+        for name, count in classes.items():
+            check_labels(feeds[name], count, name, data.records[lo:hi])
+        for name, value in predictor(feeds).items():
+            if value.shape == ():
+                total[name] = total.get(name, 0.0) + float(value) * predictor.batch_size
+    return total
+
+
+def mean_scores(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Means over all records from the sums of parts, in the order of the parts."""
+    names = [name for name in parts[0] if name != "records"]
+    records = sum(part["records"] for part in parts)
+    return {name: sum(part[name] for part in parts) / records for name in names}
+
+
+def scored(graph: Graph) -> Graph:
+    """The network of a training step without its prediction as output: only scalars are computed."""
+    network = graph.network
+    if network is None:
+        raise SettingError("this graph does not know its network; make it with rf.train_step.")
+    out = Graph(network.nodes, {k: v for k, v in network.outputs.items() if network.spec(v).shape == ()})
+    return predicting(out)
+
+
+def describe(tuning: Tuning) -> dict[str, Any]:
+    """The choices of a tuning as JSON."""
+    return {key: [c.template, [list(pair) for pair in c.config]] for key, c in tuning.choices.items()}

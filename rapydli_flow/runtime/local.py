@@ -1,0 +1,119 @@
+"""Training in this process: one rank, or several as threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+
+from ..data import Dataset, SnapshotWriter
+from ..errors import NonFinite, RunLost
+from ..graph import Graph
+from ..scheduler import Plan, Program
+from ..spec import Array
+from ..tuner import Tuning
+from .backend import Backend, divided, same_scalars, whole_state
+from .evaluate import Predictor, mean_scores, score, scored
+from .feeding import RankFeed, fed_layout, label_classes
+from .rank import Rank
+from .segment import SegmentResult, Trainer
+from .transport import TIMEOUT_S, Alone, Threads, Transport
+
+T = TypeVar("T")
+
+
+class Local(Backend):
+    """All ranks of a plan in this process. Orders are carried out at once."""
+
+    def __init__(
+        self,
+        step: Graph,
+        plan: Plan,
+        programs: Sequence[Program],
+        tuning: Tuning,
+        data: Dataset,
+        validation: Dataset | None,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        snapshots: Path | None = None,
+        keep: int = 3,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.graph, self.plan, self.tuning, self.validation = step, plan, tuning, validation
+        free = int(psutil.virtual_memory().available)
+        for number, program in enumerate(programs):
+            program.check_memory(free // plan.ranks, number)
+        many = plan.ranks > 1
+        transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
+        self.trainers = []
+        for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
+            rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)
+            feed = RankFeed.of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
+            self.trainers.append(Trainer(rank, feed, seed, number=number))
+        self.seed = seed
+        self.scorer: Predictor | None = None
+        self.writer = SnapshotWriter(snapshots, keep=keep) if snapshots else None
+        self.pool = ThreadPoolExecutor(plan.ranks, thread_name_prefix="rapydli-rank") if many else None
+
+    def each(self, function: Callable[[Trainer], T]) -> list[T]:
+        """Run something on every rank at once; the first real error wins over ranks that were given up."""
+        if self.pool is None:
+            return [function(self.trainers[0])]
+        futures = [self.pool.submit(function, trainer) for trainer in self.trainers]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            for trainer in self.trainers:
+                trainer.rank.transport.close()
+            errors = [error for error in (future.exception() for future in futures) if error is not None]
+            raise next((e for e in errors if not isinstance(e, RunLost)), errors[0])
+        return [future.result() for future in futures]
+
+    def start(self, state: Mapping[str, Array] | None) -> None:
+        for trainer in self.trainers:
+            if state is None:
+                trainer.rank.start(self.seed)
+            else:
+                trainer.rank.load(state)
+
+    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
+        result = same_scalars(self.each(lambda trainer: trainer.segment(first, steps, profile=profile)))
+        return lambda: result
+
+    def evaluate(self) -> Callable[[], dict[str, float]]:
+        assert self.validation is not None
+        state = self._gather()
+        if self.scorer is None:
+            self.scorer = Predictor(scored(self.graph), state, self.tuning, threads=self.plan.threads)
+        self.scorer.load(state)
+        metrics = mean_scores([score(self.scorer, self.validation, 0, len(self.validation))])
+        return lambda: metrics
+
+    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
+        assert self.writer is not None
+        self.writer.write(step, self.state(), meta)
+        return self.writer.wait
+
+    def state(self) -> dict[str, Array]:
+        state = self._gather()
+        for name, value in state.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
+        return state
+
+    def _gather(self) -> dict[str, Array]:
+        layouts = self.plan.layouts
+        count = len(self.trainers) if divided(self.graph, layouts) else 1
+        return whole_state(self.graph, layouts, [t.rank.state() for t in self.trainers[:count]])
+
+    def close(self, *, failed: bool) -> None:
+        for trainer in self.trainers:
+            trainer.close()
+        if self.pool is not None:
+            self.pool.shutdown()
+        if self.writer is not None:
+            self.writer.close()

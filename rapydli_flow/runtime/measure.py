@@ -1,0 +1,104 @@
+"""Measuring kernels on this host: checked against the reference, then timed in interleaved rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import numpy as np
+
+from cpu_kernels.driver import run_kernel
+
+from ..errors import RapydliError
+from ..ops import Sample
+from ..spec import Array, Block
+from ..template import Device
+from ..tuner import Choice, Request, Trial, Tuning
+from .rank import at_array, kernel_of
+
+TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
+ROUNDS = 7
+ROUND_S = 0.004
+
+
+class Measure:
+    """The `measure` callable of the tuner for the CPU of this process."""
+
+    def __init__(self, device: Device, *, threads: int, seed: int = 0) -> None:
+        self.device, self.threads, self.seed = device, threads, seed
+
+    def __call__(self, request: Request, choices: Sequence[Choice]) -> list[Trial]:
+        """Seconds of one call for each choice, or why there are none."""
+        rng = np.random.default_rng(self.seed)
+        ins = Sample(request.op, request.ins, _ranges(request)).draw(rng)
+        extras = Sample(request.op, request.epilogue.extras).draw(rng)
+        plain = request.epilogue.identity
+        wanted = request.op.run(*ins) if plain and max(s.size for s in request.outs) < 2_000_000 else None
+        trials: dict[int, Trial] = {}
+        ready = {}
+        for i, choice in enumerate(choices):
+            try:
+                run, outs = self._prepare(request, choice, ins, extras)
+                run()
+                error = _deviation(outs, wanted) if wanted is not None else 0.0
+                if not error <= TOLERANCE.get(request.outs[0].dtype, 0.0):
+                    raise RapydliError(f"deviates from the reference by {error:.1e}")
+                ready[i] = run
+            except (RapydliError, RuntimeError) as failure:
+                trials[i] = Trial(choice, error=f"{type(failure).__name__}: {failure}")
+        times: dict[int, list[float]] = {i: [] for i in ready}
+        for _ in range(ROUNDS):
+            for i, run in ready.items():
+                times[i].append(_time(run))
+        trials |= {i: Trial(choices[i], median(values)) for i, values in times.items()}
+        return [trials[i] for i in range(len(choices))]
+
+    def _prepare(
+        self, request: Request, choice: Choice, ins: Sequence[Array], extras: Sequence[Array]
+    ) -> tuple[Callable[[], None], list[Array]]:
+        kernel = kernel_of(request, choice, self.device)
+        outs = [np.empty(s.shape, s.dtype) for s in request.outs]
+        work = [np.empty(s.shape, s.dtype) for s in Tuning(self.device).workspace(request, choice)]
+        at = at_array(Block.all(request.outs[0].shape))
+
+        def run() -> None:
+            run_kernel(kernel, ins, outs, work=work, extras=extras, at=at, threads=self.threads)
+
+        return run, outs
+
+
+def _ranges(request: Request) -> dict[int, tuple[float, float]]:
+    """Bounds of values drawn for integer operands: taps of a window, classes."""
+    window = getattr(request.op, "window", ())
+    most = int(np.prod(window)) if window else min((s.shape[-1] for s in request.ins if len(s.shape) > 1), default=2)
+    out = {i: (0.0, float(max(1, most))) for i, s in enumerate(request.ins) if not s.floating}
+    return out | {i: (0.5, 2.0) for i, s in enumerate(request.ins) if s.floating and len(s.shape) == 1}
+
+
+def _deviation(outs: Sequence[Array], wanted: Sequence[Array]) -> float:
+    worst = 0.0
+    for out, want in zip(outs, wanted, strict=True):
+        scale = float(np.abs(want).max(initial=0.0)) or 1.0
+        worst = max(worst, float(np.abs(out.astype(np.float64) - want).max(initial=0.0)) / scale)
+    return worst
+
+
+def _time(run: Callable[[], None]) -> float:
+    """Seconds of one call: as many calls as fit in a round."""
+    begin, calls = time.perf_counter(), 0
+    while True:
+        run()
+        calls += 1
+        spent = time.perf_counter() - begin
+        if spent > ROUND_S:
+            return spent / calls
+
+
+def distinct(requests: Sequence[Request], device: Device) -> list[Request]:
+    """One request for each key, those with a template only."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        if request.templates(device):
+            found.setdefault(request.key(device), request)
+    return list(found.values())

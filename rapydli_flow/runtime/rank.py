@@ -1,0 +1,231 @@
+"""Rank: one participant of a plan, with its memory and compiled kernels, ready to run steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from cpu_kernels.compile import compile_kernel
+from cpu_kernels.driver import CallList, Kernel
+
+from ..errors import SettingError
+from ..scheduler import Buffer, Call, Collective, Program
+from ..spec import Array, Block
+from ..template import Device
+from ..tuner import Choice, Request
+from .transport import Alone, Transport
+
+ALIGN = 64
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Calls ``first`` to ``last - 1`` of the call list, without a pause."""
+
+    first: int
+    last: int
+
+
+class Rank:
+    """A program bound to an arena. Not thread-safe: one step at a time."""
+
+    def __init__(
+        self,
+        program: Program,
+        device: Device,
+        *,
+        threads: int = 1,
+        transport: Transport | None = None,
+        poison: bool = False,
+    ) -> None:
+        self.program, self.device, self.threads = program, device, threads
+        self.transport = transport or Alone()
+        memory = np.empty(program.arena_bytes + ALIGN, np.uint8)
+        if poison:  # NaN: nothing may read what was not written
+            memory[:] = 0xFF
+        shift = -memory.ctypes.data % ALIGN
+        self._arena = memory[shift : shift + program.arena_bytes]
+        self._views: dict[Buffer, Array] = {}
+        self._ats: list[Array] = []
+        self._bind()
+
+    # memory -----------------------------------------------------------------------------------------
+
+    def view(self, buffer: Buffer) -> Array:
+        """The array of a buffer: the arena's own memory."""
+        if buffer not in self._views:
+            spec = buffer.spec
+            flat = self._arena[buffer.offset : buffer.offset + spec.size_bytes]
+            self._views[buffer] = flat.view(spec.dtype).reshape(spec.shape)
+        return self._views[buffer]
+
+    def leaf(self, name: str) -> Array:
+        """The array of a leaf on this rank."""
+        return self.view(self.program.leaves[name])
+
+    def start(self, seed: int) -> None:
+        """Give parameters and state their first values: this rank's block of each."""
+        for name in self.program.kind("param", "state"):
+            self.leaf(name)[...] = self.program.starts[name].start(seed, self.program.layout[name])
+
+    def state(self) -> dict[str, Array]:
+        """Copies of parameters and state on this rank."""
+        return {name: self.leaf(name).copy() for name in self.program.kind("param", "state")}
+
+    def load(self, state: Mapping[str, Array], *, whole: bool = True) -> None:
+        """Set parameters and state; ``whole`` arrays are cut to this rank's blocks."""
+        for name in self.program.kind("param", "state"):
+            if name not in state:
+                raise SettingError(f"the state has no {name!r}; it has {', '.join(sorted(state)) or 'nothing'}.")
+            block = self.program.layout[name]
+            value = np.asarray(state[name])
+            expected = block.whole if whole else block.shape
+            if value.shape != expected:
+                raise SettingError(f"state {name!r} has shape {value.shape} but the network expects {expected}.")
+            self.leaf(name)[...] = value[block.slices] if whole else value
+
+    def feed(self, batch: Mapping[str, Array]) -> None:
+        """Set this rank's rows of what is fed."""
+        for name in self.program.kind("batch"):
+            view, value = self.leaf(name), batch[name]
+            if value.shape != view.shape:
+                raise SettingError(
+                    f"feed: {name} has shape {value.shape} but the program takes {view.shape} on this rank."
+                )
+            np.copyto(view, value, casting="same_kind")
+
+    def block(self, name: str) -> Block:
+        """Which part of a leaf is on this rank."""
+        return self.program.layout[name]
+
+    # running ----------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        calls: list[tuple[Kernel, Sequence[int]]] = []
+        self._plan: list[_Run | Call | Collective] = []
+        self._names: list[str] = []
+        for step in self.program.steps:
+            if isinstance(step, Collective) or step.choice.reference:
+                self._plan.append(step)
+                continue
+            kernel = kernel_of(step.request, step.choice, self.device)
+            at = at_array(step.at or Block.all(step.outs[0].spec.shape))
+            self._ats.append(at)
+            buffers = (*step.ins, *step.outs, *step.work, *step.extras)
+            addresses = [self._arena.ctypes.data + b.offset for b in buffers]
+            calls.append((kernel, [*addresses, at.ctypes.data]))
+            self._names.append(step.name)
+            n = len(calls)
+            last = self._plan[-1] if self._plan else None
+            if isinstance(last, _Run):
+                self._plan[-1] = _Run(last.first, n)
+            else:
+                self._plan.append(_Run(n - 1, n))
+        self._calls = CallList(calls)
+        self._titles = [s.title for s in self.program.steps if isinstance(s, Call) and not s.choice.reference]
+
+    def set_clock(self, seed: int, step: int) -> None:
+        for name, value in (("seed", seed), ("step", step)):
+            if name in self.program.leaves:
+                self.leaf(name)[...] = value
+
+    def step(self, seed: int, step: int) -> dict[str, float]:
+        """Run the program once; its scalar outputs."""
+        self.set_clock(seed, step)
+        for part in self._plan:
+            if isinstance(part, _Run):
+                self._calls.run(part.first, part.last, threads=self.threads)
+            else:
+                self._other(part)
+        return self.scalars()
+
+    def scalars(self) -> dict[str, float]:
+        """The outputs of the last step that are scalars."""
+        return {k: float(self.view(b)) for k, b in self.program.outputs.items() if b.spec.shape == ()}
+
+    def output(self, name: str) -> Array:
+        """A copy of an output of the last step."""
+        return self.view(self.program.outputs[name]).copy()
+
+    def step_timed(self, seed: int, step: int) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
+        """Like `step`; also (node, op, seconds) of every call and collective."""
+        self.set_clock(seed, step)
+        times: list[tuple[str, str, float]] = []
+        out_ns = np.zeros(len(self._calls), np.int64)
+        for part in self._plan:
+            if isinstance(part, _Run):
+                before = self._calls.run_timed(part.first, part.last, out_ns, threads=self.threads)
+                for i in range(part.first, part.last):
+                    times.append((self._names[i], self._titles[i], (out_ns[i] - before) * 1e-9))
+                    before = int(out_ns[i])
+            else:
+                begin = time.perf_counter()
+                self._other(part)
+                times.append((part.name, part.title, time.perf_counter() - begin))
+        return self.scalars(), times
+
+    def first_nonfinite(self, seed: int, step: int) -> int | None:
+        """Like `step`; the position in the program of the first node whose output is not finite, if any."""
+        self.set_clock(seed, step)
+        first: int | None = None
+        for position, (part, done) in enumerate(self._one_by_one()):
+            done()
+            if first is None and not all(np.isfinite(self.view(b)).all() for b in part.outs if b.spec.floating):
+                first = position
+        return first
+
+    def describe(self, position: int) -> str:
+        """A node of the program in words: its name, op and output."""
+        part = self.program.steps[position]
+        return f"{part.name} ({part.title}, {', '.join(str(b.spec) for b in part.outs)})"
+
+    def _one_by_one(self) -> Iterator[tuple[Call | Collective, Callable[[], None]]]:
+        position = 0
+        for step in self.program.steps:
+            if isinstance(step, Call) and not step.choice.reference:
+                first = position
+                position += 1
+                yield step, partial(self._calls.run, first, first + 1, threads=self.threads)
+            else:
+                yield step, partial(self._other, step)
+
+    def _other(self, part: Call | Collective) -> None:
+        """A collective, or an op without a template."""
+        if isinstance(part, Collective):
+            self.transport.meet(part.op, [self.view(b) for b in part.ins], [self.view(b) for b in part.outs])
+            return
+        results = run_reference(part.request, [self.view(b) for b in (*part.ins, *part.extras)], part.at)
+        for buffer, value in zip(part.outs, results, strict=True):
+            self.view(buffer)[...] = value
+
+    def close(self) -> None:
+        """Leave the collectives and let go of the memory."""
+        self.transport.close()
+
+
+def kernel_of(request: Request, choice: Choice, device: Device) -> Kernel:
+    """The compiled kernel of a choice."""
+    template = choice.find(request, device)
+    return compile_kernel(
+        template, request.op, request.ins, request.outs, device, dict(choice.config), epilogue=request.epilogue
+    )
+
+
+def run_reference(request: Request, inputs: Sequence[Array], at: Block | None) -> tuple[Array, ...]:
+    """An op without a template, in NumPy; such ops have no epilogue."""
+    return request.op.run(*inputs, at=at)
+
+
+def at_array(at: Block) -> Array:
+    """A block as kernels take it: lo of every axis, then whole."""
+    return np.array([*at.lo, *at.whole], np.int64)
+
+
+def collective_bytes(program: Program) -> int:
+    """The largest number of bytes that this rank gives to one collective."""
+    steps = (s for s in program.steps if isinstance(s, Collective))
+    return max((sum(b.spec.size_bytes for b in s.ins) for s in steps), default=0)

@@ -1,0 +1,117 @@
+"""Segments: K training steps of one rank, run in one go by whoever holds the rank.
+
+A segment remembers the state that it began with. When a loss is not finite it goes back there and runs
+the same steps again with every output looked at, so that the error names the first node that broke.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import NonFinite
+from ..spec import Array, Block
+from .feeding import RankFeed
+from .rank import Rank
+from .transport import Transport
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What a segment tells: scalars of each step, seconds, and where the time of one step went."""
+
+    rank: int
+    first: int
+    steps: int
+    scalars: Mapping[str, tuple[float, ...]]
+    time_s: float
+    feed_s: float
+    ops: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """The step after the last one of the segment."""
+        return self.first + self.steps
+
+
+class Trainer:
+    """One rank and its feed: runs segments."""
+
+    def __init__(self, rank: Rank, feed: RankFeed, seed: int, *, number: int = 0) -> None:
+        self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
+
+    def segment(self, first: int, steps: int, *, profile: bool = False) -> SegmentResult:
+        """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite."""
+        before = self.rank.state()
+        scalars: dict[str, list[float]] = {}
+        ops: dict[str, float] = {}
+        feed_s, begin = 0.0, time.perf_counter()
+        for step in range(first, first + steps):
+            fed = time.perf_counter()
+            self.rank.feed(self.feed.batch(step))
+            feed_s += time.perf_counter() - fed
+            if profile and step == first + steps - 1:
+                values, times = self.rank.step_timed(self.seed, step)
+                for _, title, time_s in times:
+                    ops[title] = ops.get(title, 0.0) + time_s
+            else:
+                values = self.rank.step(self.seed, step)
+            for name, value in values.items():
+                scalars.setdefault(name, []).append(value)
+            if not np.isfinite(values.get("loss", 0.0)):
+                self._explain(before, first, step, values["loss"])
+        frozen = {name: tuple(values) for name, values in scalars.items()}
+        return SegmentResult(self.number, first, steps, frozen, time.perf_counter() - begin, feed_s, ops)
+
+    def _explain(self, before: Mapping[str, Array], first: int, last: int, loss: float) -> None:
+        """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""
+        self.rank.load(before, whole=False)
+        found: tuple[int, int] | None = None
+        for step in range(first, last + 1):
+            self.rank.feed(self.feed.batch(step))
+            position = self.rank.first_nonfinite(self.seed, step)
+            if found is None and position is not None:
+                found = (step, position)
+        found = earliest(self.rank.transport, found)
+        what = f"loss is {loss} at step {last}"
+        if found is None:
+            raise NonFinite(f"{what}, but it was finite when the steps were run again: the run is not deterministic.")
+        step, position = found
+        raise NonFinite(
+            f"{what}. The first output that is not finite is of {self.rank.describe(position)} at step {step}. "
+            "Use a smaller learning rate, or look at its inputs. The last snapshot is kept."
+        )
+
+    def finite_state(self) -> dict[str, Array]:
+        """A copy of parameters and state to keep; NonFinite if a value is not finite."""
+        state = self.rank.state()
+        for name, value in state.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
+        return state
+
+    def owned(self, layouts: Mapping[str, tuple[Block, ...]]) -> dict[str, Block]:
+        """The blocks of leaves that this rank keeps in snapshots: it is the first that has them."""
+        out = {}
+        for name in self.rank.program.kind("param", "state"):
+            mine = self.rank.block(name)
+            layout = layouts.get(name, (mine,))
+            if layout.index(mine) == (self.number if name in layouts else 0) and (name in layouts or self.number == 0):
+                out[name] = mine
+        return out
+
+    def close(self) -> None:
+        self.rank.close()
+        self.feed.close()
+
+
+def earliest(transport: Transport, found: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The smallest (step, position) over all ranks."""
+    mine = np.array(found if found is not None else (-1, -1), np.int64)
+    everyone = [tuple(int(v) for v in x[:16].view(np.int64)) for x in transport.gather([mine])]
+    known: list[Any] = [pair for pair in everyone if pair[0] >= 0]
+    return min(known) if known else None

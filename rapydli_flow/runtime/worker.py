@@ -1,0 +1,239 @@
+"""What runs on Dask workers: ranks that stay resident between tasks, and the tasks that use them.
+
+A rank lives in the process of its worker under (run, rank). Its tasks carry small tokens; they run in
+the executor 'rapydli', one thread, that `Resident` gives each worker.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+from distributed import WorkerPlugin, get_worker
+
+from cpu_kernels.compile import host
+
+from ..data import Dataset, SnapshotWriter
+from ..errors import RunLost
+from ..graph import Graph
+from ..scheduler import Program
+from ..scheduler.split import Layout
+from ..spec import Array, even_bounds
+from ..tuner import Choice, Request, Tuning
+from ..version import __version__
+from .evaluate import Predictor, score, scored
+from .feeding import RankFeed, fed_layout, label_classes
+from .peers import Peers
+from .rank import Rank, collective_bytes, kernel_of
+from .segment import SegmentResult, Trainer
+from .shared import SharedMemory
+from .transport import Alone, Transport
+
+EXECUTOR = "rapydli"
+
+
+class Resident(WorkerPlugin):  # type: ignore[misc]
+    """Gives a worker the executor that ranks run in."""
+
+    name = "rapydli"
+    idempotent = True
+
+    def setup(self, worker: Any) -> None:
+        worker.executors[EXECUTOR] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
+
+    def teardown(self, worker: Any) -> None:
+        worker.executors.pop(EXECUTOR).shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the workers of a run need to know."""
+
+    run: str
+    step: Graph
+    programs: tuple[Program, ...]
+    layouts: Mapping[str, Layout]
+    tuning: Tuning
+    threads: int
+    seed: int
+    data: Dataset
+    validation: Dataset | None
+    shuffle: bool
+    transport: str
+    timeout_s: float
+    snapshots: Path | None
+    keep: int = 3
+
+    @property
+    def ranks(self) -> int:
+        return len(self.programs)
+
+
+@dataclass
+class Held:
+    """A rank on this worker, between its tasks."""
+
+    job: Job
+    number: int
+    transport: Transport
+    _trainer: Trainer | None = None
+    scorer: Predictor | None = None
+    writer: SnapshotWriter | None = None
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RunLost(f"rank {self.number} of run {self.job.run} has not joined yet.")
+        return self._trainer
+
+    def close(self) -> None:
+        """Let go of memory, feed, connections and writer."""
+        self.transport.close()
+        if self._trainer is not None:
+            self._trainer.feed.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+_held: dict[tuple[str, int], Held] = {}
+
+
+def who(dask_worker: Any) -> dict[str, Any]:
+    """What this worker is."""
+    worker = dask_worker
+    limit = getattr(worker.memory_manager, "memory_limit", None)
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numba": numba.__version__,
+        "device": host(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "threads": worker.state.nthreads,
+        "memory_bytes": int(limit) if limit else 0,
+        "used_bytes": int(worker.monitor.get_process_memory()),
+    }
+
+
+def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
+    """Compile kernels into this host's cache."""
+    for request, choice in requests:
+        if not choice.reference:
+            kernel_of(request, choice, tuning.device)
+    return len(requests)
+
+
+def prepare(job: Job, number: int) -> str:
+    """Make the rank's end of the transport; what the others need to reach it."""
+    transport: Transport
+    address = ""
+    if job.ranks == 1:
+        transport = Alone()
+    elif job.transport == "comm":
+        transport = Peers(get_worker(), number, job.ranks, timeout_s=job.timeout_s)
+        address = transport.open()
+    else:
+        if number > 0:
+            return ""  # rank 0 makes the memory first
+        transport = _shared(job, number)
+    _held[job.run, number] = Held(job, number, transport)
+    return address
+
+
+def _shared(job: Job, number: int) -> SharedMemory:
+    capacity = max(map(collective_bytes, job.programs))
+    return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
+
+
+def join(job: Job, number: int, *addresses: str) -> int:
+    """Reach the other ranks, and bind the program to memory."""
+    if (job.run, number) not in _held:
+        _held[job.run, number] = Held(job, number, _shared(job, number))
+    held = _held[job.run, number]
+    if isinstance(held.transport, Peers):
+        held.transport.connect(addresses)
+    program = job.programs[number]
+    rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
+    feed = RankFeed.of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
+    held._trainer = Trainer(rank, feed, job.seed, number=number)
+    return number
+
+
+def begin(run: str, number: int, state: Mapping[str, Array] | None, *joined: int) -> int:
+    """Set the first state: everyone has joined."""
+    held = _find(run, number)
+    if isinstance(held.transport, SharedMemory):
+        held.transport.joined()
+    if state is None:
+        held.trainer.rank.start(held.job.seed)
+    else:
+        held.trainer.rank.load(state)
+    return number
+
+
+def segment(run: str, number: int, first: int, steps: int, profile: bool, *before: Any) -> SegmentResult:
+    """Run training steps; the token of a segment is its result."""
+    return _find(run, number).trainer.segment(first, steps, profile=profile)
+
+
+def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
+    """This rank's share of the validation set, with its present parameters."""
+    held = _find(run, number)
+    job = held.job
+    assert job.validation is not None
+    state = held.trainer.rank.state()
+    if held.scorer is None:
+        held.scorer = Predictor(scored(job.step), state, job.tuning, threads=job.threads)
+    held.scorer.load(state)
+    bounds = even_bounds(len(job.validation), job.ranks)
+    return score(held.scorer, job.validation, bounds[number], bounds[number + 1])
+
+
+def snapshot(run: str, number: int, step: int, meta: Mapping[str, Any], *before: Any) -> int:
+    """Copy this rank's state and write it behind the training's back; only where the rank holds all of it."""
+    held = _find(run, number)
+    assert held.job.snapshots is not None
+    if held.writer is None:
+        held.writer = SnapshotWriter(held.job.snapshots, keep=held.job.keep)
+    held.writer.write(step, held.trainer.finite_state(), meta)
+    return step
+
+
+def written(run: str, number: int, *before: Any) -> int:
+    """Wait until this rank's snapshots are on disk."""
+    held = _find(run, number)
+    if held.writer is not None:
+        held.writer.wait()
+    return number
+
+
+def state_of(run: str, number: int, *before: Any) -> dict[str, Array]:
+    """This rank's blocks of parameters and state."""
+    return _find(run, number).trainer.finite_state()
+
+
+def give_up(run: str) -> None:
+    """Wake ranks of a run that wait for others; they raise RunLost."""
+    for (name, _), held in list(_held.items()):
+        if name == run:
+            held.transport.close()
+
+
+def release(run: str) -> None:
+    """Forget a run: its memory, feeds and connections."""
+    for key in [key for key in _held if key[0] == run]:
+        _held.pop(key).close()
+
+
+def _find(run: str, number: int) -> Held:
+    held = _held.get((run, number))
+    if held is None:
+        raise RunLost(f"rank {number} of run {run} is not on this worker any more; resume from the last snapshot.")
+    return held

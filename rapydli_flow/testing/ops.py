@@ -1,0 +1,379 @@
+"""The one suite that every operator passes: walk the registry, or call ``check_op(MyOp)`` on an op of your own.
+
+    check_attributes   an op is hashable, goes through JSON, counts its FLOPs, and is linear if it says so
+    check_infer        `infer` tells the shapes and dtypes that `reference` gives
+    check_vjp          `vjp` against central differences, in float64, along random directions
+    check_rejects      what `infer` must refuse, and the message
+    check_index        the index formula against what `reference` really reads
+    check_in_place     what may run in place reads nothing but its own place
+    check_local        the op on blocks against the op on the whole
+    check_sizes        the same on sizes that Hypothesis draws
+    check_templates    every CPU template against `reference`, and that this template is what ran
+
+A check raises AssertionError with the op, its operands and both values. All draws are seeded by the
+sample, so a failure comes back. Needs hypothesis: ``pip install rapydli-flow[dev]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from ..errors import NotDifferentiable, RapydliError, ShapeError
+from ..graph import Fused
+from ..graph.serialise import decode, encode
+from ..index import Index, Operand
+from ..ops import Op, Sample, registry, spec_of
+from ..spec import Array, Block, Spec
+from .kernels import check_has_template, check_templates, dtypes, needs_samples
+from .report import compare, fail, join, seeded
+
+Element = tuple[int | None, ...]
+
+
+def op_classes() -> list[type[Op]]:
+    """Every op of this package, by name."""
+    return [registry[name] for name in sorted(registry) if registry[name].__module__.startswith("rapydli_flow.")]
+
+
+def check_op(op: type[Op]) -> None:
+    """Everything that this module checks, for one op."""
+    if needs_samples(op) and not op.samples():
+        raise AssertionError(f"{op.name}: no samples. Give a few small ones; the suite tries nothing else.")
+    check_rejects(op)
+    for sample in op.samples():
+        for check in CHECKS:
+            check(sample)
+        for dtype in dtypes(sample):
+            check_templates(sample, dtype)
+    if op.samples():
+        check_sizes(op)
+    check_has_template(op)
+
+
+# what an op says about itself --------------------------------------------------------------------------
+
+
+def check_attributes(sample: Sample) -> None:
+    """An op is a value: hashable, written as JSON and read again; FLOPs are counted; linear ops are linear."""
+    op = sample.op
+    again = decode(encode(op))
+    if again != op or hash(again) != hash(op):
+        fail(sample, f"JSON gives another op: {again}")
+    if op.flops(*sample.ins) < 0:
+        fail(sample, f"flops gives {op.flops(*sample.ins)}")
+    if op.linear:
+        rng = seeded(sample, "linear")
+        a, b = sample.draw(rng, "float64"), sample.draw(rng, "float64")
+        both = op.run(*(x + y for x, y in zip(a, b, strict=True)))
+        for whole, one, other in zip(both, op.run(*a), op.run(*b), strict=True):
+            compare(sample, "op is not linear: f(a + b) against f(a) + f(b)", whole, one + other, 1e-11)
+
+
+def check_infer(sample: Sample) -> None:
+    """`infer` tells the shapes and dtypes that `reference` gives, for every floating dtype."""
+    for dtype in dtypes(sample):
+        ins = sample.draw(seeded(sample, "infer"), dtype)
+        said = sample.op.out_specs(*map(spec_of, ins))
+        got = tuple(spec_of(y) for y in sample.op.run(*ins))
+        if said != got:
+            fail(sample, f"infer says {join(said)} but reference gives {join(got)}")
+        if len(said) != len(sample.op.outputs):
+            fail(sample, f"outputs are called {sample.op.outputs} but there are {len(said)}")
+
+
+def check_rejects(op: type[Op]) -> None:
+    """`infer` refuses what `rejects` lists, with its message and one of this package's errors."""
+    for case in op.rejects():
+        try:
+            out = case.op.out_specs(*case.ins)
+        except RapydliError as error:
+            if not re.search(case.message, str(error)):
+                raise AssertionError(f"{case.op}: the message {str(error)!r} does not match {case.message!r}") from None
+        else:
+            raise AssertionError(f"{case.op}: {join(case.ins)} must be refused but infer gives {join(out)}")
+
+
+# gradients ---------------------------------------------------------------------------------------------
+
+
+def check_vjp(sample: Sample, *, directions: int = 3) -> None:
+    """`vjp` against central differences of ``<dy, f(x)>`` along random directions, one input at a time.
+
+    An op may answer None for a floating input that is not trained. Outputs named in ``no_gradient``
+    get a zero cotangent.
+    """
+    op, rng = sample.op, seeded(sample, "vjp")
+    floating = [spec.floating for spec in sample.ins]
+    if type(op).vjp is Op.vjp:
+        ins = sample.draw(rng, "float64")
+        try:
+            op.vjp(None, None, *ins)
+        except NotDifferentiable as error:
+            if op.name not in str(error):
+                raise AssertionError(f"{op}: the message {str(error)!r} does not name the op") from None
+        return
+    found = _pull(sample, rng)[2]
+    if any(floating) and all(g is None for g in found):
+        fail(sample, "vjp gives None for every input")
+    for i in (i for i, is_floating in enumerate(floating) if is_floating):
+        for _ in range(directions):
+            for _attempt in range(10):
+                ins, dys, found = _pull(sample, rng)
+                if found[i] is None:
+                    break
+                u = np.asarray(rng.normal(size=ins[i].shape))
+                slope, finer = (_slope(op, ins, dys, i, u, step) for step in (1e-5, 2.5e-6))
+                scale = 1.0 + abs(slope) + float(np.linalg.norm(found[i]))
+                if abs(slope - finer) <= 1e-6 * scale:  # else a kink lies between: draw again
+                    told = float((found[i] * u).sum())
+                    if not abs(told - slope) <= 1e-6 * scale:
+                        fail(sample, f"vjp of input {i} gives slope {told:.9g} but differences give {slope:.9g}")
+                    break
+            else:
+                fail(sample, f"input {i}: no smooth direction in 10 draws")
+
+
+def _pull(sample: Sample, rng: np.random.Generator) -> tuple[list[Array], list[Array], tuple[Any, ...]]:
+    """Random operands and cotangents, and what `vjp` makes of them, its shapes checked."""
+    op = sample.op
+    ins = sample.draw(rng, "float64")
+    ys = op.run(*ins)
+    dys = [
+        np.asarray(rng.normal(size=y.shape), y.dtype)
+        if y.dtype.kind == "f" and name not in op.no_gradient
+        else np.zeros_like(y)
+        for name, y in zip(op.outputs, ys, strict=True)
+    ]
+    one = len(ys) == 1
+    found = op.vjp(dys[0] if one else tuple(dys), ys[0] if one else ys, *ins)
+    if len(found) != len(ins):
+        fail(sample, f"vjp gives {len(found)} cotangents for {len(ins)} inputs")
+    for i, (x, g) in enumerate(zip(ins, found, strict=True)):
+        if x.dtype.kind != "f" and g is not None:
+            fail(sample, f"vjp gives a cotangent for input {i}, which holds whole numbers")
+        if g is not None and spec_of(g) != spec_of(x):
+            fail(sample, f"vjp of input {i} is {spec_of(g)}, not {spec_of(x)}")
+    return ins, dys, found
+
+
+def _slope(op: Op, ins: Sequence[Array], dys: Sequence[Array], i: int, u: Array, step: float) -> float:
+    def value(way: float) -> float:
+        moved = [x + way * u if j == i else x for j, x in enumerate(ins)]
+        return sum(float((dy * y).sum()) for dy, y in zip(dys, op.run(*moved), strict=True) if dy.dtype.kind == "f")
+
+    return (value(step) - value(-step)) / (2.0 * step)
+
+
+# index formulas ----------------------------------------------------------------------------------------
+
+
+def check_index(sample: Sample, *, positions: int = 6, draws: int = 400) -> None:
+    """Change one input element: what moves must be told by the formula, and what it tells must move.
+
+    The second, for floating inputs: at each place that the formula names, some output moves in one
+    of up to ``draws`` draws (a maximum, a mask or a ReLU hides an element in most of them).
+    """
+    op, rng = sample.op, seeded(sample, "index")
+    specs, outs, index = _formula(sample)
+    told: dict[tuple[int, Element], set[tuple[int, Element]]] = {}
+    for i, a, k, b in index.reads(specs, outs):
+        told.setdefault((i, a), set()).add((k, b))
+    watched: list[tuple[int, tuple[int, ...], set[tuple[int, Element]]]] = []
+    unseen: list[set[Element]] = []
+    for i, spec in enumerate(specs):
+        for place in _places(spec.shape, positions, rng):
+            reads = told.get((i, _masked(index.inputs[i], place)), set())
+            watched.append((i, place, reads))
+            unseen.append({b for _, b in reads} if spec.floating else set())
+    for n in range(draws):
+        if n >= 3 and not any(unseen):
+            return
+        ins = sample.draw(rng, "float64")
+        before = op.run(*ins)
+        for (i, place, reads), missing in zip(watched, unseen, strict=True):
+            if n >= 3 and not missing:
+                continue
+            dots = index.inputs[i]  # any element along '.' may be the one that is read
+            place = (
+                place
+                if n < 3
+                else tuple(
+                    int(rng.integers(size)) if axis is None else p
+                    for p, axis, size in zip(place, dots, specs[i].shape, strict=True)
+                )
+            )
+            changed = list(ins)
+            changed[i] = ins[i].copy()
+            changed[i][place] = _another(sample, i, ins[i][place], n, rng)
+            moved: set[tuple[int, Element]] = set()
+            for k, (y0, y1) in enumerate(zip(before, op.run(*changed), strict=True)):
+                where = np.argwhere(y0 != y1).tolist()
+                moved |= {(k, _masked(index.outputs[k], p)) for p in where}
+            if moved - reads:
+                k, b = min(moved - reads, key=str)
+                fail(sample, f"input {i} at {place} moves output {k} at {b}, but {index.formula!r} does not tell")
+            missing -= {b for _, b in moved}
+    for (i, place, _), missing in zip(watched, unseen, strict=True):
+        if missing:
+            fail(
+                sample,
+                f"{index.formula!r} tells that input {i} at {place} is read at {min(missing, key=str)}; it is not",
+            )
+
+
+def check_in_place(sample: Sample) -> None:
+    """An output that may lie on an input has its shape, and reads that input only at its own place."""
+    specs, outs, index = _formula(sample)
+    donors = [(i, k) for i in range(len(specs)) for k in range(len(outs)) if index.in_place(i, k)]
+    for i, k in donors:
+        if specs[i].shape != outs[k].shape:
+            fail(sample, f"output {k} ({outs[k]}) may run in place of input {i} ({specs[i]}), of another shape")
+    if donors:
+        for i, a, k, b in index.reads(specs, outs):
+            if (i, k) in donors and a != b:
+                fail(sample, f"output {k} may run in place of input {i} but at {b} it reads {a}")
+
+
+def _formula(sample: Sample) -> tuple[tuple[Spec, ...], tuple[Spec, ...], Index]:
+    specs = tuple(Spec(s.shape, "float64") if s.floating else s for s in sample.ins)
+    return specs, sample.op.out_specs(*specs), sample.op.indexing(*specs)
+
+
+def _masked(operand: Operand, place: Sequence[int]) -> Element:
+    """A place as the formula writes it: None on axes written '.'."""
+    return tuple(None if axis is None else int(p) for axis, p in zip(operand, place, strict=True))
+
+
+def _places(shape: tuple[int, ...], count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Some places of an array: both corners, and random ones."""
+    found = [(0,) * len(shape), tuple(size - 1 for size in shape)]
+    found += [tuple(int(rng.integers(size)) for size in shape) for _ in range(count - 2)]
+    return list(dict.fromkeys(found))
+
+
+def _another(sample: Sample, i: int, value: Any, n: int, rng: np.random.Generator) -> Any:
+    """Another value that the operand may have: an end of its range, or one inside."""
+    if sample.ins[i].floating:
+        lo, hi = sample.ranges.get(i, (-2.0, 2.0))
+        return (hi, lo, rng.uniform(lo, hi))[n % 3]
+    lo, hi = sample.ranges.get(i, (0, 8))
+    return int(lo) + (int(value) - int(lo) + int(rng.integers(1, max(2, int(hi) - int(lo))))) % int(hi - lo)
+
+
+# blocks ------------------------------------------------------------------------------------------------
+
+
+def check_local(sample: Sample, *, cuttings: int = 2) -> None:
+    """The op on blocks against the op on the whole, for every letter along which work can be divided.
+
+    Outputs that hold the letter are parts of the whole; the others are parts of a sum. A sum of parts
+    is no business of fused ops, whose tails must not run before the sum: split first, then fuse.
+    """
+    op, rng = sample.op, seeded(sample, "local")
+    specs, outs, index = _formula(sample)
+    sizes = index.sizes(specs, outs)
+    ins = sample.draw(rng, "float64")
+    whole = op.run(*ins)
+    for letter in index.splittable():
+        if isinstance(op, Fused) and any(index.partial(letter)):
+            continue
+        done = 0
+        for _ in range(4 * cuttings):
+            bounds = _cut(sizes[letter], rng)
+            blocks = [index.blocks(specs, outs, letter, lo, hi) for lo, hi in pairwise(bounds)]
+            if len(blocks) < 2 or any(block.empty for pair in blocks for side in pair for block in side):
+                continue
+            _check_parts(sample, letter, bounds, blocks, ins, whole)
+            done += 1
+            if done == cuttings:
+                break
+
+
+def _check_parts(
+    sample: Sample,
+    letter: str,
+    bounds: Sequence[int],
+    blocks: Sequence[tuple[tuple[Block, ...], tuple[Block, ...]]],
+    ins: Sequence[Array],
+    whole: Sequence[Array],
+) -> None:
+    _, _, index = _formula(sample)
+    partial = index.partial(letter)
+    sums = [np.zeros_like(y) for y in whole]
+    for need, give in blocks:
+        cut = [x[block.slices] for x, block in zip(ins, need, strict=True)]
+        local = sample.op.local(need, give)
+        title = f"{letter} cut at {tuple(bounds)}, block {give[0]} as {local}"
+        said = local.out_specs(*map(spec_of, cut))
+        if [s.shape for s in said] != [block.shape for block in give]:
+            fail(sample, f"{title}: infer says {join(said)}, not the shapes of {join(give)}")
+        for k, (y, block) in enumerate(zip(local.run(*cut, at=give[0]), give, strict=True)):
+            if partial[k]:
+                sums[k] += y
+            else:
+                compare(sample, f"{title}: output {k}", y, whole[k][block.slices], 1e-11)
+    for k, y in enumerate(whole):
+        if partial[k] and y.dtype.kind == "f":
+            compare(sample, f"{letter} cut at {tuple(bounds)}: sum of output {k}", sums[k], y, 1e-11)
+
+
+def _cut(size: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Boundaries of two or three random parts."""
+    inner = rng.permutation(np.arange(1, size))[: int(rng.integers(1, 3))]
+    return (0, *sorted(int(b) for b in inner), size)
+
+
+# other sizes -------------------------------------------------------------------------------------------
+
+
+def resized(sample: Sample, pick: Any) -> Sample | None:
+    """The sample with other sizes, None where `infer` refuses them.
+
+    ``pick(original)`` gives a size. Axes of one letter or one expression change together; an axis
+    written '.' keeps its size, on which the range of other operands may depend.
+    """
+    index = sample.op.indexing(*sample.ins)
+    chosen: dict[Any, int] = {}
+
+    def size(axis: Any, original: int) -> int:
+        if axis is None or not axis.terms or (axis.letter and dict(index.given).get(axis.letter)):
+            return original
+        if axis not in chosen:
+            chosen[axis] = pick(original)
+        return chosen[axis]
+
+    ins = tuple(
+        Spec(tuple(size(axis, n) for axis, n in zip(operand, spec.shape, strict=True)), spec.dtype)
+        for operand, spec in zip(index.inputs, sample.ins, strict=True)
+    )
+    try:
+        sample.op.out_specs(*ins)
+    except ShapeError:
+        return None
+    return Sample(sample.op, ins, sample.ranges)
+
+
+def check_sizes(op: type[Op], *, examples: int = 12) -> None:
+    """`check_infer`, `check_in_place` and `check_local` on sizes that Hypothesis draws."""
+
+    @hypothesis_settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def run(data: Any) -> None:
+        sample = data.draw(st.sampled_from(op.samples()))
+        other = resized(sample, lambda n: data.draw(st.one_of(st.just(n), st.integers(1, 7))))
+        if other is not None:
+            check_infer(other)
+            check_local(other, cuttings=1)
+
+    run()
+
+
+CHECKS = (check_attributes, check_infer, check_vjp, check_index, check_in_place, check_local)

@@ -1,0 +1,172 @@
+"""Register tiles, and the kernels made of them: convolution, its gradients, matrix products."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from numba import njit
+from numba.core.errors import TypingError
+
+from cpu_kernels import conv_geometry
+from cpu_kernels.compile import compile_kernel, run_kernel
+from cpu_kernels.tile import balanced, holds, load, local, outer, store, transpose, zeros
+from rapydli_flow.ops.conv import Conv, ConvFilterGrad, ConvInputGrad
+from rapydli_flow.ops.dense import Matmul
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, templates
+
+DTYPES = ("float32", "float64")
+OPS = (Conv, ConvInputGrad, ConvFilterGrad, Matmul)
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
+
+
+def device(vector_bytes):
+    return Device("cpu", "test", vector_bytes=vector_bytes)
+
+
+@pytest.mark.parametrize(("lanes", "dtype"), [*product((4, 8, 16), DTYPES), (2, "float64")])
+def test_outer_store_and_load_touch_valid_lanes_only(lanes, dtype):
+    width, tail = 2 * lanes - 1, lanes - 1
+
+    @njit
+    def kernel(x, w, y, copy):
+        acc = zeros(2, 3, 2, lanes, y)
+        for c in range(5):
+            acc = outer(acc, x, c, 5, 20, w, c * width, tail)
+        store(acc, y, 0, width, tail)
+        store(load(acc, y, 0, width, tail), copy, 0, 2 * lanes, 0)
+
+    rng = np.random.default_rng(0)
+    x, w = rng.uniform(-2, 2, 40).astype(dtype), rng.uniform(-2, 2, (5, width)).astype(dtype)
+    y, copy = np.full(6 * width + 1, np.nan, dtype), np.full(12 * lanes, np.nan, dtype)
+    kernel(x, w.ravel(), y, copy)
+    rows = np.array([x[line * 20 + i * 5 :][:5] for line in range(2) for i in range(3)])
+    np.testing.assert_allclose(y[:-1].reshape(6, width), rows @ w, rtol=TOLERANCE[dtype], atol=1e-5)
+    assert np.isnan(y[-1])
+    np.testing.assert_array_equal(copy.reshape(6, -1)[:, :width], y[:-1].reshape(6, width))
+    np.testing.assert_array_equal(copy.reshape(6, -1)[:, width:], 0)
+
+
+@pytest.mark.parametrize(("lanes", "dtype"), [*product((4, 8, 16), DTYPES), (2, "float64")])
+def test_transpose(lanes, dtype):
+    size = lanes * lanes
+
+    @njit
+    def kernel(x, y):
+        square = zeros(1, lanes, 1, lanes, x)
+        square = load(square, x, 0, lanes, 0)
+        scratch = local(size, x)
+        store(transpose(square), scratch, 0, lanes, 0)
+        y[:] = scratch
+
+    x = np.arange(lanes * lanes, dtype=dtype).reshape(lanes, lanes)
+    y = np.zeros_like(x)
+    kernel(x.ravel(), y.reshape(-1))
+    np.testing.assert_array_equal(y, x.T)
+
+
+def test_transpose_of_a_tile_that_is_not_square():
+    @njit
+    def kernel(x):
+        transpose(zeros(1, 4, 1, 8, x))
+
+    with pytest.raises(TypingError, match=r"is not square\. Give 1 line, 8 rows and 1 vector"):
+        kernel(np.zeros(32, np.float32))
+
+
+def test_extents_are_constants():
+    @njit
+    def kernel(x, n):
+        zeros(1, n, 1, 8, x)
+
+    with pytest.raises(TypingError, match="zeros: rows is not a constant"):
+        kernel(np.zeros(32, np.float32), 4)
+
+
+def test_balanced_pieces():
+    assert [balanced(n, 14) for n in (1, 8, 14, 15, 27, 28, 32)] == [1, 8, 14, 8, 14, 14, 11]
+
+
+def test_registers():
+    assert holds(14, 2, 16, 4, 64)
+    assert not holds(15, 2, 16, 4, 64)  # 33 vectors
+    assert not holds(14, 2, 8, 4, 64)  # 16 registers of 32 bytes
+    assert not holds(1, 1, 16, 4, 32)  # no such vectors
+
+
+def check(op, ins, dtype, vector_bytes, config=None):
+    """A kernel against the reference in float64; the output is NaN before, the workspace too."""
+    ins = tuple(Spec(s.shape, dtype) for s in ins)
+    out = op.infer(*ins)
+    (template,) = templates(op.family, "cpu")
+    config = config or template.default(op, ins, (out,), device(vector_bytes))
+    kernel = compile_kernel(template, op, ins, (out,), device(vector_bytes), config)
+    rng = np.random.default_rng(1)
+    arrays = [rng.uniform(-2, 2, s.shape).astype(dtype) for s in ins]
+    y = np.full(out.shape, np.nan, dtype)
+    work = [np.full(s.shape, np.nan, s.dtype) for s in template.workspace(op, ins, (out,), **config)]
+    run_kernel(kernel, arrays, [y], work=work, threads=2)
+    expected = op.reference(*(a.astype("float64") for a in arrays))
+    error = np.abs(y - expected).max() / np.abs(expected).max()
+    assert error < TOLERANCE[dtype], f"{op} {dtype} {config}: relative error {error}"
+
+
+SAMPLES = [pytest.param(s, i, id=f"{c.name}-{i}") for c in OPS for i, s in enumerate(c.samples())]
+
+
+@pytest.mark.parametrize(("sample", "i"), SAMPLES)
+def test_samples(sample, i):
+    dtype, vector_bytes = DTYPES[i % 2], (64, 32, 16)[i % 3]
+    check(sample.op, sample.ins, dtype, vector_bytes)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("sample", "i"), SAMPLES)
+def test_every_config(sample, i):
+    out = sample.op.infer(*sample.ins)
+    (template,) = templates(sample.op.family, "cpu")
+    configs = list(template.configs(sample.op, sample.ins, (out,), device(64)))
+    assert len(configs) <= 64
+    for config in configs:
+        check(sample.op, sample.ins, "float32", 64, config)
+
+
+@pytest.mark.parametrize("padding", [((0, -1), (3, -2)), ((-2, -1), (-1, 0))])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_negative_padding_crops(stride, padding):
+    x, w = Spec((2, 11, 12, 3)), Spec((3, 2, 3, 7))
+    geometry = {"stride": stride, "padding": padding, "dilation": (1, 1), "groups": 1}
+    y = Conv(**geometry).infer(x, w)
+    grad = ConvInputGrad(size=(11, 12), **geometry)
+    check(Conv(**geometry), (x, w), "float32", 32)
+    for overlap in (False, True):
+        config = {"rows": 4, "vectors": 1, "lanes": 8, "overlap": overlap}
+        check(grad, (y, w), "float32", 32, config)
+    config = {"rows": 6, "vectors": 1, "lanes": 8, "split": 1}
+    check(ConvFilterGrad(window=(3, 2), **geometry), (x, y), "float32", 32, config)
+
+
+def test_parts_of_a_filter_gradient_add_up():
+    geometry = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    op, ins = ConvFilterGrad(window=(3, 3), **geometry), (Spec((9, 6, 6, 5)), Spec((9, 6, 6, 4)))
+    for split in (1, 8):
+        check(op, ins, "float32", 32, {"rows": 10, "vectors": 1, "lanes": 8, "split": split})
+
+
+def test_aliasing_rows_are_copied():
+    for ta in (False, True):
+        a = Spec((300, 512) if not ta else (512, 300))
+        check(Matmul(ta=ta), (a, Spec((a.shape[int(not ta)], 40))), "float32", 32)
+
+
+def test_phases_of_a_strided_input_gradient():
+    axis = conv_geometry.backward(conv_geometry.Sizes(x=7, y=3, window=3, stride=2, low=0, dilation=1))
+    assert (axis.taps, axis.count, axis.into) == ((2, 1), (4, 3), (0, 1))
+    assert (axis.low, axis.high, axis.first) == (1, 1, (0, 1))
+
+
+def test_pointwise_convolution_is_flat():
+    op = Conv(stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    ins = (Spec((2, 3, 4, 5)), Spec((1, 1, 5, 6)))
+    g = conv_geometry.geometry(op, ins, (op.infer(*ins),)).flat()
+    assert (g.n, [axis.out for axis in g.axes]) == (1, [1, 1, 24])

@@ -1,0 +1,285 @@
+"""Every GPU template on the NumPy emulator, against `reference`: no CUDA package, no GPU.
+
+The emulator fills outputs with NaN and refuses accesses out of bounds, elements written twice or never,
+and shared memory without barriers; so "equal to the reference" here also says that tails are guarded.
+"""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpu_kernels import emulate
+from gpu_kernels.emulate import KernelFault
+from gpu_kernels.grid import Grid
+from gpu_kernels.ptx import cuda, float32, hold, load, put, store, take
+from gpu_kernels.specialise import flatten
+from rapydli_flow import ops
+from rapydli_flow.errors import TemplateError
+from rapydli_flow.ops import Sample
+from rapydli_flow.spec import Block, Spec
+from rapydli_flow.template import Device, Epilogue, Scalar, templates
+
+FAMILIES = ("matmul", "conv", "pointwise")
+CARD = Device("cuda", "a card that is not here", target="sm_90a", cores=132, vector_bytes=16)
+RANDOM_CONFIGS = 8
+RELU = "({0} if not {0} <= T(0.0) else T(0.0))"
+
+
+def conv(x, w, *, stride=1, padding=(0, 0), dilation=1):
+    """A convolution sample with one stride, padding and dilation for all axes."""
+    n = len(x) - 2
+    op = ops.Conv(stride=(stride,) * n, padding=(padding,) * n, dilation=(dilation,) * n)
+    return Sample(op, (Spec(x), Spec(w)))
+
+
+def matmul(m, i, k, *, ta=False, tb=False):
+    return Sample(ops.Matmul(ta=ta, tb=tb), (Spec((i, m) if ta else (m, i)), Spec((k, i) if tb else (i, k))))
+
+
+BIGGER = {
+    "matmul": [matmul(131, 75, 67), matmul(130, 36, 68, ta=True), matmul(65, 34, 129, tb=True), matmul(257, 1, 1)],
+    "conv": [
+        conv((2, 13, 11, 5), (3, 3, 5, 37), padding=(1, 1)),
+        conv((1, 17, 15, 4), (5, 3, 4, 68), stride=3, padding=(2, 0)),
+        conv((2, 12, 11, 3), (3, 2, 3, 7), padding=(-1, -2)),
+        conv((1, 9, 10, 8), (3, 3, 8, 33), padding=(4, 5), dilation=2),
+        conv((2, 150, 3), (7, 3, 10), stride=2, padding=(3, 3)),
+        conv((1, 5, 6, 7, 2), (3, 3, 3, 2, 9), padding=(1, 0)),
+    ],
+    "pointwise": [
+        Sample(ops.Add(), (Spec((5, 1, 7, 12)), Spec((3, 1, 12)))),
+        Sample(ops.Multiply(), (Spec((1, 33)), Spec((41, 1)))),
+        Sample(ops.Relu(), (Spec((1031,)),)),
+        Sample(ops.Add(), (Spec((2, 512, 4)), Spec((4,)))),
+        Sample(ops.Dropout(rate=0.4, stream=9), (Spec((67, 12)), Spec((), "int64"), Spec((), "int64"))),
+    ],
+}
+
+
+def samples_of(family):
+    known = [cls for cls in ops.registry.values() if cls.family == family or cls.name == family]
+    return [sample for cls in known for sample in cls.samples()] + BIGGER[family]
+
+
+def cases():
+    for family in FAMILIES:
+        for template in templates(family, "cuda"):
+            for i, sample in enumerate(samples_of(family)):
+                outs = sample.op.out_specs(*sample.ins)
+                if template.default(sample.op, sample.ins, outs, CARD) is not None:
+                    yield pytest.param(template, sample, id=f"{template.name}-{i}-{sample.op.name}")
+
+
+def chosen(template, sample, *, seed, count=RANDOM_CONFIGS):
+    """The default, for each parameter both ends of its values, and a few at random: all that fit."""
+    outs = sample.op.out_specs(*sample.ins)
+    draw = random.Random(seed)
+    drawn = [{name: draw.choice(values) for name, values in template.space.items()} for _ in range(600)]
+    pool = [config for config in drawn if template.fits(sample.op, sample.ins, outs, CARD, **config)]
+    found = [template.default(sample.op, sample.ins, outs, CARD), *pool[:count]]
+    for name, values in template.space.items():
+        for value in (values[0], values[-1]):
+            if all(config[name] != value for config in found):
+                found += [config for config in pool if config[name] == value][:1]
+    return found
+
+
+def tolerance(sample):
+    """Rounding of float32 sums of this many terms."""
+    return 1e-6 * max(4, np.sqrt(sample.op.flops(*sample.ins) / max(1, sample.op.out_specs(*sample.ins)[0].size)))
+
+
+def assert_close(got, want, tol):
+    for y, expected in zip(got, want, strict=True):
+        assert y.dtype == expected.dtype
+        assert y.shape == expected.shape
+        scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+        assert float(np.abs(y.astype(np.float64) - expected).max(initial=0.0)) <= tol * scale
+
+
+@pytest.mark.parametrize(("template", "sample"), list(cases()))
+def test_template_equals_reference(template, sample):
+    outs = sample.op.out_specs(*sample.ins)
+    values = sample.draw(np.random.default_rng(7))
+    want = sample.op.run(*values)
+    for config in chosen(template, sample, seed=3):
+        template.check(sample.op, sample.ins, outs, CARD, config)
+        grid = template.build(sample.op, sample.ins, outs, Epilogue.none(outs[0]), **config)
+        assert_close(emulate.run(grid, values, outs), want, tolerance(sample))
+
+
+def test_every_sample_without_groups_has_a_template():
+    left_out = {
+        str(sample.op)
+        for family in FAMILIES
+        for sample in samples_of(family)
+        for template in templates(family, "cuda")
+        if template.default(sample.op, sample.ins, sample.op.out_specs(*sample.ins), CARD) is None
+    }
+    assert all("groups=" in name and "groups=1" not in name for name in left_out), left_out
+
+
+def bias_residual_relu(out, *, scaled=False):
+    """relu(v + bias + residual), and optionally times a scalar."""
+    lines = ("t0 = v + e0", "t1 = t0 + e1", f"t2 = {RELU.format('t1')}", *(("t3 = t2 * e2",) if scaled else ()))
+    extras = (Spec(out.shape[-1:]), out, *((Spec(()),) if scaled else ()))
+    names = ("v", *(f"e{i}" for i in range(len(extras))))
+    return Epilogue(Scalar(names, lines, ("t3" if scaled else "t2",)), extras, out)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_epilogue_is_applied_before_the_store(family, scaled):
+    rng = np.random.default_rng(1)
+    template = templates(family, "cuda")[0]
+    for sample in (BIGGER[family][0], BIGGER[family][1]):
+        outs = sample.op.out_specs(*sample.ins)
+        epilogue = bias_residual_relu(outs[0], scaled=scaled)
+        extras = [np.asarray(rng.normal(size=e.shape), np.float32) for e in epilogue.extras]
+        values = sample.draw(rng)
+        want = np.maximum(sample.op.run(*values)[0] + extras[0] + extras[1], 0) * (extras[2] if scaled else 1)
+        for config in chosen(template, sample, seed=5, count=3)[:4]:
+            grid = template.build(sample.op, sample.ins, outs, epilogue, **config)
+            assert_close(emulate.run(grid, values, outs, extras=extras), (want,), tolerance(sample))
+
+
+@pytest.mark.parametrize("family", ["matmul", "pointwise"])
+def test_indices_count_in_the_whole_array(family):
+    """A dropout, as op or as epilogue, drops on a block what it drops there in the whole array."""
+    rng = np.random.default_rng(2)
+    dropout = ops.Dropout(rate=0.5, stream=4)
+    clock = (np.asarray(1 << 35), np.asarray(11))
+    at = Block((6, 8), (6 + 30, 8 + 20), (100, 64))
+    x = rng.uniform(1, 2, (30, 20)).astype(np.float32)
+    want = dropout.run(x, *clock, at=at)
+    if family == "pointwise":
+        specs, values, epilogue = (Spec(x.shape), Spec((), "int64"), Spec((), "int64")), (x, *clock), None
+        op, extras = dropout, ()
+    else:
+        specs, values = (Spec(x.shape), Spec((20, 20))), (x, np.eye(20, dtype=np.float32))
+        scalar = dropout.scalar(("v", "e0", "e1"))
+        epilogue = Epilogue(scalar, (Spec((), "int64"), Spec((), "int64")), Spec(x.shape))
+        op, extras = ops.Matmul(), clock
+    outs = op.out_specs(*specs)
+    template = templates(family, "cuda")[0]
+    config = template.default(op, specs, outs, CARD)
+    grid = template.build(op, specs, outs, epilogue or Epilogue.none(outs[0]), **config)
+    assert_close(emulate.run(grid, values, outs, extras=extras, at=at), want, 1e-6)
+    assert 0.3 < np.mean(want[0] == 0) < 0.7
+
+
+def test_grouped_convolution_does_not_fit():
+    op = ops.Conv(stride=(1,), padding=((0, 0),), dilation=(1,), groups=2)
+    ins = (Spec((1, 8, 4)), Spec((3, 2, 4)))
+    template = templates("conv", "cuda")[0]
+    outs = op.out_specs(*ins)
+    assert list(template.configs(op, ins, outs, CARD)) == []
+    config = {name: values[0] for name, values in template.space.items()}
+    with pytest.raises(TemplateError, match="conv/implicit_gemm does not fit"):
+        template.check(op, ins, outs, CARD, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_does_not_fit_is_left_out(family):
+    """float64 matrices have no fp32 template; too many elements for 32-bit indices none at all."""
+    template = templates(family, "cuda")[0]
+    sample = BIGGER[family][0]
+    if family != "pointwise":
+        ins = tuple(Spec(spec.shape, "float64") for spec in sample.ins)
+        assert template.default(sample.op, ins, sample.op.out_specs(*ins), CARD) is None
+    huge = {
+        "matmul": matmul(2**16, 8, 2**16),
+        "conv": conv((2**12, 512, 512, 4), (1, 1, 4, 8)),
+        "pointwise": Sample(ops.Relu(), (Spec((2**31,)),)),
+    }[family]
+    assert template.default(huge.op, huge.ins, huge.op.out_specs(*huge.ins), CARD) is None
+
+
+# ---- the emulator refuses what a GPU would not notice
+
+
+def through_shared(*, barrier):
+    """Reverses 32 numbers through shared memory."""
+
+    def kernel(ins, outs, extras, at):
+        shared = cuda.shared.array(32, float32)
+        held = cuda.local.array(1, float32)
+        thread = cuda.threadIdx.x
+        hold(1)(held, 0, load("float32", 1)(thread < 32, ins[0], thread))
+        put(1)(shared, thread, held, 0)
+        if barrier:
+            cuda.syncthreads()
+        store("float32", 1)(thread < 32, outs[0], thread, (shared.read(31 - thread),))
+
+    return Grid(kernel, 1, 32)
+
+
+def test_a_missing_barrier_is_a_fault():
+    x = np.arange(32, dtype=np.float32)
+    (y,) = emulate.run(through_shared(barrier=True), (x,), (Spec((32,)),))
+    np.testing.assert_array_equal(y, x[::-1])
+    with pytest.raises(KernelFault, match="read before the barrier"):
+        emulate.run(through_shared(barrier=False), (x,), (Spec((32,)),))
+
+
+def copying(*, shift=0, guard=32, width=1, step=1):
+    read, write = load("float32", width), store("float32", width)
+
+    def kernel(ins, outs, extras, at):
+        element = cuda.threadIdx.x * step
+        write(element < guard, outs[0], element, read(element < guard, ins[0], element + shift))
+
+    return Grid(kernel, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (copying(shift=1), "input 0 has 32 elements but 1..32 are touched"),
+        (copying(guard=31), "element 31 is written 0 times"),
+        (copying(step=0), "element 0 is written 32 times"),
+        (copying(width=2, guard=31), "2 elements are touched at once from 1"),
+    ],
+)
+def test_faults(grid, message):
+    with pytest.raises(KernelFault, match=message):
+        emulate.run(grid, (np.zeros(32, np.float32),), (Spec((32,)),))
+
+
+# ---- the text that is compiled
+
+
+def test_generated_text_has_constants_and_no_helpers():
+    sample = BIGGER["conv"][0]
+    outs = sample.op.out_specs(*sample.ins)
+    template = templates("conv", "cuda")[0]
+    config = template.default(sample.op, sample.ins, outs, CARD)
+    grid = template.build(sample.op, sample.ins, outs, bias_residual_relu(outs[0]), **config)
+    flat = flatten(grid.kernel, ins=2, outs=1, extras=2)
+    assert flat.parameters == ("i0", "i1", "o0", "e0", "e1", "at")
+    names = set(compile(flat.source, "<kernel>", "exec").co_consts[0].co_names)
+    assert names - {"range", "float32", "int32", "cuda", "shared", "local", "array", "threadIdx", "blockIdx", "x"} - {
+        "syncthreads"
+    } <= set(flat.names)
+    assert " + " not in flat.source  # every sum is 32-bit
+
+
+def test_a_kernel_that_computes_outside_intrinsics_is_refused():
+    helper = np.ones(3)
+
+    def kernel(ins, outs, extras, at):
+        take(1)(helper.sum(), 0)
+
+    with pytest.raises(TemplateError, match="inside an expression"):
+        flatten(kernel, ins=1, outs=1, extras=0)
+
+
+def test_importing_kernels_imports_no_cuda_package():
+    code = "import gpu_kernels.compile, gpu_kernels.launch, sys; from rapydli_flow.template import templates; "
+    code += "templates('conv', 'cuda'); print([m for m in sys.modules if m.split('.')[0] in "
+    code += "('numba_cuda', 'cuda', 'cupy', 'torch') or m.startswith('numba.cuda')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,137 @@
+"""Launching through the driver's C interface, with a driver made of Python: which calls are made, in which order."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from gpu_kernels import launch
+from gpu_kernels.compile import Cubin
+from gpu_kernels.launch import Card, DeviceFault, Driver
+from rapydli_flow.errors import MissingDependency
+
+CODE = Cubin(b"\x7fELF", "sm_90a", "kernel", 7, 128, 0, 3)
+
+
+def succeed(*args):
+    return 0
+
+
+class Recording:
+    """Answers every call of the driver with success, and keeps memory in NumPy arrays."""
+
+    def __init__(self, refuse=None, error=b"CUDA_ERROR_LAUNCH_FAILED"):
+        self.calls, self.refuse, self.error = [], refuse, error
+        self.memory = {}
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append((name, args))
+            if name == self.refuse:
+                return 719
+            return (getattr(type(self), f"_{name}", None) or succeed)(self, *args) or 0
+
+        return call
+
+    def _cuGetErrorName(self, code, text):
+        text._obj.value = self.error
+
+    def _cuStreamCreate(self, stream, flags):
+        assert flags.value == 1
+        stream._obj.value = 0x5000
+
+    def _cuMemAlloc_v2(self, address, size):
+        block = np.zeros(size.value + 16, np.uint8)
+        address._obj.value = block.ctypes.data + -block.ctypes.data % 16
+        self.memory[address._obj.value] = block
+
+    def _cuMemcpyHtoDAsync_v2(self, target, source, size, stream):
+        ctypes.memmove(target.value, source.value, size.value)
+
+    def _cuMemcpyDtoHAsync_v2(self, target, source, size, stream):
+        ctypes.memmove(target.value, source.value, size.value)
+
+    def _cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {16: 132, 75: 9, 76: 0}[attribute.value]
+
+    def _cuDeviceGetName(self, name, size, device):
+        name.value = b"A card"
+
+    def named(self, name):
+        return [args for called, args in self.calls if called == name]
+
+
+def card(**refusing):
+    library = Recording(**refusing)
+    return Card(driver=Driver(library)), library
+
+
+def test_memory_goes_there_and_back():
+    gpu, library = card()
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with gpu.array(x) as there:
+        np.testing.assert_array_equal(there.read(), x)
+        there.write(x + 1)
+        np.testing.assert_array_equal(there.read(), x + 1)
+    assert len(library.named("cuMemFree_v2")) == 1
+    assert len(library.named("cuStreamSynchronize")) == 4  # each copy is done when it returns
+
+
+def test_launch_packs_arguments_once():
+    gpu, library = card()
+    go = gpu.load(CODE).bind([0x100, 0x200])
+    go()
+    go()
+    first, second = library.named("cuLaunchKernel")
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert [size.value for size in first[1:8]] == [7, 1, 1, 128, 1, 1, 0]
+    assert first[8].value == 0x5000
+    assert [ctypes.c_uint64.from_address(place).value for place in first[9]] == [0x100, 0x200, 0]
+
+
+def test_launch_on_another_stream():
+    gpu, library = card()
+    gpu.load(CODE).bind([0x100, 0x200], at=0x300, stream=0x77)()
+    (args,) = library.named("cuLaunchKernel")
+    assert args[8].value == 0x77
+    assert ctypes.c_uint64.from_address(args[9][2]).value == 0x300
+
+
+def test_wrong_arguments():
+    kernel = card()[0].load(CODE)
+    with pytest.raises(DeviceFault, match="kernel takes 3 addresses but 2 are given"):
+        kernel.bind([0x100])
+    with pytest.raises(DeviceFault, match=r"addresses \['0x104'\] are not multiples of 16"):
+        kernel.bind([0x100, 0x104])
+
+
+def test_large_dynamic_shared_memory_is_asked_for():
+    gpu, library = card()
+    gpu.load(Cubin(b"", "sm_90a", "kernel", 1, 32, 100_000, 1))
+    ((_, attribute, size),) = library.named("cuFuncSetAttribute")
+    assert (attribute.value, size.value) == (8, 100_000)
+
+
+def test_description():
+    described = card()[0].describe()
+    assert (described.name, described.target, described.cores) == ("A card", "sm_90a", 132)
+
+
+def test_faults_have_the_drivers_name():
+    gpu, _ = card(refuse="cuStreamSynchronize")
+    with pytest.raises(DeviceFault, match=r"cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED \(719\)"):
+        gpu.wait()
+
+
+def test_no_device():
+    with pytest.raises(MissingDependency, match=r"driver is there but no such device .*NO_DEVICE"):
+        card(refuse="cuDeviceGet", error=b"CUDA_ERROR_NO_DEVICE")
+
+
+def test_no_driver(monkeypatch):
+    def absent(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(launch.ctypes, "CDLL", absent)
+    with pytest.raises(MissingDependency, match=r"no CUDA driver: libcuda\.so\.1 is not there"):
+        Card()

@@ -1,0 +1,40 @@
+"""Settings from the environment."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rapydli_flow.config import Settings, settings
+from rapydli_flow.errors import SettingError
+
+
+def test_defaults() -> None:
+    found = Settings.read({})
+    assert found.cache_dir == Path.home() / ".cache" / "rapydli_flow"
+    assert found.threads == len(os.sched_getaffinity(0))
+    assert (found.lanes, found.verify) == (None, False)
+
+
+def test_everything_can_be_set() -> None:
+    environ = {"RAPYDLI_CACHE_DIR": "/c", "RAPYDLI_THREADS": "3", "RAPYDLI_LANES": "8", "RAPYDLI_VERIFY": "1"}
+    assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True)
+    assert Settings.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/rapydli_flow")
+    assert not Settings.read({"RAPYDLI_VERIFY": "0"}).verify
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RAPYDLI_LANES": "5"}, "RAPYDLI_LANES=5: lanes are 4, 8 or 16"),
+        ({"RAPYDLI_THREADS": "0"}, "RAPYDLI_THREADS=0: a rank has 1 thread or more"),
+        ({"RAPYDLI_THREADS": "many"}, "RAPYDLI_THREADS='many' is not a whole number"),
+    ],
+)
+def test_wrong_settings_are_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Settings.read(environ)
+
+
+def test_the_environment_is_read_once() -> None:
+    assert settings() is settings()
