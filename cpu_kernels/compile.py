@@ -44,8 +44,10 @@ from .driver import Kernel, run_kernel
 
 __all__ = ["Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
 
-# nnan and ninf are left out: what is not finite must stay so, to be detected.
-FASTMATH = "{'nsz', 'arcp', 'contract', 'afn', 'reassoc'}"
+# What the compiler may assume. Not that numbers are finite: what is not must stay so, to be detected. No estimates of
+# quotients and roots, which vectors have but single elements do not, and no other order of sums: then an element has
+# the same bits in a vector, in a loop's remainder, in place, and wherever its buffers lie.
+FASTMATH = "{'nsz', 'contract'}"
 HEAD = '''"""{title}
 
 Made by cpu_kernels/compile.py; edit the template instead.
@@ -283,7 +285,7 @@ def module_text(loop: Loop, buffers: Sequence[Sequence[Spec]], owner: str, title
     top = HEAD.format(
         title=title,
         imports="".join(f"{line}\n" for line in text.imports.values()),
-        fastmath=FASTMATH if loop.fastmath else "False",
+        fastmath=FASTMATH,
         dtype=dtype,
         constants="\n".join([*constants, f"TASKS = {tasks_text}"]),
     )

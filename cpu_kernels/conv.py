@@ -30,7 +30,7 @@ from rapydli_flow.template import Device, Epilogue, Loop, template
 
 from .conv_geometry import Axis, Geometry, Sizes, backward, forward, geometry, padding
 from .conv_overlap import BUFFER_BYTES, Overlap, overlapping, overlaps
-from .tile import balanced, holds, local, outer, step_cost, store, zeros
+from .tile import balanced, holds, local, natural, outer, step_cost, store, zeros
 
 TASKS = 64  # enough to share out evenly among the cores of a rank
 CHUNK_BYTES = 1 << 18  # what a task reads of the source stays in the second-level cache from panel to panel
@@ -236,10 +236,10 @@ def _packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
     size = length * width
 
     def pack(task, w, filters):  # type: ignore[no-untyped-def]
-        k = task // panels * outer_channels + min(task % panels * width, last)
+        k, into = natural(task // panels * outer_channels + min(task % panels * width, last)), natural(task * size)
         for i in range(length):
             for j in range(width):
-                filters[task * size + i * width + j] = w[i * filters_each + k + j] if j < columns else 0
+                filters[into + i * width + j] = w[i * filters_each + k + j] if j < columns else 0
 
     return pack
 
@@ -271,11 +271,13 @@ def _reverse_packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
             r = tap_of(tap // n_w % n_h, n_h, stride_h, p_h, hole_h)
             s = tap_of(tap % n_w, n_w, stride_w, p_w, hole_w)
             exists = q >= 0 and r >= 0 and s >= 0
-            origin = ((q * w_h + r) * w_w + s) * tap_size + column
+            origin = ((q * w_h + r) * w_w + s) * tap_size + column if exists else 0
+            into_tap = natural(into + tap * inner * width)
             for j in range(width):
+                line = natural(origin + j * filters_each)
                 for i in range(inner):
-                    value = w[origin + j * filters_each + i] if exists and j < columns else 0
-                    filters[into + (tap * inner + i) * width + j] = value
+                    value = w[line + i] if exists and j < columns else 0
+                    filters[into_tap + i * width + j] = value
 
     return pack
 
@@ -317,10 +319,12 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
     writes = tuple(
         ((d.into[i] * h.out + h.into[j]) * w_axis.out + w_axis.into[k]) * g.outer * g.groups for *_, (i, j, k) in each
     )
-    starts = b.starts
+    starts, firsts = b.starts, tuple(h.first[j] for *_, (_, j, _) in each)
     single = g.phases == 1
-    taps_d_0, taps_h_0, taps_w_0, count_d_0, count_h_0, count_w_0, reads_0, writes_0 = (
-        table[0] for table in (taps_d, taps_h, taps_w, count_d, count_h, count_w, reads, writes)
+    # along the second axis: where x lies in the padded source, how far a tile goes
+    low_h, size_h, step, spread, reach = h.low, h.size, h.step, h.spread, (b.lines - 1) * h.step
+    taps_d_0, taps_h_0, taps_w_0, count_d_0, count_h_0, count_w_0, reads_0, writes_0, first_0 = (
+        table[0] for table in (taps_d, taps_h, taps_w, count_d, count_h, count_w, reads, writes, firsts)
     )
 
     def before(task, x, w, y, filters, padded, extras, at):  # type: ignore[no-untyped-def]
@@ -334,16 +338,20 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
         else:
             pad(task, x, padded)
 
-    def slide(x, start, w, weights, n_d, n_h, n_w, sums):  # type: ignore[no-untyped-def]
+    def slide(x, start, top, w, weights, n_d, n_h, n_w, sums):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
         parts, count = (1, n_w * inner) if contiguous else (n_w, inner)
+        # rows of taps that see nothing but zeros are left out
+        lowest = max(0, -((top + reach - low_h) // spread))
+        highest = min(n_h, (low_h + size_h - 1 - top) // spread + 1)
         for q in range(n_d):
-            for r in range(n_h):
+            for r in range(lowest, highest):
+                at_w = weights + (q * n_h + r) * n_w * inner * width
                 for s in range(parts):
                     origin = start + q * spread_d + r * spread_h + s * spread_w
                     for i in range(count):
-                        acc = outer(acc, x, origin + i, step_w, step_h, w, weights, 0)
-                        weights += width
+                        acc = outer(acc, x, origin + i, step_w, step_h, w, at_w, 0)
+                        at_w += width
         store(acc, sums, 0, width, 0)
 
     def body(task, x, w, y, filters, padded, extras, at):  # type: ignore[no-untyped-def]
@@ -351,15 +359,15 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
         panel, begin, phase = task % everything, task // everything % runs * run, task // (everything * runs)
         if single:
             n_d, n_h, n_w, c_d, c_h, c_w = taps_d_0, taps_h_0, taps_w_0, count_d_0, count_h_0, count_w_0
-            read, write, weights = reads_0, writes_0, 0
+            read, write, weights, first = reads_0, writes_0, 0, first_0
         else:
             n_d, n_h, n_w = taps_d[phase], taps_h[phase], taps_w[phase]
             c_d, c_h, c_w = count_d[phase], count_h[phase], count_w[phase]
-            read, write, weights = reads[phase], writes[phase], starts[phase]
+            read, write, weights, first = reads[phase], writes[phase], starts[phase], firsts[phase]
         weights += panel * n_d * n_h * n_w * inner * width
         column = min(panel % panels * width, last)
-        skip = 0 if even else panel % panels * width - column
-        k = panel // panels * outer_channels + column
+        skip = 0 if even else natural(panel % panels * width - column)
+        k = natural(panel // panels * outer_channels + column)
         read += panel // panels * inner
         source = padded if pads else x
         for tile in range(begin, min(begin + run, total)):
@@ -369,11 +377,11 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
                 continue
             o_h, o_w = min(top, c_h - lines), min(left, c_w - rows)
             start = read + n * record + z * step_d + o_h * step_h + o_w * step_w
-            slide(source, start, filters if packs else w, weights, n_d, n_h, n_w, sums)
+            slide(source, start, first + o_h * step, filters if packs else w, weights, n_d, n_h, n_w, sums)
             corner = write + n * result_record + z * into_d + o_h * into_h + o_w * into_w + k
             for line in range(top - o_h, lines):
                 for i in range(left - o_w, rows):
-                    o, s = corner + line * into_h + i * into_w, (line * rows + i) * width
+                    o, s = natural(corner + line * into_h + i * into_w), natural((line * rows + i) * width)
                     for j in range(skip, columns):
                         y[o + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
 

@@ -31,7 +31,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
 from .conv_geometry import Geometry, forward, padding, sizes
-from .tile import balanced, holds, load, local, outer, step_cost, store, zeros
+from .tile import balanced, holds, load, local, natural, outer, step_cost, store, zeros
 
 CHUNK = 1024  # most pixels between two visits of the partial sums
 TASKS = 16  # fewer tasks than that are split
@@ -198,6 +198,9 @@ def tiles(
     step_d, step_h, step_w = d.step * line_d, h.step * line_h, w.step * channels
     spread_d, spread_h, spread_w = d.spread * line_d, h.spread * line_h, w.spread * channels
     origin = d.first[0] * line_d + h.first[0] * line_h + w.first[0] * channels
+    # along the second axis: where x lies in the padded one, how far a tile goes
+    first_h, low_h, size_h, row_step, row_spread = h.first[0], h.low, h.size, h.step, h.spread
+    reach = (b.lines - 1) * h.spread
     out_d, out_h, out_w, pixel_rows = d.out, h.out, w.out, b.pixel_rows
     chunk = max(1, CHUNK // out_w)
     part_size = pieces * tile_count * tile_size
@@ -211,12 +214,15 @@ def tiles(
     def before(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         pad(task, x, padded)
 
-    def add_pixels(sums, slot, fresh, x, start, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
+    def add_pixels(sums, slot, fresh, x, start, line, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
         if not fresh:
             acc = load(acc, sums, slot, width, 0)
         for row in range(begin, end):
             n, z, o = row // (out_h * out_d), row // out_h % out_d, row % out_h
+            top = first_h + o * row_step + line * row_spread
+            if top + reach < low_h or top >= low_h + size_h:
+                continue  # nothing but zeros
             pixel = start + n * record + z * step_d + o * step_h
             source = (row - begin) * out_w * stride + column
             for i in range(out_w):
@@ -228,15 +234,15 @@ def tiles(
         q = piece // (panels * stretches * bands) % window_d
         group = piece // (panels * stretches * bands * window_d)
         column, line = min(panel * width, last), min(band * lines, last_line)
-        skip = 0 if even else panel * width - column
-        k = group * outer_channels + column
+        skip = 0 if even else natural(panel * width - column)
+        k = natural(group * outer_channels + column)
         for tile in range(tile_count):
             first = min(tile * rows, last_row)
             for m in range(band * lines - line, lines):
                 for i in range(tile * rows - first, rows):
                     position = (q * window_h + line + m) * row_length + stretch * inner + first + i
-                    o = position * filters + k
-                    s = (piece * tile_count + tile) * tile_size + (m * rows + i) * width
+                    o = natural(position * filters + k)
+                    s = natural((piece * tile_count + tile) * tile_size + (m * rows + i) * width)
                     for j in range(skip, columns):
                         v = sums[s + j]
                         for part in range(1, split):
@@ -258,7 +264,7 @@ def tiles(
             dy, first, stride = panel_dy, 0, width
         for tile in range(tile_count):
             slot = part * part_size + (piece * tile_count + tile) * tile_size
-            add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), dy, first, stride, low, high)
+            add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), line, dy, first, stride, low, high)
 
     def before_whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         pad(task, x, padded)

@@ -24,7 +24,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop
 
 from .conv_geometry import Sizes, sizes
-from .tile import balanced, local, outer, store, zeros
+from .tile import balanced, local, natural, outer, store, zeros
 
 TASKS = 64  # enough to share out evenly among the cores of a rank
 BUFFER_BYTES = 1 << 16  # longest row that may lie on a stack
@@ -90,7 +90,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
     panel_size, tile_size, buffer_size = filters * width, g.rows * width, g.buffer_size
     window_d, window_h = d.window, h.window
     low_d, low_h, dilation_d, dilation_h, stride_d, stride_h = d.low, h.low, d.dilation, h.dilation, d.stride, h.stride
-    y_d, y_h, y_w, x_d, x_h = d.y, h.y, w_axis.y, d.x, h.x
+    y_d, y_h, y_w, x_d, x_h, x_w = d.y, h.y, w_axis.y, d.x, h.x, w_axis.x
     step, row_size = w_axis.stride * channels, w_axis.x * channels
     # dx[0] within the row buffer, and the first tap's pixel 0
     zero, origin = max(0, w_axis.low) * channels, max(0, -w_axis.low) * channels
@@ -99,10 +99,10 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
 
     def before(task, dy, w, dx, packed, unused, extras, at):  # type: ignore[no-untyped-def]
         taps, panel = task // panels, task % panels
-        source = (taps * length + min(panel * width, last)) * filters
+        source, into = natural((taps * length + min(panel * width, last)) * filters), natural(task * panel_size)
         for j in range(width):
             for k in range(filters):
-                packed[task * panel_size + k * width + j] = w[source + j * filters + k] if j < columns else 0
+                packed[into + k * width + j] = w[source + j * filters + k] if j < columns else 0
 
     def row_of(buffer, n, z, i, dy, packed):  # type: ignore[no-untyped-def]
         sums = local(tile_size, buffer)
@@ -110,7 +110,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
             buffer[e] = 0
         for panel in range(panels):
             column = min(panel * width, last)
-            skip = 0 if even else panel * width - column
+            skip = 0 if even else natural(panel * width - column)
             for tile in range(tile_count):
                 first = min(tile * rows, last_pixel)
                 acc = zeros(1, rows, vectors, lanes, sums)
@@ -129,7 +129,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
                             acc = outer(acc, dy, pixel + k, filters, 0, packed, weights + k * width, 0)
                 store(acc, sums, 0, width, 0)
                 for p in range(tile * rows - first, rows):
-                    into = origin + (first + p) * step + column
+                    into = natural(origin + (first + p) * step + column)
                     for j in range(skip, columns):
                         buffer[into + j] += sums[p * width + j]
 
@@ -137,9 +137,10 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
         buffer = local(buffer_size, dx)
         for row in range(task * run, min((task + 1) * run, total)):
             row_of(buffer, row // (x_h * x_d), row // x_h % x_d, row % x_h, dy, packed)
-            for o in range(row * row_size, (row + 1) * row_size, channels):
+            for pixel in range(x_w):
+                o = natural(row * row_size + pixel * channels)
                 for c in range(channels):
-                    value = buffer[zero + o - row * row_size + c]
+                    value = buffer[zero + pixel * channels + c]
                     dx[o + c] = epilogue(value, extras, o + c, c, at)
 
     tasks = -(-total // run)

@@ -29,7 +29,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import balanced, holds, load, local, outer, step_cost, store, transpose, zeros
+from .tile import balanced, holds, load, local, natural, outer, step_cost, store, transpose, zeros
 
 DEPTH = 256  # length of a panel: 256 x 32 floats are 32 KiB
 BAND_BYTES, SUMS_BYTES = 1 << 17, 1 << 16  # most bytes of a task's panels, and of its sums
@@ -186,13 +186,15 @@ def tiles(
 
     def copy_rows(a, part, source, count):  # type: ignore[no-untyped-def]
         for r in range(rows):
+            row = natural(source + r * inner)
             for i in range(count):
-                part[r * copy_row + i] = a[source + r * inner + i]
+                part[r * copy_row + i] = a[row + i]
 
     def copy_columns(a, part, source, count):  # type: ignore[no-untyped-def]
         for i in range(count):
+            row = natural(source + i * m)
             for r in range(rows):
-                part[i * rows + r] = a[source + i * m + r]
+                part[i * rows + r] = a[row + r]
 
     def multiply(sums, slot, fresh, x, at_x, x_step, x_row, w, at_w, w_step, count):  # type: ignore[no-untyped-def]
         acc = zeros(1, rows, vectors, lanes, sums)
@@ -211,9 +213,9 @@ def tiles(
             row = min((first_tile + t) * rows, m - rows)
             for r in range((first_tile + t) * rows - row, rows):
                 for p in range(panel_count):
-                    column = min((first_panel + p) * width, last)
-                    skip = 0 if even else (first_panel + p) * width - column
-                    o, s = (row + r) * k + column, (t * band + p) * tile_size + r * width
+                    column = natural(min((first_panel + p) * width, last))
+                    skip = 0 if even else natural((first_panel + p) * width - column)
+                    o, s = natural((row + r) * k + column), natural((t * band + p) * tile_size + r * width)
                     for j in range(skip, columns):
                         y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
 

@@ -270,6 +270,20 @@ def local(typingctx, size, like):  # type: ignore[no-untyped-def]
     return array(size, like), codegen
 
 
+@intrinsic
+def natural(typingctx, i):  # type: ignore[no-untyped-def]
+    """The index ``i``, which is promised not to be negative.
+
+    Without the promise Numba's ``y[i + j]`` may count from the end, and LLVM gathers instead of loading vectors.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.assume(builder.icmp_signed(">=", args[0], ir.Constant(args[0].type, 0)))
+        return args[0]
+
+    return types.intp(types.intp), codegen
+
+
 def balanced(extent: int, most: int) -> int:
     """The size of the pieces when ``extent`` is cut into as few equal pieces of at most ``most`` as possible.
 
@@ -287,6 +301,9 @@ def holds(rows: int, vectors: int, lanes: int, itemsize: int, vector_bytes: int)
 
 
 def step_cost(rows: int, vectors: int) -> float:
-    """Half-cycles of one `outer`: multiply-adds, loads, or the latency of a chain of multiply-adds."""
-    # the last term: every step streams `vectors` vectors of w from the second-level cache
-    return max(rows * vectors, rows + vectors, 8) + 0.5 * vectors
+    """Half-cycles of one `outer`: multiply-adds, loads, or the latency of a chain of multiply-adds.
+
+    The rest was measured: vectors of w come from the second-level cache, and loads of scalars that
+    serve one vector only keep the units waiting.
+    """
+    return max(rows * vectors, rows + vectors, 8) + 0.5 * vectors + (1.5 if vectors == 1 else 0.0)

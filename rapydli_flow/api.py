@@ -108,6 +108,10 @@ class Model:
     graph: Graph
     state: dict[str, Array]
 
+    def __repr__(self) -> str:
+        outputs = ", ".join(f"{name} {self.graph.spec(v)}" for name, v in self.graph.outputs.items())
+        return f"<Model: {self.graph.parameters:,} parameters; {outputs}>"
+
     def predict(self, data: Any) -> Any:
         """The prediction for every record, a lazy Dask array."""
         return predict(self.graph, self.state, data)

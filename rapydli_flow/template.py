@@ -104,7 +104,6 @@ class Loop:
 
     body: Callable[..., None]
     tasks: int
-    fastmath: bool = True
     before: Callable[..., None] | None = None
     before_tasks: int = 0
 

@@ -56,7 +56,7 @@ class Peers(Transport):
             raise RunLost(f"rank {self.rank}: the connection to another rank broke ({error}).") from error
 
     def close(self) -> None:
-        sync(self._loop, self._close)
+        self._loop.add_callback(self._close)  # not awaited: this may be the loop's own thread
 
     async def _listen(self) -> str:
         protocol, _ = parse_address(self._worker.address)

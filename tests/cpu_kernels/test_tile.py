@@ -13,7 +13,7 @@ from cpu_kernels.tile import balanced, holds, load, local, outer, store, transpo
 from rapydli_flow.ops.conv import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.ops.dense import Matmul
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, templates
+from rapydli_flow.template import Device, Epilogue, Scalar, templates
 
 DTYPES = ("float32", "float64")
 OPS = (Conv, ConvInputGrad, ConvFilterGrad, Matmul)
@@ -144,6 +144,25 @@ def test_negative_padding_crops(stride, padding):
         check(grad, (y, w), "float32", 32, config)
     config = {"rows": 6, "vectors": 1, "lanes": 8, "split": 1}
     check(ConvFilterGrad(window=(3, 2), **geometry), (x, y), "float32", 32, config)
+
+
+@pytest.mark.parametrize(("sample", "i"), [(c.samples()[0], i) for i, c in enumerate(OPS)])
+def test_each_element_passes_the_epilogue_once(sample, i):
+    """A bias, and a residual that is overwritten by the output."""
+    op, ins = sample.op, sample.ins
+    out = op.infer(*ins)
+    (template,) = templates(op.family, "cpu")
+    scalar = Scalar(("v", "e0", "e1"), ("total = v + e0", "total = total + e1"), ("total",))
+    config = template.default(op, ins, (out,), device(32))
+    epilogue = Epilogue(scalar, (Spec(out.shape[-1:]), out), out)
+    kernel = compile_kernel(template, op, ins, (out,), device(32), config, epilogue=epilogue)
+    rng = np.random.default_rng(2)
+    arrays = [rng.uniform(-2, 2, s.shape).astype("float32") for s in (*ins, *epilogue.extras)]
+    work = [np.full(s.shape, np.nan, s.dtype) for s in template.workspace(op, ins, (out,), **config)]
+    expected = op.reference(*arrays[:2]) + arrays[2] + arrays[3]
+    y = arrays[3]
+    run_kernel(kernel, arrays[:2], [y], work=work, extras=[arrays[2], y])
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_of_a_filter_gradient_add_up():
