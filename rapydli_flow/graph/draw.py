@@ -44,6 +44,11 @@ def svg(graph: Graph) -> str:
 
 def html(graph: Graph) -> str:
     """A table of the graph, and its picture under a fold."""
+    return f"<div>{sheet(graph)}<details><summary>picture</summary>{svg(graph)}</details></div>"
+
+
+def sheet(graph: Graph) -> str:
+    """The table of a graph as HTML; see `rapydli_flow.graph.table`."""
 
     def row(cells: Sequence[str], tag: str, style: str = "") -> str:
         aligns = ("left", "left", "left", "right", "right", "right")
@@ -56,10 +61,7 @@ def html(graph: Graph) -> str:
     rows = "".join(row(cells, "td") for cells in table.rows(graph))
     last = row(table.total(graph), "td", "font-weight:600;border-top:1px solid #8390a0")
     head = f"<thead>{row(table.HEADER, 'th')}</thead>"
-    return (
-        f'<div><table style="font-size:12px;border-collapse:collapse">{head}<tbody>{rows}{last}</tbody></table>'
-        f"<details><summary>picture</summary>{svg(graph)}</details></div>"
-    )
+    return f'<table style="font-size:12px;border-collapse:collapse">{head}<tbody>{rows}{last}</tbody></table>'
 
 
 # what is drawn -----------------------------------------------------------------------------------------

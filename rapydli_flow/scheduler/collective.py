@@ -35,6 +35,9 @@ class AllReduce(Op):
     def reference(self, *inputs: Array) -> tuple[Array, ...]:
         return inputs
 
+    def flops(self, *inputs: Spec) -> int:
+        return sum(x.size for x in inputs)
+
 
 class Exchange(Op):
     """``have[r]`` of the whole array is on rank r; after it, ``want[r]`` is: halo, all-gather, all-to-all, slice."""
@@ -56,6 +59,9 @@ class Exchange(Op):
 
     def reference(self, x: Array) -> Array:
         return assemble(self, [x if r == self.rank else None for r in range(len(self.have))])
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
 
     def overlap(self, source: int) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
         """What this rank takes from ``source``: slices of its block there, and of the wanted block here."""

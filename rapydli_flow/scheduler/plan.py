@@ -22,9 +22,16 @@ class Plan:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
-        """Split, then the passes on rank graphs: equal nodes merged, collectives bucketed, tails fused."""
+        """Equal nodes merged, split, then the passes on rank graphs: collectives bucketed, tails fused.
+
+        The graphs of all ranks have the same nodes in the same order. So nothing is merged after the split
+        (two nodes may be equal on one rank only), and tails are fused on all ranks or on none.
+        """
+        graph = checked(merge_equal)(graph)
         parts = split(graph, self.ranks, self.layouts) if self.ranks > 1 else (graph,)
-        return tuple(checked(fuse)(checked(bucket)(checked(merge_equal)(part))) for part in parts)
+        parts = tuple(checked(bucket)(part) for part in parts)
+        fused = tuple(checked(fuse)(part) for part in parts)
+        return fused if len({tuple(node.name for node in part) for part in fused}) == 1 else parts
 
     def explain(self, graph: Graph) -> str:
         """What each rank holds of the divided inputs, and the bytes that ranks send each other in a step."""

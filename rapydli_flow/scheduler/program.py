@@ -149,14 +149,14 @@ class _Planner:
         for i, node in enumerate(self.graph.nodes):
             if not isinstance(node.op, Leaf):
                 self.place(i, node)
-        copied = self.copy_updates(leaves)
+        outputs, copied = self.copy_updates(leaves)
         largest = sorted(self.sizes.items(), key=lambda item: -item[1])[:12]
         return Program(
             steps=tuple(self.steps),
             leaves=leaves,
             layout=layout,
             starts=starts,
-            outputs={k: self.buffers[v] for k, v in self.graph.outputs.items()},
+            outputs=outputs,
             updates=tuple(self.graph.updates),
             arena_bytes=self.arena.size_bytes,
             donated=self.donated,
@@ -222,14 +222,34 @@ class _Planner:
             if self.last[own] == i and buffer.offset not in self.permanent and buffer.offset not in taken:
                 self.arena.give(buffer.offset, buffer.spec.size_bytes)
 
-    def copy_updates(self, leaves: Mapping[str, Buffer]) -> int:
-        """Updates that could not go home while they were made are copied at the end of the step."""
-        copied = 0
-        for name, value in self.graph.updates.items():
-            source, target = self.buffers[value], leaves[name]
-            if source.offset == target.offset:
+    def copy_updates(self, leaves: Mapping[str, Buffer]) -> tuple[dict[str, Buffer], int]:
+        """Updates that could not go home while they were made are copied at the end of the step, as if all at once.
+
+        An old value that is still wanted, as an output or as the update of another leaf, is read before it
+        is overwritten, or saved. The outputs, and the number of copies.
+        """
+        first = len(self.steps)
+        moves = {name: self.buffers[value] for name, value in self.graph.updates.items()}
+        moves = {name: source for name, source in moves.items() if source.offset != leaves[name].offset}
+        changed = {leaves[name].offset for name in moves}
+        outputs = {k: self.buffers[v] for k, v in self.graph.outputs.items()}
+        for k, old in outputs.items():
+            if old.offset in changed:
+                outputs[k] = self.take(k, old.spec)
+                self.copy(k, old, outputs[k])
+        while moves:
+            read = {source.offset for source in moves.values()}
+            free = next((name for name in moves if leaves[name].offset not in read), None)
+            if free is not None:
+                self.copy(free, moves.pop(free), leaves[free])
                 continue
-            copied += 1
-            request, choice = self.tuning.serve(Copy(), [source.spec])
-            self.steps.append(Call(f"{name}/copy", request, choice, (source,), (target,), (), (), None))
-        return copied
+            name = next(iter(moves))  # leaves that change places
+            old = leaves[name]
+            saved = self.take(f"{name}/old", old.spec)
+            self.copy(f"{name}/old", old, saved)
+            moves = {k: Buffer(saved.offset, s.spec) if s.offset == old.offset else s for k, s in moves.items()}
+        return outputs, len(self.steps) - first
+
+    def copy(self, name: str, source: Buffer, target: Buffer) -> None:
+        request, choice = self.tuning.serve(Copy(), [source.spec])
+        self.steps.append(Call(f"{name}/copy", request, choice, (source,), (target,), (), (), None))

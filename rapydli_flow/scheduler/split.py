@@ -51,8 +51,16 @@ def split(graph: Graph, ranks: int, layouts: Mapping[str, Layout]) -> tuple[Grap
         if len(layout) != ranks:
             raise ShapeError(f"split: the layout of {name} has {len(layout)} blocks for {ranks} ranks.")
         spec = graph.find(name).spec
+        if not isinstance(graph[name].op, Leaf):
+            raise ShapeError(f"split: {name} is not a leaf; only leaves are given a layout.")
         if any(block.whole != spec.shape for block in layout):
             raise ShapeError(f"split: the layout of {name} is for {layout[0].whole}, but it is {spec}.")
+        if not _tiles(layout):
+            blocks = " ".join(map(str, layout))
+            raise ShapeError(
+                f"split: the blocks {blocks} are not {name} {spec} cut along one axis in the order of the ranks. "
+                "Make them with Block.along."
+            )
     return _Split(graph, ranks, layouts).run()
 
 
@@ -174,6 +182,19 @@ def _boundaries(layout: Layout) -> tuple[int, tuple[int, ...]] | None:
         if any((b.lo[axis], b.hi[axis]) != (layout[0].lo[axis], layout[0].hi[axis]) for b in layout):
             return axis, (*(b.lo[axis] for b in layout), layout[-1].hi[axis])
     return None
+
+
+def _tiles(layout: Layout) -> bool:
+    """Is this the whole array on every rank, or the array cut along one axis in the order of the ranks?"""
+    whole = layout[0].whole
+    if all(block == Block.all(whole) for block in layout):
+        return True
+    cut = _boundaries(layout)
+    if cut is None:
+        return False
+    axis, bounds = cut
+    ordered = bounds == tuple(sorted(bounds)) and (bounds[0], bounds[-1]) == (0, whole[axis])
+    return ordered and layout == Block.along(whole, axis, bounds)
 
 
 def _leading(axis: Axis, index: Index) -> str | None:

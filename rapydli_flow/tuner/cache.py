@@ -19,6 +19,7 @@ from ..template import Device, templates
 from .choice import Choice, Request, Tuning
 
 VERSION = 1
+FIELDS = {"version", "device", "family", "key", "template", "source", "config"}
 
 
 class TuningCache:
@@ -39,7 +40,7 @@ class TuningCache:
                 found = [t for t in templates(line["family"], device.kind) if t.name == line["template"]]
                 sources[name] = source_hash(found[0].source()) if found else ""
             if sources[name] == line["source"]:
-                known[line["key"]] = Choice(line["template"], tuple((k, v) for k, v in line["config"]))
+                known[line["key"]] = Choice(line["template"], tuple((k, _value(v)) for k, v in line["config"]))
         return Tuning(device, known)
 
     def add(self, device: Device, results: Iterable[tuple[Request, Choice, float]]) -> None:
@@ -73,17 +74,34 @@ class TuningCache:
 
     def _lines(self) -> list[dict[str, Any]]:
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+            with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # another process may be in the middle of a line
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
             return []
         try:
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            if all(isinstance(line, dict) and line.get("version", 0) <= VERSION for line in lines):
+            lines = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
+            if all(_readable(line) for line in lines):
                 return lines
-        except json.JSONDecodeError:
+        except ValueError:  # not JSON, or not text
             pass
-        os.replace(self.path, self.path.with_suffix(".unreadable"))
+        self._keep_aside()
         return []
+
+    def _keep_aside(self) -> None:
+        aside, n = self.path.with_suffix(".unreadable"), 1
+        while aside.exists():
+            aside, n = self.path.with_suffix(f".unreadable-{n + 1}"), n + 1
+        os.replace(self.path, aside)
+
+
+def _readable(line: Any) -> bool:
+    return isinstance(line, dict) and set(line) >= FIELDS and line["version"] in range(VERSION + 1)
+
+
+def _value(value: Any) -> Any:
+    """A value of a config as it was before JSON made lists of tuples."""
+    return tuple(map(_value, value)) if isinstance(value, list) else value
 
 
 def source_hash(text: str) -> str:

@@ -18,12 +18,16 @@ from ..template import Device, Epilogue, Template, templates
 
 @dataclass(frozen=True)
 class Request:
-    """An op on local specs, with what happens to each element before it is stored."""
+    """An op on local specs, with what happens to each element before it is stored.
+
+    ``whole`` is the op of the graph, its tail included: the reference for what the kernel gives.
+    """
 
     op: Op
     ins: tuple[Spec, ...]
     epilogue: Epilogue
     title: str = field(default="", compare=False)
+    whole: Op | None = field(default=None, compare=False)
 
     @cached_property
     def outs(self) -> tuple[Spec, ...]:
@@ -94,10 +98,10 @@ class Tuning:
     def serve(self, op: Op, ins: Sequence[Spec]) -> tuple[Request, Choice]:
         """What to run for an op of a graph, with its tail in the epilogue where a template takes it."""
         anchor, specs, epilogue = parts(op, ins)
-        request = Request(anchor, specs, epilogue, op.title)
+        request = Request(anchor, specs, epilogue, op.title, op)
         choice = self.choose(request)
         if choice.reference:  # the whole op runs in NumPy, its tail too
-            request = Request(op, tuple(ins), Epilogue.none(op.out_specs(*ins)[0]), op.title)
+            request = Request(op, tuple(ins), Epilogue.none(op.out_specs(*ins)[0]), op.title, op)
         return request, choice
 
     def workspace(self, request: Request, choice: Choice) -> tuple[Spec, ...]:

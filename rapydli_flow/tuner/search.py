@@ -44,7 +44,8 @@ def tune(
     """(request, best trial, trial of the default) for each request that the budget reaches.
 
     ``measure`` checks every choice against the reference before it times it, and answers with a
-    reason where a choice fails. The default stays unless another is faster by more than 2 %.
+    reason where a choice fails. The default stays unless another is faster by more than 2 %. A request
+    of which every choice fails is left out; ``watch`` gets its default's trial, without a time.
     """
     end = time.monotonic() + budget_s
     out = []
@@ -58,6 +59,8 @@ def tune(
             pending = pending[8:]
         good = [t for t in trials if t.time_s is not None]
         if not good:
+            if trials:
+                watch(request, trials[0], len(trials))
             continue
         default = trials[0]
         best = min(good, key=lambda t: t.time_s or 0.0)

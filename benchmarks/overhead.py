@@ -1,0 +1,138 @@
+"""What training through Dask costs over the same program in this process, and how long the first step takes.
+
+    python benchmarks/overhead.py [--steps 200] [--rounds 5]
+
+The network is cifar10_quick; its batch is chosen so that a step takes about 20 ms. One worker with all
+threads runs the very program that runs in process; runs of both are taken in turns, warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import table, write
+from distributed import Client, LocalCluster
+from networks import CASES
+
+import rapydli_flow as rf
+from rapydli_flow import nn, optim
+
+FIRST = """
+import time; begin = time.perf_counter()
+import sys; sys.path.insert(0, {here!r})
+import numpy as np
+import rapydli_flow as rf
+from rapydli_flow import nn, optim
+from networks import CASES
+from cpu_kernels.compile import host
+from rapydli_flow.runtime import tuning
+from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.scheduler import compile_program
+case = CASES[0]
+step = rf.train_step(rf.trace(case.network, rf.Spec((case.batch, *case.record))), loss=nn.cross_entropy,
+                     optimizer=optim.sgd(0.01, momentum=0.9))
+known = tuning.known(host())
+(graph,) = rf.Plan(1, 2).rank_graphs(step)
+rank = Rank(compile_program(graph, known), known.device, threads=2)
+rank.start(0)
+rank.feed({{"x": np.zeros((case.batch, *case.record), np.float32), "label": np.zeros(case.batch, np.int64)}})
+rank.step(0, 0)
+print(time.perf_counter() - begin)
+"""
+
+
+def training_step(batch: int) -> Any:
+    case = CASES[1]
+    graph = rf.trace(case.network, rf.Spec((batch, *case.record)))
+    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.001, momentum=0.9))
+
+
+def dataset(folder: str) -> Any:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2048, *CASES[1].record), dtype=np.float32)
+    return rf.ingest({"x": x, "label": rng.integers(0, 10, len(x))}, f"{folder}/data.zarr", compress=False)
+
+
+def per_step(run: rf.Run) -> float:
+    """Median milliseconds a step over segments, those of the first second left out."""
+    whole = run.segments[2:] or run.segments
+    return median(s.time_s / s.steps for s in whole) * 1e3
+
+
+def wall(step: Any, data: Any, steps: int, **where: Any) -> tuple[float, float]:
+    """(milliseconds a step by the clock, inside segments) of a run; the clock starts at the second segment."""
+    marks: list[tuple[int, float]] = []
+
+    class Clock(rf.Callback):
+        def on_event(self, event: Any) -> None:
+            if type(event).__name__ == "Stepped":
+                marks.append((event.first + event.steps, time.perf_counter()))
+
+    run = rf.fit(step, data, steps=steps, callbacks=[Clock()], **where)
+    (a, begin), (b, end) = marks[1], marks[-1]
+    return (end - begin) / (b - a) * 1e3, per_step(run)
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    arguments = parser.parse_args()
+    threads = rf.settings().threads
+    step = training_step(arguments.batch)
+    rows = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalCluster(n_workers=1, threads_per_worker=threads, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        data = dataset(folder)
+        plan = rf.Plan(1, threads)
+        sides: dict[str, dict[str, Any]] = {
+            "in process": {"plan": plan},
+            "dask, 1 worker": {"plan": plan, "client": client},
+        }
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(arguments.rounds + 1):
+            for name, where in sides.items():
+                times[name].append(wall(step, data, arguments.steps, **where)[0])
+        base = median(times["in process"][1:])
+        rows += [{"what": name, "ms_a_step": median(t[1:]), "ratio": median(t[1:]) / base} for name, t in times.items()]
+    with (
+        LocalCluster(n_workers=threads, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        data = dataset(folder)
+        two = [wall(step, data, arguments.steps, client=client)[0] for _ in range(arguments.rounds)]
+        rows.append(
+            {
+                "what": f"dask, {threads} workers x 1 thread",
+                "ms_a_step": median(two[1:]),
+                "ratio": median(two[1:]) / base,
+            }
+        )
+    source = FIRST.format(here=str(Path(__file__).resolve().parent))
+    first = [
+        float(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)
+        for _ in range(4)
+    ]
+    rows.append(
+        {"what": "first LeNet step from import, warm cache (s)", "ms_a_step": median(first[1:]) * 1e3, "ratio": 0.0}
+    )
+    print(table(rows))
+    print(write("overhead", rows, steps=arguments.steps, batch=arguments.batch, threads=threads))
+
+
+if __name__ == "__main__":
+    main()

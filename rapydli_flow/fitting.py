@@ -1,0 +1,306 @@
+"""One call of fit: from options to a backend, a schedule and a finished run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+
+from cpu_kernels.compile import host
+
+from .config import settings
+from .data import Dataset, Feed, Snapshot, ingest, latest, read_snapshot
+from .errors import SettingError, SnapshotError
+from .graph import Graph, to_json
+from .runtime import tuning as tuner
+from .runtime.backend import Backend
+from .runtime.cluster import Cluster, place, ready_workers
+from .runtime.events import Callback, Event, MetricsLog, Started, Stepped, Validated
+from .runtime.feeding import check_fields
+from .runtime.flow import Flow
+from .runtime.local import Local
+from .runtime.train import Loop, Schedule
+from .runtime.worker import Job
+from .scheduler import Plan, Program, compile_program, data_parallel
+from .spec import Array
+from .tuner import Choice, Tuning
+from .version import __version__
+
+GRANULARITIES = ("segment", "stage", "op")
+TRANSPORTS = ("auto", "shared", "comm")
+
+
+@dataclass
+class Run:
+    """A training run: the network, its state at the end, and what was measured."""
+
+    graph: Graph
+    state: dict[str, Array]
+    steps: int
+    scalars: dict[str, list[float]] = field(default_factory=dict)
+    validation: list[Validated] = field(default_factory=list)
+    segments: list[Stepped] = field(default_factory=list)
+    path: Path | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last validation metrics, or the scalars of the last step."""
+        if self.validation:
+            return dict(self.validation[-1].metrics)
+        return {name: values[-1] for name, values in self.scalars.items() if values}
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        return f"<Run: {self.steps} steps; {numbers}>"
+
+
+class _Collect(Callback):
+    """Keeps what a run measures."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self.run.segments.append(event)
+            for name, values in event.scalars.items():
+                self.run.scalars.setdefault(name, []).extend(values)
+        elif isinstance(event, Validated):
+            self.run.validation.append(event)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `rapydli_flow.fit` was asked for; see there."""
+
+    epochs: float | None
+    steps: int | None
+    granularity: str
+    seed: int
+    shuffle: bool
+    run_dir: Path | None
+    snapshot_every: int | None
+    keep: int
+    resume: bool
+    overwrite: bool
+    transport: str
+    timeout_s: float
+
+    def check(self, step: Graph) -> None:
+        """Raise SettingError for options that mean nothing, before anything is done."""
+        for name, allowed in (("granularity", GRANULARITIES), ("transport", TRANSPORTS)):
+            if getattr(self, name) not in allowed:
+                raise SettingError(f"fit: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        if (self.epochs is None) == (self.steps is None):
+            raise SettingError("fit: give either epochs or steps.")
+        if step.network is None:
+            raise SettingError("fit: this graph is not a training step; make one with rf.train_step.")
+        if self.resume and self.run_dir is None:
+            raise SettingError("fit: resume needs the run_dir of the run that is to go on.")
+        if self.snapshot_every is not None and self.snapshot_every < 0:
+            raise SettingError(f"fit: snapshot_every={self.snapshot_every} is not 0 (none) or more steps.")
+
+
+class Fitting:
+    """The parts of a run, made from options."""
+
+    def __init__(
+        self, step: Graph, train: Dataset, validation: Dataset | None, options: Options, client: Client | None
+    ) -> None:
+        self.step, self.train, self.validation, self.options, self.client = step, train, validation, options, client
+        for dataset in (train, validation):
+            if dataset is not None:
+                check_fields(step, dataset)
+        self.batch = step.leaves("batch")[0].spec.shape[0]
+        with Feed(train, self.batch) as feed:
+            self.per_epoch = feed.steps_per_epoch
+        steps = options.steps if options.steps is not None else round((options.epochs or 0.0) * self.per_epoch)
+        if steps < 1:
+            raise SettingError(f"fit: {steps} steps are nothing to train. Give 1 or more.")
+        self.steps = steps
+        self.before = self._before()
+
+    def run(self, plan: Plan | None, tuning: Tuning | None, callbacks: Sequence[Callback]) -> Run:
+        """Train."""
+        options, before = self.options, self.before
+        workers = self._workers(plan)
+        plan = plan or self._plan(workers)
+        device = next(iter(workers.values()))["device"] if workers else host()
+        tuning = frozen(tuning or tuner.known(device), before, plan)
+        graphs = plan.rank_graphs(self.step)
+        programs = [compile_program(graph, tuning) for graph in graphs]
+        folder = self._folder()
+        backend = self._backend(plan, graphs, programs, tuning, workers)
+        run = Run(self._network, {}, self.steps, path=folder)
+        schedule = self._schedule(folder)
+        log = MetricsLog(folder, first_step=schedule.first) if folder else None
+        watching = [_Collect(run), *([log] if log else []), *callbacks]
+        meta = self._meta(plan, programs, tuning)
+        started = Started(
+            schedule.first,
+            self.steps,
+            self.per_epoch,
+            self.batch,
+            plan.ranks,
+            plan.threads,
+            options.granularity,
+            plan.explain(self.step),
+        )
+        try:
+            run.state = Loop(backend, schedule, watching, meta).run(before.arrays if before else None, started)
+        finally:
+            if log is not None:
+                log.close()
+        return run
+
+    @property
+    def _network(self) -> Graph:
+        assert self.step.network is not None
+        return self.step.network
+
+    @property
+    def _every(self) -> int:
+        """Steps from snapshot to snapshot; 0: none."""
+        if self.options.run_dir is None:
+            return 0
+        return self.per_epoch if self.options.snapshot_every is None else self.options.snapshot_every
+
+    @property
+    def _snapshots(self) -> Path | None:
+        return self.options.run_dir / "snapshots" if self.options.run_dir is not None and self._every else None
+
+    def _schedule(self, folder: Path | None) -> Schedule:
+        first = self.before.step if self.before else 0
+        return Schedule(first, self.steps, self.per_epoch, self._every, self.validation is not None)
+
+    def _before(self) -> Snapshot | None:
+        """The snapshot to go on from."""
+        options = self.options
+        if not options.resume or options.run_dir is None:
+            return None
+        newest = latest(options.run_dir / "snapshots")
+        if newest is None:
+            raise SnapshotError(
+                f"fit: there is no complete snapshot in {options.run_dir / 'snapshots'} to resume from."
+            )
+        snapshot = read_snapshot(newest)
+        if snapshot.meta.get("graph") != to_json(self.step):
+            raise SnapshotError(
+                f"fit: {newest} is of another training step; resume with the graph that it was made with."
+            )
+        for name in ("seed", "shuffle"):
+            if snapshot.meta[name] != getattr(options, name):
+                raise SnapshotError(
+                    f"fit: the run in {options.run_dir} was begun with {name}={snapshot.meta[name]}, not "
+                    f"{getattr(options, name)}; resume with the same."
+                )
+        if snapshot.step >= self.steps:
+            raise SettingError(
+                f"fit: {options.run_dir} is at step {snapshot.step} already; ask for more than that to go on."
+            )
+        return snapshot
+
+    def _folder(self) -> Path | None:
+        """The folder of the run, emptied of an older run if that is wanted; the last thing before training."""
+        folder = self.options.run_dir
+        if folder is None:
+            return None
+        if not self.options.resume and latest(folder / "snapshots") is not None:
+            if not self.options.overwrite:
+                raise SettingError(
+                    f"fit: {folder} holds a run already. Use resume=True, overwrite=True or another run_dir."
+                )
+            shutil.rmtree(folder / "snapshots")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _workers(self, plan: Plan | None) -> dict[str, dict[str, Any]]:
+        """What the workers of the client are, by address."""
+        if self.client is None:
+            return {}
+        ranks = plan.ranks if plan else self.before.meta["ranks"] if self.before else None
+        return ready_workers(self.client, ranks, self.options.timeout_s)
+
+    def _plan(self, workers: Mapping[str, Any]) -> Plan:
+        """As the snapshot says, else samples over all workers, else one rank here."""
+        ranks = len(workers) or 1
+        threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
+        if self.before is not None:
+            ranks, threads = self.before.meta["ranks"], self.before.meta["threads"]
+        return data_parallel(self.step, ranks, threads=threads)
+
+    def _backend(
+        self,
+        plan: Plan,
+        graphs: Sequence[Graph],
+        programs: Sequence[Program],
+        tuning: Tuning,
+        workers: Mapping[str, Any],
+    ) -> Backend:
+        """Where the run happens."""
+        options = self.options
+        where: dict[str, Any] = {
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "snapshots": self._snapshots,
+            "keep": options.keep,
+        }
+        data = (self.train, self.validation)
+        if options.granularity != "segment":
+            flow = {"granularity": options.granularity, "client": self.client}
+            return Flow(self.step, plan, graphs, tuning, *data, **flow, **where)
+        if self.client is None:
+            return Local(self.step, plan, programs, tuning, *data, timeout_s=options.timeout_s, **where)
+        job = Job(
+            run="run",
+            step=self.step,
+            programs=tuple(programs),
+            layouts=plan.layouts,
+            tuning=tuning,
+            threads=plan.threads,
+            data=self.train,
+            validation=self.validation,
+            transport=options.transport,
+            timeout_s=options.timeout_s,
+            **where,
+        )
+        return Cluster(self.client, job, place(workers, plan.ranks), workers)
+
+    def _meta(self, plan: Plan, programs: Sequence[Program], tuning: Tuning) -> dict[str, Any]:
+        """What a snapshot says of its run: enough to go on with the same bits."""
+        choices = {
+            request.key(tuning.device): [choice.template, [list(pair) for pair in choice.config]]
+            for program in programs
+            for request, choice in program.requests
+        }
+        return {
+            "graph": to_json(self.step),
+            "network": to_json(self._network),
+            "ranks": plan.ranks,
+            "threads": plan.threads,
+            "device": tuning.device.key,
+            "choices": choices,
+            "seed": self.options.seed,
+            "shuffle": self.options.shuffle,
+            "batch": self.batch,
+            "version": __version__,
+        }
+
+
+def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> Dataset:
+    """A dataset as it is, or a dict of arrays written to a folder for the length of the run."""
+    return data if isinstance(data, Dataset) else ingest(dict(data), os.path.join(scratch, f"{name}.zarr"))
+
+
+def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:
+    """The choices of the run that is resumed, if it had the same ranks; they are part of its bits."""
+    if before is None or before.meta["ranks"] != plan.ranks:
+        return tuning
+    choices = before.meta["choices"].items()
+    chosen = {key: Choice(name, tuple((a, b) for a, b in config)) for key, (name, config) in choices}
+    return Tuning(tuning.device, chosen)

@@ -1,0 +1,57 @@
+"""One cluster of three worker processes for all that leaves it whole; records; nothing left in shared memory."""
+
+import sys; print(sys.path, __name__)
+import time
+
+import pytest
+from distributed import Client, LocalCluster
+from runs import make_step, many, records, same_bits
+
+import rapydli_flow as rf
+from rapydli_flow.runtime.shared import folder
+
+
+@pytest.fixture(scope="session")
+def client():
+    """A client of three workers. Tests may fail runs on it, but not lose its workers."""
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def step():
+    return make_step()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """61 records to train with, 13 to validate with, in chunks of 8."""
+    parts = {"train": records(), "test": records(13, seed=1)}
+    return rf.ingest(parts, tmp_path_factory.mktemp("records") / "data.zarr", chunk_records=8)
+
+
+@pytest.fixture(scope="session")
+def expected(step, data):
+    """The state after three steps on two ranks."""
+    return rf.fit(step, data["train"], steps=3, plan=many(step, 2)).state
+
+
+@pytest.fixture
+def usable(client, step, data, expected):
+    """The cluster, which must train as if nothing had happened when the test is over."""
+    yield client
+    assert len(client.scheduler_info(n_workers=-1)["workers"]) == 3
+    assert same_bits(rf.fit(step, data["train"], steps=3, plan=many(step, 2), client=client).state, expected)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_in_shared_memory():
+    before = set(folder().glob("rapydli-*"))
+    yield
+    limit = time.monotonic() + 5
+    while (left := set(folder().glob("rapydli-*")) - before) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not left

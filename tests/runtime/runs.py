@@ -1,0 +1,82 @@
+"""What the tests of the runtime train: a small network with every kind of trouble, and its records.
+
+Also a program, for the tests that kill it: ``python runs.py DATA RUN_DIR STEPS WORKERS [--resume]``.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import rapydli_flow as rf
+from rapydli_flow import nn, optim
+from rapydli_flow.runtime.events import Stepped
+
+BATCH, CLASSES = 8, 5  # 8 over 3 ranks: 3, 3 and 2 records
+SNAPSHOT_EVERY = 15
+
+
+def network(x):
+    """A convolution with batch norm, pooling, dropout and a dense layer."""
+    x = nn.relu(nn.batch_norm(nn.conv(x, 4, 3, padding=1)))
+    x = nn.dropout(nn.max_pool(x, 2), 0.25)
+    return nn.dense(x, CLASSES)
+
+
+def make_step(rate=0.05, net=network, dtype="float64"):
+    """Its training step; ``rate`` may be a schedule."""
+    graph = rf.trace(net, rf.Spec((BATCH, 6, 6, 2), dtype))
+    optimizer = optim.sgd(rate, momentum=0.9)
+    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, metrics={"accuracy": nn.accuracy})
+
+
+def records(count=61, seed=0, dtype="float64"):
+    """Random records and labels; 61 leave 5 over in an epoch of 7 steps."""
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(count, 6, 6, 2)).astype(dtype), "label": rng.integers(0, CLASSES, count)}
+
+
+def many(step, ranks):
+    """A plan with one thread a rank, the same wherever it is carried out."""
+    return rf.plan(step, ranks=ranks, threads=1)
+
+
+def same_bits(one, other):
+    """Have two states the same names, and every array the same bytes?"""
+    return one.keys() == other.keys() and all(one[k].tobytes() == other[k].tobytes() for k in one)
+
+
+def deviation(one, other):
+    """The largest difference of two states, relative to the largest element of each array."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[k] - other[k]).max() / np.abs(one[k]).max()) for k in one)
+
+
+def train(data, run_dir, steps, workers, *, resume=False, pause_s=0.0):
+    """A run with snapshots, slow enough to be killed in the middle."""
+
+    class Slow(rf.Callback):
+        def on_event(self, event):
+            if isinstance(event, Stepped):
+                time.sleep(pause_s)
+
+    step = make_step()
+    options = {"run_dir": run_dir, "steps": steps, "snapshot_every": SNAPSHOT_EVERY, "resume": resume, "seed": 3}
+    options["callbacks"] = [Slow()]
+    if workers == 0:
+        return rf.fit(step, data["train"], plan=many(step, 1), **options)
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        pids = client.run(os.getpid).values()
+        (Path(run_dir).parent / "workers").write_text(" ".join(map(str, pids)))
+        return rf.fit(step, data["train"], client=client, **options)
+
+
+if __name__ == "__main__":
+    train(rf.load(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), pause_s=0.05)

@@ -1,0 +1,139 @@
+"""Training on Dask workers: the same run as in this process, whatever carries bytes between ranks."""
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+from runs import deviation, make_step, many, records, same_bits
+
+import rapydli_flow as rf
+from rapydli_flow.data import list_snapshots, read_snapshot
+from rapydli_flow.errors import SettingError
+from rapydli_flow.runtime import worker as tasks
+from rapydli_flow.runtime.cluster import place, ready_workers
+
+
+def held_ranks():
+    return sorted(tasks._held)
+
+
+@pytest.fixture(scope="module")
+def alone(step, data):
+    """One rank in this process."""
+    return rf.fit(step, data["train"], validation=data["test"], steps=200, plan=many(step, 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_number_of_workers_computes_the_same_run(client, step, data, alone, ranks):
+    plan = many(step, ranks)
+    run = rf.fit(step, data["train"], validation=data["test"], steps=200, plan=plan, client=client)
+    for name in ("loss", "accuracy"):
+        assert len(run.scalars[name]) == 200
+        np.testing.assert_allclose(run.scalars[name], alone.scalars[name], rtol=1e-10)
+    assert deviation(alone.state, run.state) < 1e-10
+    assert [v.step for v in run.validation] == [v.step for v in alone.validation]
+    for mine, its in zip(run.validation, alone.validation, strict=True):
+        assert mine.metrics == pytest.approx(its.metrics, rel=1e-10)
+    assert not any(client.run(held_ranks).values())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_transports_give_the_same_bits(client, step, data, ranks):
+    how = {"steps": 40, "plan": many(step, ranks), "seed": 5}
+    threads = rf.fit(step, data["train"], **how)
+    shared = rf.fit(step, data["train"], client=client, transport="shared", **how)
+    comm = rf.fit(step, data["train"], client=client, transport="comm", **how)
+    assert threads.scalars == shared.scalars == comm.scalars
+    assert same_bits(threads.state, shared.state)
+    assert same_bits(threads.state, comm.state)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_granularities_give_the_same_bits_on_workers(client, step, data, ranks):
+    how = {"steps": 4, "plan": many(step, ranks), "validation": data["test"]}
+    segment = rf.fit(step, data["train"], client=client, **how)
+    for granularity in ("stage", "op"):
+        run = rf.fit(step, data["train"], client=client, granularity=granularity, **how)
+        assert run.scalars == segment.scalars
+        assert same_bits(run.state, segment.state)
+
+
+def test_kernels_of_a_run_are_tasks_at_granularity_op(client, step, data):
+    with client.get_task_stream() as stream:
+        rf.fit(step, data["train"], client=client, granularity="op", steps=2, plan=many(step, 2))
+    names = {str(task["name"]) for task in stream.data}
+    assert {"load_batch", "all_reduce", "scalars"} <= names
+    assert any(name.startswith("conv") for name in names)
+
+
+def test_without_a_plan_every_worker_has_a_rank(client, step, data):
+    run = rf.fit(step, records(), steps=6, client=client, shuffle=False)
+    three = rf.fit(step, data["train"], steps=6, plan=many(step, 3), shuffle=False)
+    assert same_bits(run.state, three.state)
+    assert rf.plan(step, client).ranks == 3
+
+
+def test_a_validation_set_smaller_than_the_ranks(client, step, data):
+    how = {"validation": data["test"][:2], "steps": 3, "plan": many(step, 3)}
+    run = rf.fit(step, data["train"], client=client, **how)
+    assert run.metrics == pytest.approx(rf.fit(step, data["train"], **how).metrics, rel=1e-12)
+
+
+def test_snapshots_of_workers_are_those_of_threads(client, step, data, tmp_path):
+    how = {"steps": 8, "plan": many(step, 2), "snapshot_every": 3, "keep": 2}
+    run = rf.fit(step, data["train"], client=client, run_dir=tmp_path / "workers", **how)
+    rf.fit(step, data["train"], run_dir=tmp_path / "threads", **how)
+    pairs = [list_snapshots(tmp_path / name / "snapshots") for name in ("workers", "threads")]
+    assert [path.name for path in pairs[0]] == ["step-00000006", "step-00000008"] == [p.name for p in pairs[1]]
+    for one, other in zip(*pairs, strict=True):
+        assert same_bits(read_snapshot(one).arrays, read_snapshot(other).arrays)
+    assert same_bits(read_snapshot(pairs[0][-1]).arrays, run.state)
+
+
+def test_ranks_fill_one_host_after_the_other():
+    workers = {"tcp://c:1": {"host": "b"}, "tcp://a:1": {"host": "b"}, "tcp://b:1": {"host": "a"}}
+    assert place(workers, 3) == ("tcp://b:1", "tcp://a:1", "tcp://c:1")
+
+
+def test_workers_say_what_they_are(client):
+    for worker in ready_workers(client, 3, 30.0).values():
+        assert worker["version"] == rf.__version__
+        assert worker["threads"] == 1
+        assert worker["memory_bytes"] > worker["used_bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def threads_client():
+    """Workers that are threads of this process: seen by the debugger, and by the measure of coverage."""
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("transport", ["auto", "shared", "comm"])
+def test_workers_in_one_process(threads_client, data, tmp_path, transport):
+    step = make_step()
+    how = {"steps": 12, "validation": data["test"], "plan": many(step, 2), "snapshot_every": 5}
+    run = rf.fit(step, data["train"], client=threads_client, transport=transport, run_dir=tmp_path / "a", **how)
+    threads = rf.fit(step, data["train"], run_dir=tmp_path / "b", **how)
+    assert same_bits(run.state, threads.state)
+    assert run.scalars == threads.scalars
+    resumed = rf.fit(
+        step,
+        data["train"],
+        client=threads_client,
+        transport=transport,
+        run_dir=tmp_path / "a",
+        resume=True,
+        **{**how, "steps": 20},
+    )
+    assert same_bits(resumed.state, rf.fit(step, data["train"], **{**how, "steps": 20, "snapshot_every": None}).state)
+    assert not tasks._held
+
+
+def test_a_transport_that_is_not_there(client, step, data):
+    with pytest.raises(SettingError, match="transport='pigeon' is not one of auto, shared, comm"):
+        rf.fit(step, data["train"], steps=1, client=client, transport="pigeon")

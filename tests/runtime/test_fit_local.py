@@ -1,0 +1,103 @@
+"""Training in this process: any number of ranks, any granularity, the same run."""
+
+import threading
+
+import numpy as np
+import pytest
+from runs import deviation, many, records, same_bits
+
+import rapydli_flow as rf
+from rapydli_flow.testing.interpret import interpret
+
+
+@pytest.fixture(scope="module")
+def alone(step, data):
+    return rf.fit(step, data["train"], validation=data["test"], steps=200, plan=many(step, 1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_computes_the_same_run(step, data, alone, ranks):
+    run = rf.fit(step, data["train"], validation=data["test"], steps=200, plan=many(step, ranks))
+    for name in ("loss", "accuracy"):
+        np.testing.assert_allclose(run.scalars[name], alone.scalars[name], rtol=1e-10)
+    assert len(run.scalars["loss"]) == 200
+    assert deviation(alone.state, run.state) < 1e-10
+
+
+def test_the_run_is_that_of_the_references(step, data, alone):
+    state = rf.init(step)
+    feed = rf.api.store.Feed(data["train"], 8)
+    for i in range(5):
+        outputs, updates = interpret(step, {**state, **feed.batch(i)}, step=i)
+        state.update(updates)
+        assert alone.scalars["loss"][i] == pytest.approx(float(outputs["loss"]), rel=1e-10)
+    feed.close()
+
+
+def test_validation_metrics_do_not_depend_on_ranks(step, data):
+    runs = [rf.fit(step, data["train"], validation=data["test"], steps=9, plan=many(step, n)) for n in (1, 2, 3)]
+    for run in runs:
+        assert [v.step for v in run.validation] == [7, 9]
+        for one, other in zip(runs[0].validation, run.validation, strict=True):
+            assert one.metrics == pytest.approx(other.metrics, rel=1e-12)
+    by_hand = rf.evaluate(step, runs[0].state, data["test"])
+    assert runs[0].metrics == pytest.approx(by_hand, rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_granularities_give_the_same_bits(step, data, ranks):
+    how = {"steps": 5, "plan": many(step, ranks), "validation": data["test"], "seed": 7}
+    segment = rf.fit(step, data["train"], **how)
+    for granularity in ("stage", "op"):
+        run = rf.fit(step, data["train"], granularity=granularity, **how)
+        assert run.scalars == segment.scalars
+        assert same_bits(run.state, segment.state)
+        assert run.metrics == segment.metrics
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(step, data):
+    how = {"steps": 10, "plan": many(step, 1)}
+    one, again, other, stored = (
+        rf.fit(step, data["train"], **how, **options) for options in ({}, {}, {"seed": 1}, {"shuffle": False})
+    )
+    assert same_bits(one.state, again.state)
+    assert not same_bits(one.state, other.state)
+    assert not same_bits(one.state, stored.state)
+
+
+def test_more_threads_change_rounding_at_most(step, data):
+    one, two = (rf.fit(step, data["train"], steps=20, plan=rf.plan(step, threads=n)) for n in (1, 2))
+    assert deviation(one.state, two.state) < 1e-10
+
+
+def test_arrays_train_as_a_dataset_of_them_does(step, data):
+    how = {"steps": 8, "plan": many(step, 1), "shuffle": False}
+    stored = rf.fit(step, data["train"], **how)
+    arrays = rf.fit(step, records(), validation=records(13, seed=1), **how)
+    assert same_bits(stored.state, arrays.state)
+    assert arrays.validation[-1].step == 8
+
+
+def test_epochs_may_be_broken(step, data):
+    assert rf.fit(step, data["train"], epochs=0.5, plan=many(step, 1)).steps == 4  # of 7
+    run = rf.fit(step, data["train"], epochs=2)
+    assert run.steps == 14
+    assert len(run.scalars["loss"]) == 14
+    assert sum(s.steps for s in run.segments) == 14
+
+
+def test_a_run_reports_where_the_time_went(step, data):
+    run = rf.fit(step, data["train"], steps=30, plan=many(step, 2))
+    last = run.segments[-1]
+    assert last.ops
+    assert any(title.startswith("conv") for title in last.ops)
+    assert "all_reduce" in last.ops
+    assert 0 < sum(last.ops.values()) < last.time_s * 2
+    assert "30 steps; loss" in repr(run)
+
+
+def test_nothing_runs_on_after_a_fit(step, data, tmp_path):
+    before = set(threading.enumerate())
+    rf.fit(step, data["train"], steps=4, plan=many(step, 2), run_dir=tmp_path / "run")
+    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("rapydli")]
+    assert left == []

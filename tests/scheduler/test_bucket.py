@@ -1,0 +1,73 @@
+"""Buckets: the same numbers with fewer collectives."""
+
+import numpy as np
+from lockstep import SEED, assert_same_graphs, collectives
+from networks import batch, perceptron, small, step_of, traced
+
+from rapydli_flow import optim
+from rapydli_flow.graph import Graph, verify
+from rapydli_flow.ops import Relu
+from rapydli_flow.scheduler import AllReduce, Plan, bucket, data_parallel, split
+from rapydli_flow.spec import Spec
+from rapydli_flow.testing.interpret import start
+
+X = Spec((5, 8, 6, 4), "float64")
+
+
+def reduces(graph: Graph) -> list[AllReduce]:
+    return [node.op for node in graph if isinstance(node.op, AllReduce)]
+
+
+def test_a_training_step_keeps_its_numbers_with_fewer_collectives() -> None:
+    graph = step_of(traced(small, X), optim.sgd(0.1, momentum=0.9))
+    plain = split(graph, 3, data_parallel(graph, 3).layouts)
+    parts = [verify(bucket(part)) for part in plain]
+    assert_same_graphs(graph, parts, {**start(graph, SEED), **batch(X)}, scale=1.0)
+    before, after = len(collectives(plain[0])), len(collectives(parts[0]))
+    assert after < before / 2
+    assert sum(op.parts for op in reduces(parts[0])) == len(reduces(plain[0]))
+    assert len({tuple(collectives(part)) for part in parts}) == 1
+    assert len({tuple(node.name for node in part) for part in parts}) == 1
+    assert all(part.updates.keys() == graph.updates.keys() for part in parts)
+
+
+def test_all_gradients_of_a_network_go_together() -> None:
+    graph = step_of(traced(perceptron, Spec((4, 6))), optim.sgd(0.1))
+    part = bucket(split(graph, 2, data_parallel(graph, 2).layouts)[0])
+    assert [op.parts for op in reduces(part)] == [len(graph.leaves("param")) + 1]  # and the loss
+    (name,) = (node.name for node in part if node.op.collective)
+    assert name.endswith("/and_4_more")
+
+
+def test_one_collective_for_each_dtype() -> None:
+    graph = Graph()
+    xs = [graph.leaf("batch", f"x{i}", Spec((3,), dtype)) for i, dtype in enumerate(("float32", "float64", "float32"))]
+    sums = [graph.add(AllReduce(), (x,), f"{x.name}/sum") for x in xs]
+    graph.outputs = {x.name: Relu()(s).id for x, s in zip(xs, sums, strict=True)}
+    new = verify(bucket(graph))
+    assert [node.name for node in new if node.op.collective] == ["x0/sum/and_1_more", "x1/sum"]
+    feeds = {x.name: np.array([-1, 0, 2], x.dtype) for x in xs}
+    assert_same_graphs(graph, [new], feeds)
+
+
+def test_sums_of_sums_wait_for_each_other() -> None:
+    graph = Graph()
+    a, b = (graph.leaf("batch", name, Spec((3,), "float64")) for name in "ab")
+    first = graph.add(AllReduce(), (a,), "first")
+    second = graph.add(AllReduce(), (first,), "second")
+    third = graph.add(AllReduce(), (b,), "third")
+    graph.outputs = {"y": Relu()(second).id, "z": third.id}
+    new = verify(bucket(graph))
+    assert [node.name for node in new if node.op.collective] == ["first/and_1_more", "second"]
+    late = Graph()
+    c = late.leaf("batch", "c", Spec((3,), "float64"))
+    late.outputs["y"] = late.add(AllReduce(), (late.add(AllReduce(), (c,), "one"),), "two").id
+    assert [node.name for node in bucket(late) if node.op.collective] == ["one", "two"]
+
+
+def test_a_graph_without_collectives_stays_as_it_is() -> None:
+    graph = traced(perceptron, Spec((4, 6)))
+    new = bucket(graph)
+    assert [node.name for node in new] == [node.name for node in graph]
+    assert new.outputs == graph.outputs
+    assert Plan(1).rank_graphs(graph)[0].outputs.keys() == graph.outputs.keys()

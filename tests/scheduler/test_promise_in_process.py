@@ -1,0 +1,270 @@
+"""The promise: any plan computes the training run of one rank, up to rounding. Real kernels, ranks as threads.
+
+Memory holds NaN at first, so nothing that was not written can be read.
+"""
+
+import threading
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from networks import step_of
+
+from cpu_kernels.compile import host
+from rapydli_flow import nn, optim
+from rapydli_flow.errors import RunLost, SettingError
+from rapydli_flow.graph import Graph, trace
+from rapydli_flow.runtime.rank import Rank, collective_bytes
+from rapydli_flow.runtime.transport import Alone, Threads
+from rapydli_flow.scheduler import Collective, Plan, Program, compile_program, data_parallel
+from rapydli_flow.spec import Array, Block, Spec
+from rapydli_flow.tuner import Tuning
+
+BATCH, SHAPE, CLASSES, SEED = 5, (5, 8, 6, 2), 3, 7
+FILTERS = (3, 3, 2, 4)
+
+
+def network(x: Any, rate: float = 0.3) -> Any:
+    x = nn.max_pool(nn.relu(nn.batch_norm(nn.conv(x, 4, 3, padding=1, bias=False))), 2)
+    if rate:
+        x = nn.dropout(x, rate)
+    return nn.dense(nn.avg_pool(x, 3, stride=1, padding=(0, 1)), CLASSES)
+
+
+def without_dropout(x: Any) -> Any:
+    return network(x, 0.0)
+
+
+@cache
+def step(dtype: str = "float64", dropout: bool = True, gradients: bool = False) -> Graph:
+    graph = trace(network if dropout else without_dropout, Spec(SHAPE, dtype))
+    if gradients:
+        return step_of(graph)
+    return step_of(graph, optim.sgd(0.05, momentum=0.9), metrics={"accuracy": nn.accuracy})
+
+
+@cache
+def programs(plan: str, dtype: str = "float64", dropout: bool = True, gradients: bool = False) -> tuple[Program, ...]:
+    graph = step(dtype, dropout, gradients)
+    return tuple(compile_program(part, Tuning(host())) for part in plan_of(plan, graph).rank_graphs(graph))
+
+
+def plan_of(name: str, graph: Graph) -> Plan:
+    def along(axis: int, ranks: int) -> dict[str, Any]:
+        size = SHAPE[axis]
+        return {"x": Block.along(SHAPE, axis, [-(-size * r // ranks) for r in range(ranks + 1)])}
+
+    two = data_parallel(graph, 2).layouts
+    filters = Block.along(FILTERS, 3, (0, 3, 4))
+    return {
+        "1 rank": data_parallel(graph, 1),
+        "2 ranks": data_parallel(graph, 2),
+        "3 ranks": data_parallel(graph, 3),
+        "rows": Plan(2, 1, along(1, 2)),
+        "columns": Plan(3, 1, along(2, 3)),
+        "filters": Plan(2, 1, {"conv_1/w": filters, "conv_1/w/momentum": filters}),
+        "sharded state": Plan(2, 1, {**two, "conv_1/w/momentum": filters, "dense_1/b/momentum": Block.along((3,), 0, (0, 2, 3))}),
+    }[name]
+
+
+class Run(NamedTuple):
+    """What training gave: losses, and the first rank's outputs of the last step; every rank's leaves."""
+
+    losses: Array
+    outputs: dict[str, Array]
+    state: dict[str, Array]
+
+
+@cache
+def data(dtype: str) -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(4, *SHAPE)).astype(dtype), rng.integers(0, CLASSES, (4, BATCH))
+
+
+def train(made: tuple[Program, ...], steps: int, order: Any = None, threads: int = 1) -> Run:
+    """Train all ranks of a plan, each in a thread of its own."""
+    dtype = made[0].leaves["x"].spec.dtype
+    xs, labels = data(dtype)
+    order = np.arange(BATCH) if order is None else order
+    transports = Threads.of(len(made), timeout_s=30.0)
+    ranks = [
+        Rank(program, host(), threads=threads, transport=transport, poison=True)
+        for program, transport in zip(made, transports, strict=True)
+    ]
+    losses: list[list[float]] = [[] for _ in ranks]
+    errors: list[BaseException] = []
+
+    def work(r: int) -> None:
+        rank = ranks[r]
+        try:
+            rank.start(SEED)
+            for n in range(steps):
+                whole = {"x": xs[n % 4][order], "label": labels[n % 4][order]}
+                rank.feed({name: value[rank.block(name).slices] for name, value in whole.items()})
+                losses[r].append(rank.step(SEED, n)["loss"])
+        except BaseException as error:
+            errors.append(error)
+            rank.close()
+
+    workers = [threading.Thread(target=work, args=(r,)) for r in range(len(ranks))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    assert len({tuple(curve) for curve in losses}) == 1  # the same bits on every rank
+    outputs = {name: ranks[0].output(name) for name in made[0].outputs}
+    for rank in ranks[1:]:
+        assert all(np.array_equal(rank.output(name), value) for name, value in outputs.items())
+    return Run(np.array(losses[0]), outputs, whole_state(ranks))
+
+
+def whole_state(ranks: list[Rank]) -> dict[str, Array]:
+    """Parameters and state of all ranks, put together; what is on several ranks is the same there."""
+    out: dict[str, Array] = {}
+    for rank in ranks:
+        for name, value in rank.state().items():
+            at = rank.block(name)
+            whole = out.setdefault(name, np.full(at.whole, np.nan, value.dtype))
+            here = whole[at.slices]
+            assert (np.isnan(here) | (here == value)).all(), name
+            whole[at.slices] = value
+    return out
+
+
+@cache
+def alone(dtype: str = "float64", steps: int = 200, dropout: bool = True) -> Run:
+    return train(programs("1 rank", dtype, dropout), steps)
+
+
+def assert_same_run(run: Run, want: Run, tolerance: float) -> None:
+    n = len(run.losses)
+    assert run.losses == pytest.approx(want.losses[:n], rel=tolerance, abs=0)
+    if n == len(want.losses):
+        for name, value in want.state.items():
+            assert np.abs(run.state[name] - value).max() <= tolerance * max(1.0, np.abs(value).max()), name
+
+
+def test_one_rank_learns() -> None:
+    losses = alone().losses
+    assert np.isfinite(losses).all()
+    assert losses[-20:].mean() < 0.5 * losses[:4].mean()
+    assert all(np.isfinite(value).all() for value in alone().state.values())
+    assert not any(call.choice.reference for call, *_ in [(s,) for s in programs("1 rank")[0].steps])
+
+
+@pytest.mark.parametrize("plan", ["2 ranks", "3 ranks"])
+def test_samples_that_do_not_divide_evenly(plan: str) -> None:
+    made = programs(plan)
+    rows = [program.layout["x"].shape[0] for program in made]
+    assert rows == {"2 ranks": [3, 2], "3 ranks": [2, 2, 1]}[plan]
+    assert_same_run(train(made, 200), alone(), 1e-10)
+
+
+@pytest.mark.parametrize("plan", ["rows", "columns", "filters", "sharded state"])
+def test_other_splits(plan: str) -> None:
+    made = programs(plan)
+    run = train(made, 20)
+    assert_same_run(run, alone(steps=20), 1e-10)
+    assert any(isinstance(s, Collective) for s in made[0].steps)
+    assert len({tuple(s.name for s in program.steps if isinstance(s, Collective)) for program in made}) == 1
+    assert not any(np.isnan(value).any() for value in run.state.values())
+
+
+def test_several_threads_give_the_same_bits() -> None:
+    run = train(programs("2 ranks"), 20, threads=2)
+    again = train(programs("2 ranks"), 20)
+    assert np.array_equal(run.losses, again.losses)
+    assert all(np.array_equal(run.state[name], value) for name, value in again.state.items())
+
+
+@pytest.mark.parametrize("plan", ["2 ranks", "3 ranks"])
+def test_float32_gradients(plan: str) -> None:
+    one, several = (train(programs(p, "float32", False, True), 1) for p in ("1 rank", plan))
+    names = [name for name in one.outputs if name.startswith("d ")]
+    assert len(names) == 5
+    for name in names:
+        off = np.linalg.norm(several.outputs[name] - one.outputs[name])
+        assert 0 <= off <= 1e-5 * np.linalg.norm(one.outputs[name]), name
+        assert np.linalg.norm(one.outputs[name]) > 0
+
+
+def test_float32_losses_deviate_no_more_than_other_orders_of_one_batch() -> None:
+    """The same records in another order change only the order of sums (there is no dropout here)."""
+    steps = 30
+    one = alone("float32", steps, False)
+
+    def deviation(run: Run) -> float:
+        return float(np.abs(run.losses / one.losses - 1).max())
+
+    orders = [np.random.default_rng(i).permutation(BATCH) for i in range(1, 6)]
+    spread = max(deviation(train(programs("1 rank", "float32", False), steps, order)) for order in orders)
+    assert 0 < spread < 1e-3
+    for plan in ("2 ranks", "3 ranks"):
+        assert deviation(train(programs(plan, "float32", False), steps)) <= 5 * spread, plan
+
+
+# a rank alone ------------------------------------------------------------------------------------------
+
+
+def ready(plan: str = "1 rank") -> Rank:
+    rank = Rank(programs(plan)[0], host(), poison=True)
+    rank.start(SEED)
+    xs, labels = data("float64")
+    rank.feed({"x": xs[0], "label": labels[0]})
+    return rank
+
+
+def test_a_timed_step_gives_the_same_numbers() -> None:
+    a, b = ready(), ready()
+    scalars, times = b.step_timed(SEED, 0)
+    assert scalars == a.step(SEED, 0)
+    assert [name for name, *_ in times] == [s.name for s in b.program.steps]
+    assert all(seconds >= 0 for *_, seconds in times)
+    assert sum(seconds for *_, seconds in times) > 0
+    c = ready()
+    assert c.first_nonfinite(SEED, 0) is None
+    assert c.scalars() == scalars
+
+
+def test_the_first_node_that_is_not_finite_is_named() -> None:
+    rank = ready()
+    rank.leaf("dense_1/b")[...] = np.inf
+    at = rank.first_nonfinite(SEED, 0)
+    assert at is not None
+    assert rank.describe(at).startswith("dense_1/add_1 (matmul+add, f64[5,3]")
+
+
+def test_state_moves_between_plans() -> None:
+    rank, other = ready(), Rank(programs("filters")[1], host(), poison=True)
+    rank.step(SEED, 0)
+    state = rank.state()
+    other.load(state)
+    assert np.array_equal(other.leaf("conv_1/w"), state["conv_1/w"][..., 3:])
+    assert other.block("conv_1/w") == Block((0, 0, 0, 3), FILTERS, FILTERS)
+    again = Rank(programs("filters")[1], host())
+    again.load(other.state(), whole=False)
+    assert all(np.array_equal(again.state()[name], value) for name, value in other.state().items())
+    with pytest.raises(SettingError, match="the state has no 'conv_1/w'; it has nothing"):
+        rank.load({})
+    with pytest.raises(SettingError, match=r"state 'conv_1/w' has shape \(2,\) but the network expects \(3, 3, 2, 4\)"):
+        rank.load({**state, "conv_1/w": np.zeros(2)})
+    with pytest.raises(SettingError, match=r"feed: x has shape \(4, 8, 6, 2\) but the program takes \(5, 8, 6, 2\)"):
+        rank.feed({"x": np.zeros((4, 8, 6, 2)), "label": np.zeros(5, np.int64)})
+    rank.close()
+
+
+def test_a_rank_that_leaves_ends_the_run_for_all() -> None:
+    one, two = Threads.of(2, timeout_s=30.0)
+    two.close()
+    with pytest.raises(RunLost, match="rank 0: another rank of this process stopped"):
+        one.gather([np.ones(3)])
+    (late, _) = Threads.of(2, timeout_s=0.05)
+    with pytest.raises(RunLost, match="or did not come in time"):
+        late.gather([np.ones(3)])
+    with pytest.raises(TypeError, match="not a collective: None"):
+        Alone().meet(None, [np.ones(3)], [])
+    assert collective_bytes(programs("1 rank")[0]) == 0
+    assert collective_bytes(programs("2 ranks")[0]) > 8 * np.prod(FILTERS)
