@@ -20,7 +20,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
-from .compile import scalar_names, written
+from .text import scalar_names, written
 
 
 def merged(

@@ -8,8 +8,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
-from .compile import literal
 from .pointwise import elements
+from .text import literal
 
 
 @template("fill", "cpu", space={"grain": (16384, 65536)})

@@ -252,7 +252,7 @@ class Fitting:
         }
         data = (self.train, self.validation)
         if options.granularity != "segment":
-            flow = {"granularity": options.granularity, "client": self.client}
+            flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
             return Flow(self.step, plan, graphs, tuning, *data, **flow, **where)
         if self.client is None:
             return Local(self.step, plan, programs, tuning, *data, timeout_s=options.timeout_s, **where)

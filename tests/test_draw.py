@@ -1,5 +1,6 @@
 """Pictures of graphs: what is drawn, where, and that it is XML, the same each time, with no line through a box."""
 
+import random
 import re
 from itertools import combinations
 from typing import Any
@@ -243,6 +244,14 @@ def test_lines_that_would_go_up_are_left_out() -> None:
     assert frame.h == 2 * BOX_H + 24.0
 
 
+def test_the_line_that_goes_on_is_straight() -> None:
+    """0 enters; 1 -> 2 ends in the frame, 3 is read outside."""
+    boxes = [Box((i,), str(i), w=50.0) for i in (1, 2, 3)]
+    frame = arrange("scope", list(boxes), {1: [0], 2: [1], 3: [0], 4: [3]})
+    assert frame.ports[0, False] == frame.ports[3, True] == frame.x[2] + 25.0
+    assert frame.x[0] == frame.x[1] != frame.x[2]
+
+
 def test_order_avoids_crossings() -> None:
     """Two chains that start in the wrong order: 0 -> 3 and 1 -> 2."""
     boxes = [Box((i,), str(i), w=50.0) for i in range(4)]
@@ -251,6 +260,38 @@ def test_order_avoids_crossings() -> None:
     assert frame.x[0] == frame.x[3]
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_any_graph_is_laid_out_without_overlap(seed: int) -> None:
+    rng = random.Random(seed)
+    count = rng.randint(2, 40)
+    boxes = [Box((i,), str(i), w=rng.choice([30.0, 90.0, 200.0])) for i in range(count)]
+    reads = {i: rng.sample(range(-2, i), rng.randint(0, min(3, i))) for i in range(count)} | {count: [count - 1]}
+    frame = arrange("scope", list(boxes), reads)
+    places = list(zip(frame.x, frame.y, boxes, strict=True))
+    for (xa, ya, a), (xb, yb, b) in combinations(places, 2):
+        assert xa + a.w <= xb or xb + b.w <= xa or ya + a.h <= yb or yb + b.h <= ya
+    for x, y, box in places:
+        assert x >= 0
+        assert y >= 0
+        assert x + box.w <= frame.w
+        assert y + box.h <= frame.h
+    assert len(frame.routes) == sum(len(sources) for sources in reads.values())
+
+
 def test_scalars_of_a_traced_function() -> None:
     graph = trace(lambda x: {"a": x + 1.0, "b": x}, Spec((2, 3)))
     assert {"a", "b", "x", "add"} <= set(texts(svg(graph)))
+
+
+def test_what_reads_a_gradient_outside_of_the_gradients() -> None:
+    """A line from the gradients back to the network, and a gradient of a layer that is not there."""
+    graph = Graph()
+    x = graph.leaf("batch", "x", Spec((2, 3)))
+    y = graph.add(Relu(), (x,), name="relu_1")
+    back = graph.add(Relu(), (y,), name="grad/elsewhere/part_1/relu_1")
+    graph.outputs["y"] = graph.add(Add(), (y, back), name="add_1").id
+    picture = svg(graph)
+    at = {title: x0 for title, x0, *_ in rectangles(picture) if title in ("add", "y")}
+    assert at["add"] < 20.0
+    ends = [float(d.rsplit("H", 1)[1]) for d in re.findall('class="e" d="(M[^"]*C[^"]*H[^"]*)"', picture)]
+    assert any(end < 300.0 for end in ends)  # at the right side of the network

@@ -148,7 +148,7 @@ def test_logs_with_missing_fields(tmp_path: Path) -> None:
         {"kind": "started"},
         {"kind": "step", "loss": 1.0},
         {"kind": "segment", "steps": 0},
-        {"kind": "segment", "steps": 2, "time_s": 0.5},
+        {"kind": "segment", "steps": 2, "time_s": 0.5, "ops": {"conv": 0.0}},
         {"kind": "step", "step": 1, "loss": None, "error": -1.0},
         {"kind": "validated", "accuracy": 0.5, "epoch": 1},
         {"kind": "saved"},
@@ -212,6 +212,16 @@ def test_the_loss_has_a_log_axis_where_that_helps(tmp_path: Path) -> None:
     log(tmp_path, STARTED, stepped(0, 200, loss=4.0, accuracy=1.0, gap=-1.0))
     axes = {name: type(figure.yaxis[0]).__name__ for name, figure in curves(read_numbers(tmp_path))}
     assert axes == {"loss": "LogAxis", "accuracy": "LogAxis", "gap": "LinearAxis", "records a second": "LinearAxis"}
+
+
+def test_numbers_that_no_line_shows_are_points(tmp_path: Path) -> None:
+    loss = (1.0, 2.0, float("nan"), 4.0, float("inf"))
+    log(tmp_path, STARTED, Stepped(0, 5, {"loss": loss}, 0.5, 0.0), Validated(5, 1, {"loss": float("inf")}))
+    ((_, figure), _) = curves(read_numbers(tmp_path))
+    train, held_out = figure.renderers[0].data_source.data, figure.renderers[-1].data_source.data
+    assert np.isfinite(train["alone"]).tolist() == [False, False, False, True, False]
+    assert np.isfinite(train["raw"]).tolist() == [True, True, False, True, False]  # a range has no room for inf
+    assert np.isnan(held_out["value"]).all()
 
 
 def test_many_ops_are_summed_up(tmp_path: Path) -> None:

@@ -93,17 +93,17 @@ def _metric(name: str, train: Series | None, held_out: Series | None, shared: An
     if log:
         plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]")
     if train is not None:
-        smoothed = smooth(train.value, max(1, len(train.value) // 40))
-        source = ColumnDataSource({"step": train.step, "raw": train.value, "smooth": smoothed})
-        if len(train.value) > 1:
-            plot.line("step", "raw", source=source, color=TRAIN, alpha=0.3, width=1)
-            line = plot.line("step", "smooth", source=source, color=TRAIN, width=2.2, legend_label="training")
-        else:
-            line = plot.scatter("step", "raw", source=source, color=TRAIN, size=8, legend_label="training")
+        raw = np.where(np.isfinite(train.value), train.value, np.nan)
+        smoothed = smooth(raw, max(1, len(raw) // 40))
+        source = ColumnDataSource({"step": train.step, "raw": raw, "smooth": smoothed, "alone": _alone(raw)})
+        plot.line("step", "raw", source=source, color=TRAIN, alpha=0.3, width=1)
+        plot.scatter("step", "alone", source=source, color=TRAIN, size=6)
+        line = plot.line("step", "smooth", source=source, color=TRAIN, width=2.2, legend_label="training")
         tips = [("step", "@step{0}"), (name, "@raw{0.0000}"), ("smoothed", "@smooth{0.0000}")]
         plot.add_tools(HoverTool(renderers=[line], tooltips=tips, mode="vline"))
     if held_out is not None:
-        source = ColumnDataSource({"step": held_out.step, "value": held_out.value})
+        value = np.where(np.isfinite(held_out.value), held_out.value, np.nan)
+        source = ColumnDataSource({"step": held_out.step, "value": value})
         plot.line("step", "value", source=source, color=HELD_OUT, width=1.6, legend_label="validation")
         marks = plot.scatter(
             "step", "value", source=source, size=7, color=HELD_OUT, line_color="white", legend_label="validation"
@@ -115,6 +115,12 @@ def _metric(name: str, train: Series | None, held_out: Series | None, shared: An
     plot.legend.label_text_font_size = "11px"
     plot.legend.label_text_color = INK
     return plot
+
+
+def _alone(values: Array) -> Array:
+    """The values without a number before or after them, which no line shows."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    return np.where(known[:-2] | known[2:], np.nan, values)
 
 
 def _speed(numbers: Numbers, shared: Any) -> Any:

@@ -100,12 +100,12 @@ def _tiles(numbers: Numbers) -> str:
     """The last numbers, large."""
     tiles: list[tuple[str, str, str]] = []
     for name in numbers.names:
-        held_out, train = numbers.held_out.get(name), numbers.train.get(name)
+        held_out = numbers.held_out.get(name)
         if held_out is not None:
             best = held_out.value.min() if name == "loss" else held_out.value.max()
             tiles.append((f"validation {name}", _value(name, held_out.value[-1]), f"best {_value(name, best)}"))
-        elif train is not None:
-            tiles.append((f"training {name}", _value(name, train.value[-1]), "last step"))
+        else:
+            tiles.append((f"training {name}", _value(name, numbers.train[name].value[-1]), "last step"))
     if numbers.step_s is not None:
         step_s = sorted(numbers.step_s.value)[len(numbers.step_s.value) // 2]
         if numbers.batch:

@@ -95,7 +95,8 @@ class _Drawing:
         """Column and scopes. A gradient is in the scope of its node, an update in that of its parameter."""
         node = self.graph.nodes[i]
         if node.op.collective and self.reads[i]:
-            return self.column[self.reads[i][-1]], self.path[self.reads[i][-1]]
+            last = max(self.reads[i], key=lambda j: (self.column[j], j))
+            return self.column[last], self.path[last]
         scopes = tuple(node.name.split("/"))
         if scopes[0] == "grad" and len(scopes) > 2:
             return 1, scopes[1:-2]

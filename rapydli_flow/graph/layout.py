@@ -85,12 +85,12 @@ class _Edge:
 class _Layered:
     """The layered layout of one frame. Vertices: its items, ports for values that enter, and that leave, bends."""
 
-    def __init__(self, frame: Frame, reads: Reads, *, ports: bool, layers: Sequence[int] | None) -> None:
+    def __init__(self, frame: Frame, reads: Reads, layers: Sequence[int] | None) -> None:
         self.frame, items = frame, frame.items
         owner = {i: k for k, item in enumerate(items) for i in item.nodes}
         inner = [(p, k) for k, item in enumerate(items) for p in _sources(item, reads)]
-        entering = list(dict.fromkeys(p for p, _ in inner if p not in owner)) if ports else []
-        leaving = sorted({p for i, ps in reads.items() if i not in owner for p in ps if p in owner}) if ports else []
+        entering = list(dict.fromkeys(p for p, _ in inner if p not in owner))
+        leaving = sorted({p for i, ps in reads.items() if i not in owner for p in ps if p in owner})
         self.widths = [item.w for item in items] + [BEND] * (len(entering) + len(leaving))
         n, m = len(items), len(items) + len(entering)
         self.doors = [(p, False) for p in entering] + [(p, True) for p in leaving]
@@ -100,7 +100,7 @@ class _Layered:
             if p in owner:
                 a = owner[p]
                 self.edges.append(_Edge(a, k, items[a].port(p, True), items[k].port(p, False)))
-            elif p in gate:
+            else:
                 self.edges.append(_Edge(gate[p], k, 0.0, items[k].port(p, False)))
         for j, p in enumerate(leaving):
             self.edges.append(_Edge(owner[p], m + j, items[owner[p]].port(p, True), 0.0))
@@ -111,7 +111,7 @@ class _Layered:
         self.layer += [self.count] * len(leaving)
         self.foot = 1 if leaving else 0
         self.edges = [e for e in self.edges if self.layer[e.a] < self.layer[e.b]]
-        self.real = len(self.layer)
+        self.real, self.exits = len(self.layer), len(leaving)
         self.chains = [self._bends(e) for e in self.edges]
         self.above: list[list[_Edge]] = [[] for _ in self.layer]
         self.below: list[list[_Edge]] = [[] for _ in self.layer]
@@ -188,13 +188,13 @@ class _Layered:
         for layer, height in enumerate(tall):
             top.append(y)
             moves = [abs(x[e.a] + e.out - x[e.b] - e.into) for v in rows[layer] for e in self.below[v]]
-            gap = GAP + (min(36.0, 0.12 * max(moves, default=0.0)) if heights is None else GAP)
+            move = max(moves, default=0.0)
+            gap = 2 * GAP if heights is not None else GAP + min(36.0, 0.12 * move)
             if layer == len(tall) - 1:
                 gap = PAD if frame.name and not self.foot else 0.0
-            elif layer == 0 and self.head:
-                gap = (max(gap, HEAD) if frame.name else 0.0) if heights is None else gap
-            elif self.foot and layer == len(tall) - 2:
-                gap = max(PAD, gap - GAP / 2) if frame.name else 0.0
+            elif (layer == 0 and self.head) or (layer == len(tall) - 2 and self.foot):
+                least = (HEAD if layer == 0 and self.head else PAD) if frame.name else 0.0
+                gap = max(least, gap - GAP / 2 if move > 0.5 else 0.0)
             y += height + gap
         frame.h = y
         frame.layers = self.layer[:n]
@@ -239,8 +239,9 @@ class _Layered:
         root, shift = list(range(len(self.layer))), [0.0] * len(self.layer)
         at = {v: i for row in rows for i, v in enumerate(row)}
         reach = [0] * len(self.layer)  # items below that a vertex leads to: the main line goes straight
+        past = range(self.real - self.exits, self.real)  # outside of the frame it goes on
         for v in (v for row in rows[::-1] for v in row):
-            reach[v] = max((reach[e.b] + (e.b < self.real) for e in self.below[v]), default=0)
+            reach[v] = max((reach[e.b] + (e.b < self.real) for e in self.below[v]), default=2 * (v in past))
 
         def rank(e: _Edge) -> tuple[int, int]:
             """Bends together first, then items together; of those the ones that lead furthest."""
@@ -281,13 +282,12 @@ def arrange(
     items: list[Item],
     reads: Reads,
     *,
-    ports: bool = True,
     layers: Sequence[int] | None = None,
     heights: Sequence[float] | None = None,
 ) -> Frame:
     """Lay out items, in topological order, that read each other's nodes. No name, no border.
 
-    ``ports``: also draw what enters and leaves. ``layers``: of each item, instead of the longest path; lines
+    ``layers``: of each item, instead of the longest path; lines
     that would not go down are left out. ``heights``: of the layers, shared with other columns.
     """
-    return _Layered(Frame(name, items), reads, ports=ports, layers=layers).place(heights)
+    return _Layered(Frame(name, items), reads, layers).place(heights)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from dask._task_spec import Task
@@ -21,12 +22,13 @@ from distributed import wait as wait_for
 
 from ..data import SnapshotWriter, latest
 from ..errors import NoWorkers, RunLost, SnapshotError, VersionMismatch
-from ..spec import Array
+from ..scheduler import Program
+from ..spec import Array, even_bounds
 from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
 from .backend import Backend, divided, same_scalars, whole_state
-from .evaluate import Predictor, mean_scores, score, scored
+from .evaluate import Predictor, batches, mean_scores, score, scored
 from .segment import SegmentResult
 from .worker import EXECUTOR, Job, Resident
 
@@ -171,7 +173,8 @@ class Cluster(Backend):
 
     def _warm(self, job: Job, workers: Mapping[str, Any]) -> None:
         """Compile each kernel once a host, divided over its workers."""
-        requests = list(dict.fromkeys(pair for program in job.programs for pair in program.requests))
+        programs = [*job.programs, *self._scoring(job)]
+        requests = list(dict.fromkeys(pair for program in programs for pair in program.requests))
         hosts: dict[str, list[str]] = {}
         for address in self.addresses:
             hosts.setdefault(workers[address]["host"], []).append(address)
@@ -191,6 +194,15 @@ class Cluster(Backend):
                     )
                 )
         self.results(futures)
+
+    def _scoring(self, job: Job) -> list[Program]:
+        """The programs of validation: one for each size of batch that a rank will meet."""
+        if job.validation is None:
+            return []
+        predictor = Predictor(scored(job.step), {}, job.tuning, threads=job.threads)
+        shares = pairwise(even_bounds(len(job.validation), job.ranks))
+        sizes = {hi - lo for a, b in shares for lo, hi in batches(a, b, predictor.batch_size)}
+        return [predictor.program(size) for size in sorted(sizes)]
 
     # orders -----------------------------------------------------------------------------------------
 

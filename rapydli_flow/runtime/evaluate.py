@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 
 from ..data import Dataset, check_labels
 from ..errors import SettingError
 from ..graph import Graph, predicting, with_batch
-from ..scheduler import Plan, compile_program
-from ..spec import Array
+from ..scheduler import Plan, Program, compile_program
+from ..spec import Array, even_bounds
 from ..tuner import Tuning
 from .feeding import label_classes
 from .rank import Rank
@@ -44,22 +44,28 @@ class Predictor:
         rank.step(0, 0)
         return {name: rank.output(name) for name in rank.program.outputs}
 
+    def program(self, size: int) -> Program:
+        """The program for a batch of ``size`` records."""
+        if size < 1:
+            raise SettingError("predict: there are no records.")
+        graph = self.network if size == self.batch_size else with_batch(self.network, size)
+        (graph,) = Plan(1, self.threads).rank_graphs(graph)
+        return compile_program(graph, self.tuning)
+
     def _rank(self, size: int) -> Rank:
         if size not in self._ranks:
-            if size < 1:
-                raise SettingError("predict: there are no records.")
-            graph = self.network if size == self.batch_size else with_batch(self.network, size)
-            (graph,) = Plan(1, self.threads).rank_graphs(graph)
-            rank = Rank(compile_program(graph, self.tuning), self.tuning.device, threads=self.threads)
+            rank = Rank(self.program(size), self.tuning.device, threads=self.threads)
             rank.load(self._state)
             self._ranks[size] = rank
         return self._ranks[size]
 
 
 def batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    """Intervals of at most ``size`` that cover [first, last)."""
-    for lo in range(first, last, size):
-        yield lo, min(lo + size, last)
+    """Intervals of at most ``size`` that cover [first, last), as equal as they can be: few sizes need few kernels."""
+    count = -(-(last - first) // size)
+    bounds = even_bounds(last - first, count) if count else ()
+    for lo, hi in pairwise(bounds):
+        yield first + lo, first + hi
 
 
 def score(predictor: Predictor, data: Dataset, first: int, last: int) -> dict[str, float]:
@@ -81,10 +87,10 @@ def score(predictor: Predictor, data: Dataset, first: int, last: int) -> dict[st
 
 
 def mean_scores(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Means over all records from the sums of parts, in the order of the parts."""
+    """Means over all records from the sums of parts, in the order of the parts; the last ones may be empty."""
     names = [name for name in parts[0] if name != "records"]
     records = sum(part["records"] for part in parts)
-    return {name: sum(part[name] for part in parts) / records for name in names}
+    return {name: sum(part.get(name, 0.0) for part in parts) / records for name in names}
 
 
 def scored(graph: Graph) -> Graph:
@@ -94,8 +100,3 @@ def scored(graph: Graph) -> Graph:
         raise SettingError("this graph does not know its network; make it with rf.train_step.")
     out = Graph(network.nodes, {k: v for k, v in network.outputs.items() if network.spec(v).shape == ()})
     return predicting(out)
-
-
-def describe(tuning: Tuning) -> dict[str, Any]:
-    """The choices of a tuning as JSON."""
-    return {key: [c.template, [list(pair) for pair in c.config]] for key, c in tuning.choices.items()}

@@ -77,9 +77,10 @@ class MetricsLog(Callback):
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(self.path) if line.get("step", 0) < first_step] if first_step else []
-        self._file: TextIO = self.path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        partial = self.path.with_suffix(".partial")  # a kill here must not cost the lines of an earlier run
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
 
     def on_event(self, event: Event) -> None:
         kind = type(event).__name__.lower()

@@ -81,7 +81,8 @@ class RankFeed:
             array = parts[block.lo[0], block.hi[0]][name]
             if name in self.classes:
                 rows = self.feed.rows(step)[block.lo[0] : block.hi[0]]
-                check_labels(array, self.classes[name], name, rows)
+                subset = self.feed.dataset.subset
+                check_labels(array, self.classes[name], name, rows if subset is None else subset[rows])
             out[name] = array[(slice(None), *block.slices[1:])]
         return out
 

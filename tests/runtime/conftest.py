@@ -1,14 +1,18 @@
 """One cluster of three worker processes for all that leaves it whole; records; nothing left in shared memory."""
 
-import sys; print(sys.path, __name__)
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from distributed import Client, LocalCluster
-from runs import make_step, many, records, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow.runtime.shared import folder
+
+sys.path.insert(0, str(Path(__file__).parent))  # for runs.py, here and in workers, whatever pytest's import mode
+
+from runs import make_step, many, records, same_bits
 
 
 @pytest.fixture(scope="session")

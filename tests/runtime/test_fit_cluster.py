@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_task_stream
 from runs import deviation, make_step, many, records, same_bits
 
 import rapydli_flow as rf
@@ -58,7 +58,7 @@ def test_granularities_give_the_same_bits_on_workers(client, step, data, ranks):
 
 
 def test_kernels_of_a_run_are_tasks_at_granularity_op(client, step, data):
-    with client.get_task_stream() as stream:
+    with get_task_stream(client) as stream:
         rf.fit(step, data["train"], client=client, granularity="op", steps=2, plan=many(step, 2))
     names = {str(task["name"]) for task in stream.data}
     assert {"load_batch", "all_reduce", "scalars"} <= names

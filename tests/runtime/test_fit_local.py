@@ -7,6 +7,7 @@ import pytest
 from runs import deviation, many, records, same_bits
 
 import rapydli_flow as rf
+from rapydli_flow.data import Feed
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -26,7 +27,7 @@ def test_any_number_of_ranks_computes_the_same_run(step, data, alone, ranks):
 
 def test_the_run_is_that_of_the_references(step, data, alone):
     state = rf.init(step)
-    feed = rf.api.store.Feed(data["train"], 8)
+    feed = Feed(data["train"], 8)
     for i in range(5):
         outputs, updates = interpret(step, {**state, **feed.batch(i)}, step=i)
         state.update(updates)

@@ -50,5 +50,8 @@ def test_rank_graphs_are_verified_and_alike() -> None:
         parts = [verify(part) for part in plan.rank_graphs(graph)]
         assert len(parts) == plan.ranks
         assert len({tuple(node.name for node in part) for part in parts}) == 1
-        assert len({tuple(str(n.op) for n in part if n.op.collective and n.op.name == "all_reduce") for part in parts}) == 1
+        assert (
+            len({tuple(str(n.op) for n in part if n.op.collective and n.op.name == "all_reduce") for part in parts})
+            == 1
+        )
         assert [set(part.outputs) for part in parts] == [set(graph.outputs)] * plan.ranks

@@ -64,7 +64,9 @@ def plan_of(name: str, graph: Graph) -> Plan:
         "rows": Plan(2, 1, along(1, 2)),
         "columns": Plan(3, 1, along(2, 3)),
         "filters": Plan(2, 1, {"conv_1/w": filters, "conv_1/w/momentum": filters}),
-        "sharded state": Plan(2, 1, {**two, "conv_1/w/momentum": filters, "dense_1/b/momentum": Block.along((3,), 0, (0, 2, 3))}),
+        "sharded state": Plan(
+            2, 1, {**two, "conv_1/w/momentum": filters, "dense_1/b/momentum": Block.along((3,), 0, (0, 2, 3))}
+        ),
     }[name]
 
 

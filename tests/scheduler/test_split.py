@@ -107,7 +107,7 @@ def chains(draw: Any) -> tuple[list[dict[str, Any]], tuple[int, ...], int, tuple
     for _ in range(draw(st.integers(1, 3))):
 
         def each(values: Any) -> tuple[Any, ...]:
-            return tuple(draw(values) for _ in range(space))  # noqa: B023
+            return tuple(draw(values) for _ in range(space))
 
         layers.append(
             {
@@ -195,7 +195,9 @@ def test_a_halo_is_all_that_moves() -> None:
 
 def test_sums_of_parts_pass_through_linear_ops() -> None:
     graph = trace(lambda x: nn.mean(x, (0, 1)) * 2.0 + nn.mean(x, (0, 1)), Spec((6, 4, 3), "float64"))
-    (part, _) = assert_split(graph, 2, {"x": along((6, 4, 3), 0, 2)}, {"x": np.random.default_rng(1).normal(size=(6, 4, 3))})
+    (part, _) = assert_split(
+        graph, 2, {"x": along((6, 4, 3), 0, 2)}, {"x": np.random.default_rng(1).normal(size=(6, 4, 3))}
+    )
     kinds = [type(node.op) for node in part]
     assert kinds.count(AllReduce) <= 2
     assert Exchange not in kinds
@@ -222,7 +224,9 @@ def test_a_letter_too_short_is_not_cut() -> None:
     graph = trace(lambda x: nn.conv(x, 2, 3, stride=3), Spec((1, 6, 5, 1), "float64"))
     layout = along((1, 6, 5, 1), 1, 1, 2)
     parts = split(graph, 3, {"x": layout})
-    assert {part["conv_1/conv_1"].specs for part in parts if "conv_1/conv_1" in part} <= {(Spec((1, 2, 1, 2), "float64"),)}
+    assert {part["conv_1/conv_1"].specs for part in parts if "conv_1/conv_1" in part} <= {
+        (Spec((1, 2, 1, 2), "float64"),)
+    }
     assert_split(graph, 3, {"x": layout}, {"x": np.random.default_rng(0).normal(size=(1, 6, 5, 1))})
 
 

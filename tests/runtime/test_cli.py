@@ -1,0 +1,152 @@
+"""The command line: what it prints, what it keeps, and one line for an error."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import rapydli_flow as rf
+from rapydli_flow.cli import main
+from rapydli_flow.data import latest
+from rapydli_flow.runtime.events import read_log
+
+HERE = Path(__file__).parent
+
+RECIPE = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import rapydli_flow as rf
+from runs import make_step, records
+
+EPOCHS = 1
+
+def step():
+    return make_step()
+
+def data(url):
+    try:
+        return rf.load(url)
+    except rf.errors.DatasetNotFound:
+        return rf.ingest({{"train": records(), "test": records(13, seed=1)}}, url)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def error_of(*arguments):
+    """The one line of an error that was raised on purpose."""
+    result = call(*arguments)
+    assert result.exit_code == 1
+    lines = [line for line in result.output.splitlines() if line]
+    assert lines[-1].startswith("Error: ")
+    assert "Traceback" not in result.output
+    return lines[-1]
+
+
+def test_help():
+    for arguments in ((), ("train",), ("show",), ("tune",)):
+        result = call(*arguments, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+    assert "train" in call("-h").output
+    assert rf.__version__ in call("--version").output
+
+
+def test_train_in_this_process(recipe, tmp_path):
+    how = ("--workers", 0, "--no-report", "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr")
+    result = call("train", recipe, *how)
+    assert result.exit_code == 0, result.output
+    assert "dense_1" in result.output
+    assert re.search(r"test: loss \d\.\d{4}, accuracy \d\.\d{4}", result.output)
+    assert f"run: {tmp_path / 'run'}" in result.output
+    assert latest(tmp_path / "run" / "snapshots").name == "step-00000007"
+    assert "holds a run already" in error_of("train", recipe, *how)
+    assert call("train", recipe, *how, "--resume", "--epochs", 2).exit_code == 0
+    assert len([x for x in read_log(tmp_path / "run" / "metrics.jsonl") if x["kind"] == "step"]) == 14
+    assert call("train", recipe, *how, "--overwrite", "--seed", 2, "--granularity", "stage").exit_code == 0
+    assert "is at step 7 already" in error_of("train", recipe, *how, "--resume", "--seed", 2)
+
+
+def test_train_on_a_running_scheduler(client, recipe, tmp_path):
+    result = call(
+        "train", recipe, "--scheduler", client.scheduler.address, "--no-report", "--run-dir", tmp_path / "run"
+    )
+    assert result.exit_code == 0, result.output
+    assert "test: loss" in result.output
+    assert read_log(tmp_path / "run" / "metrics.jsonl")[0]["ranks"] == 3
+    assert rf.load(tmp_path / "tiny.zarr").splits == ("test", "train")
+
+
+def test_train_on_a_cluster_of_its_own(recipe, tmp_path):
+    result = call("train", recipe, "--workers", 1, "--no-report", "--run-dir", tmp_path / "run", "--epochs", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "dashboard: http://" in result.output
+
+
+def test_show(recipe):
+    network = call("show", recipe)
+    assert network.exit_code == 0
+    assert "conv_1" in network.output
+    training = call("show", recipe, "--training")
+    assert training.exit_code == 0
+    assert len(training.output) > len(network.output)
+
+
+def test_errors_are_one_line(tmp_path, recipe):
+    assert "nothing.py is not a file. Give a recipe" in error_of("show", tmp_path / "nothing.py")
+    bare = tmp_path / "bare.py"
+    bare.write_text("EPOCHS = 3\n")
+    assert "has no function step() and data(). A recipe defines" in error_of("train", bare, "--workers", 0)
+    bare.write_text("def step(): return 3\ndef data(url): return 4\n")
+    assert "step() gave int, not a graph of rf.train_step" in error_of("show", bare)
+    bare.write_text(RECIPE + "\ndef data(url): return rf.ingest(records(), url)\n")
+    how = ("--workers", 0, "--run-dir", tmp_path / "run", "--data", tmp_path / "other.zarr")
+    assert "not a dataset with splits 'train' and 'test'" in error_of("train", bare, *how)
+    text = tmp_path / "recipe.txt"
+    text.write_text("")
+    assert "is not a Python file" in error_of("show", text)
+    assert "0 steps are nothing to train" in error_of("train", recipe, "--workers", 0, "--epochs", 0)
+
+
+def test_wrong_options_are_told_by_click(recipe):
+    assert call("train", recipe, "--granularity", "atom").exit_code == 2
+    assert call("train").exit_code == 2
+    assert call("fly").exit_code == 2
+
+
+@pytest.mark.parametrize("digits", [Path(rf.__file__).parents[1] / "examples" / "digits.py"])
+def test_the_example_in_a_process_of_its_own(digits, tmp_path):
+    where = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "digits.zarr")]
+    options = ["--workers", "0", "--epochs", "0.2", "--no-report", *where]
+    program = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        "from rapydli_flow.cli import main; main()",
+        "train",
+        str(digits),
+        *options,
+    ]
+    env = {**os.environ, "PYTHONPATH": str(Path(rf.__file__).parents[1])}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test: loss" in done.stdout
+    assert latest(tmp_path / "run" / "snapshots").name == "step-00000004"
+    failed = subprocess.run(program, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Error: fit: ")
+    assert len(failed.stderr.strip().splitlines()) == 1

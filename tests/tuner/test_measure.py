@@ -1,0 +1,254 @@
+"""Measuring real kernels: checked before they are timed; tuning a graph and remembering it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpu_kernels.compile import host
+from rapydli_flow.config import settings
+from rapydli_flow.graph import Fused, Graph, fuse
+from rapydli_flow.ops import Add, CrossEntropy, Dropout, MaxPool, MaxPoolGrad, Op, Relu, Scale
+from rapydli_flow.runtime.measure import Measure, distinct
+from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.runtime.tuning import TuningReport, autotune, cache, known, requests_of, tune_here
+from rapydli_flow.scheduler import AllReduce, compile_program
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Loop, template, templates
+from rapydli_flow.tuner import REFERENCE, Choice, Request, Trial, Tuning, exhaustive
+
+HERE = host()
+
+
+class Tripled(Op, abstract=True):
+    family = "test_tripled"
+
+    def infer(self, x: Spec) -> Spec:
+        return x
+
+    def index(self, x: Spec) -> str:
+        return "a b -> a b"
+
+    def reference(self, x: Any) -> Any:
+        return x * 3
+
+
+@template("test_tripled", "cpu", space={"rounds": (20, 10)})
+def slow(op: Any, ins: Any, outs: Any, epilogue: Any, *, rounds: int) -> Loop:
+    """Right, but takes its time."""
+    n, channels = ins[0].size, ins[0].shape[-1]
+
+    def body(task, x, y, extras, at):
+        for i in range(n):
+            idle = x[i]
+            for _ in range(rounds):
+                idle = math.sin(idle)
+            y[i] = epilogue(x[i] * 3 + idle * 0, extras, i, i % channels, at)
+
+    return Loop(body, 1)
+
+
+@template("test_tripled", "cpu")
+def wrong(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    n, channels = ins[0].size, ins[0].shape[-1]
+
+    def body(task, x, y, extras, at):
+        for i in range(n):
+            y[i] = epilogue(x[i] * 3.01, extras, i, i % channels, at)
+
+    return Loop(body, 1)
+
+
+@template("test_tripled", "cpu")
+def forgets_the_last(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    n, channels = ins[0].size, ins[0].shape[-1]
+
+    def body(task, x, y, extras, at):
+        for i in range(n - 1):
+            y[i] = epilogue(x[i] * 3, extras, i, i % channels, at)
+
+    return Loop(body, 1)
+
+
+@template("test_tripled", "cpu")
+def cannot_be_built(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    raise ZeroDivisionError("no tasks")
+
+
+@template("test_tripled", "cpu")
+def cannot_be_compiled(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    def body(task, x, y, extras, at):
+        y[0] = x.nothing_of_the_kind
+
+    return Loop(body, 1)
+
+
+@template("test_tripled", "cpu")
+def straight(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    n, channels = ins[0].size, ins[0].shape[-1]
+
+    def body(task, x, y, extras, at):
+        for i in range(n):
+            y[i] = epilogue(x[i] * 3, extras, i, i % channels, at)
+
+    return Loop(body, 1)
+
+
+X = Spec((64, 32))
+TAIL = Fused(anchor=Tripled(), arity=1, tail=((Add(), (-1, 0)), (Relu(), (-1,))))
+
+
+def request(op: Op, *ins: Spec) -> Request:
+    return Tuning(HERE).serve(op, ins)[0]
+
+
+def measured(asked: Request, choices: Sequence[Choice] | None = None, threads: int = 1) -> dict[str, Trial]:
+    choices = list(exhaustive(asked, HERE)) if choices is None else choices
+    trials = Measure(HERE, threads=threads)(asked, choices)
+    assert [t.choice for t in trials] == choices
+    assert all((t.time_s is None) == bool(t.error) for t in trials)
+    assert all(t.time_s is None or t.time_s > 0 for t in trials)
+    return {t.choice.template: t for t in reversed(trials)}
+
+
+@pytest.mark.parametrize("asked", [request(Tripled(), X), request(TAIL, X, Spec((32,)))], ids=["plain", "tail"])
+def test_what_is_wrong_gets_no_time(asked: Request) -> None:
+    """With or without a tail: the reference is the whole op."""
+    trials = measured(asked)
+    assert trials["slow"].time_s is not None
+    assert trials["straight"].time_s is not None
+    assert trials["straight"].time_s < trials["slow"].time_s
+    assert "deviates from the reference by " in trials["wrong"].error
+    assert "deviates from the reference by nan" in trials["forgets_the_last"].error
+    assert trials["cannot_be_built"].error == "ZeroDivisionError: no tasks"
+    assert "nothing_of_the_kind" in trials["cannot_be_compiled"].error
+
+
+def test_a_request_of_unknown_origin_is_timed_unchecked_if_it_has_a_tail() -> None:
+    asked = request(TAIL, X, Spec((32,)))
+    bare = Request(asked.op, asked.ins, asked.epilogue)
+    assert measured(bare, [Choice("wrong")])["wrong"].time_s is not None
+    plain = Request(Tripled(), (X,), request(Tripled(), X).epilogue)
+    assert measured(plain, [Choice("wrong")])["wrong"].error
+
+
+def test_a_choice_that_does_not_exist_is_a_trial() -> None:
+    trials = measured(request(Tripled(), X), [Choice("lost"), Choice("straight"), Choice("slow", (("rounds", 7),))])
+    assert trials["lost"].error.startswith("TemplateError: test_tripled has no template 'lost'")
+    assert trials["straight"].time_s is not None
+
+
+@pytest.mark.parametrize(
+    ("op", "ins"),
+    [
+        (Scale(by=2.0), (X,)),
+        (Scale(by=2.0), (Spec((8, 4), "float64"),)),
+        (CrossEntropy(), (Spec((6, 5)), Spec((6,), "int64"))),
+        (MaxPool(window=(2,), stride=(2,), padding=((0, 0),)), (Spec((2, 8, 3)),)),
+        (
+            MaxPoolGrad(size=(8,), window=(2,), stride=(2,), padding=((0, 0),)),
+            (Spec((2, 4, 3)), Spec((2, 4, 3), "uint8")),
+        ),
+        (Dropout(rate=0.5, stream=3), (X, Spec((), "int64"), Spec((), "int64"))),
+    ],
+)
+def test_kernels_of_the_package_are_right_and_timed(op: Op, ins: tuple[Spec, ...]) -> None:
+    asked = request(op, *ins)
+    assert not any(trial.error for trial in measured(asked, list(exhaustive(asked, HERE))[:2], threads=2).values())
+
+
+def test_one_request_for_each_key() -> None:
+    class Lost(Tripled, abstract=True):
+        family = "test_lost"
+
+    one, other = request(Tripled(), X), request(Tripled(), Spec((2, 2)))
+    assert distinct([one, other, request(Tripled(), X), request(Lost(), X)], HERE) == [one, other]
+
+
+# tuning a graph ----------------------------------------------------------------------------------------
+
+
+class Searching(Tripled, abstract=True):
+    family = "test_searching"
+
+
+template("test_searching", "cpu", space={"rounds": (20,)})(slow)
+template("test_searching", "cpu")(straight)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of this user."""
+    monkeypatch.setenv("RAPYDLI_CACHE_DIR", str(tmp_path))
+    settings.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+def graph() -> Graph:
+    new = Graph()
+    x, b = new.leaf("batch", "x", X), new.leaf("param", "b", Spec((32,)))
+    y = Relu()(Searching()(x) + b)
+    y = new.add(AllReduce(), (Searching()(y) + b,), "sum")
+    new.outputs["y"] = y.id
+    return fuse(new)
+
+
+BEST = Choice("straight")
+
+
+def test_a_graph_is_tuned_and_remembered(folder: Path) -> None:
+    assert cache().path == folder / "tuning.jsonl"
+    before = compile_program(graph(), known(HERE))
+    assert {choice.template for _, choice in before.requests} == {"slow"}
+    told: list[str] = []
+    report = autotune([graph(), graph()], 1, None, budget_s=60.0, watch=told.append)
+    assert isinstance(report, TuningReport)
+    assert [best.choice for _, best, _ in report.found] == [BEST] * 2
+    assert [default.choice.template for *_, default in report.found] == ["slow"] * 2
+    assert len(told) == 2
+    assert " ms with straight (2 tried)" in told[0]
+    assert set(report.tuning.choices.values()) == {BEST}
+    text = str(report)
+    assert text.splitlines()[0].split() == ["kernel", "default", "best", "gain", "config"]
+    assert text.splitlines()[-1] == "2 of 2 kernels tuned"
+    assert "searching+add+relu f32[64,32]" in text
+    assert (folder / "tuning.jsonl").exists()
+
+    after = compile_program(graph(), known(HERE))  # another run
+    assert {choice for _, choice in after.requests} == {BEST}
+    rng = np.random.default_rng(0)
+    x, b = rng.normal(size=X.shape).astype("f"), rng.normal(size=32).astype("f")
+    outputs = []
+    for program in (before, after):
+        rank = Rank(program, HERE, poison=True)
+        rank.leaf("b")[...] = b
+        rank.feed({"x": x})
+        rank.step(0, 0)
+        outputs.append(rank.output("y"))
+    assert np.allclose(outputs[1], np.maximum(x * 3 + b, 0) * 3 + b, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(outputs[0], outputs[1])
+
+
+def test_no_time_no_results(folder: Path) -> None:
+    report = autotune([graph()], 1, None, budget_s=-1.0)
+    assert (report.found, report.requests, len(report.tuning)) == ([], 2, 0)
+    assert str(report).endswith("0 of 2 kernels tuned")
+    found = tune_here(requests_of([graph()], HERE)[:1], 1, 60.0)
+    assert [best.choice for _, best, _ in found] == [BEST]
+    failed = TuningReport([(found[0][0], found[0][1], Trial(REFERENCE, error="no"))], 1, Tuning(HERE))
+    assert "failed" in str(failed)
+    autotune([graph()], 1, None, budget_s=60.0)
+
+
+def test_requests_are_the_largest_first() -> None:
+    new = Graph()
+    small, large = new.leaf("batch", "small", Spec((2, 2))), new.leaf("batch", "large", Spec((200, 2)))
+    for x in (small, large, small):
+        new.outputs[f"y{len(new.outputs)}"] = Scale(by=2.0)(x).id
+    assert [r.ins[0].shape for r in requests_of([new], HERE)] == [(200, 2), (2, 2)]
+    assert [t.name for t in templates("test_searching", "cpu")] == ["slow", "straight"]
