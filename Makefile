@@ -35,8 +35,9 @@ floors: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers.py
-	.peers/bin/python benchmarks/train_step.py
+	.peers/bin/python benchmarks/train_step.py --tune 60
 	.peers/bin/python benchmarks/overhead.py
+	.peers/bin/python benchmarks/readme.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

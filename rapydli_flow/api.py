@@ -15,7 +15,7 @@ from cpu_kernels.compile import host
 
 from .config import settings
 from .data import Dataset, SnapshotWriter, ingest, latest, load, read_snapshot
-from .errors import SnapshotError
+from .errors import SettingError, SnapshotError
 from .fitting import GRANULARITIES, Fitting, Options, Run, as_dataset
 from .graph import Graph, from_json, to_json, trace, train_step
 from .ops import Leaf
@@ -23,7 +23,7 @@ from .runtime import tuning as tuner
 from .runtime.cluster import ready_workers
 from .runtime.collection import Compiled
 from .runtime.collection import compile_graph as compile
-from .runtime.evaluate import Predictor, mean_scores, score, scored
+from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
 from .runtime.predict import predict
@@ -102,12 +102,14 @@ def autotune(
 
 
 def evaluate(
-    graph: Graph, state: Mapping[str, Array], data: Dataset, *, tuning: Tuning | None = None
+    step: Graph, state: Mapping[str, Array], data: Dataset | Mapping[str, Array], *, tuning: Tuning | None = None
 ) -> dict[str, float]:
-    """Loss and metrics of a training step's network over a dataset, in this process."""
-    check_fields(graph, data)
-    predictor = Predictor(scored(graph), state, tuning or tuner.known(host()), threads=settings().threads)
-    return mean_scores([score(predictor, data, 0, len(data))])
+    """Loss and metrics of a training step's network over a dataset, or dict of arrays, in this process."""
+    with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
+        records = as_dataset(data, scratch, "data")
+        check_fields(step, records)
+        predictor = Predictor(scored(step), state, tuning or tuner.known(host()), threads=settings().threads)
+        return mean_scores([score(predictor, records, 0, len(records))])
 
 
 def fit(
@@ -168,7 +170,10 @@ def save_model(path: str | os.PathLike[str], graph: Graph, state: Mapping[str, A
     folder = Path(path)
     if latest(folder) is not None:
         raise SnapshotError(f"{folder} holds a model already; give another path.")
+    if graph.network is not None:
+        raise SettingError("save_model: this graph is a training step; give its network, step.network or run.graph.")
     names = {leaf.name for leaf in graph.leaves("param", "state")}
+    check_state(graph, state)
     with SnapshotWriter(folder) as writer:
         writer.write(0, {k: v for k, v in state.items() if k in names}, {"network": to_json(graph)})
 

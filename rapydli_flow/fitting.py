@@ -128,14 +128,15 @@ class Fitting:
     def run(self, plan: Plan | None, tuning: Tuning | None, callbacks: Sequence[Callback]) -> Run:
         """Train."""
         options, before = self.options, self.before
+        self._refuse_to_replace()
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
         device = next(iter(workers.values()))["device"] if workers else host()
         tuning = frozen(tuning or tuner.known(device), before, plan)
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]
-        folder = self._folder()
         backend = self._backend(plan, graphs, programs, tuning, workers)
+        folder = self._folder()  # last: an older run is only replaced by one that can begin
         run = Run(self._network, {}, self.steps, path=folder)
         schedule = self._schedule(folder)
         log = MetricsLog(folder, first_step=schedule.first) if folder else None
@@ -206,18 +207,23 @@ class Fitting:
         return snapshot
 
     def _folder(self) -> Path | None:
-        """The folder of the run, emptied of an older run if that is wanted; the last thing before training."""
+        """The folder of the run, emptied of an older run if that is wanted."""
         folder = self.options.run_dir
         if folder is None:
             return None
-        if not self.options.resume and latest(folder / "snapshots") is not None:
-            if not self.options.overwrite:
-                raise SettingError(
-                    f"fit: {folder} holds a run already. Use resume=True, overwrite=True or another run_dir."
-                )
+        if not self.options.resume and self.options.overwrite and (folder / "snapshots").is_dir():
             shutil.rmtree(folder / "snapshots")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _refuse_to_replace(self) -> None:
+        options = self.options
+        if options.run_dir is None or options.resume or options.overwrite:
+            return
+        if latest(options.run_dir / "snapshots") is not None:
+            raise SettingError(
+                f"fit: {options.run_dir} holds a run already. Use resume=True, overwrite=True or another run_dir."
+            )
 
     def _workers(self, plan: Plan | None) -> dict[str, dict[str, Any]]:
         """What the workers of the client are, by address."""
@@ -294,7 +300,14 @@ class Fitting:
 
 def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> Dataset:
     """A dataset as it is, or a dict of arrays written to a folder for the length of the run."""
-    return data if isinstance(data, Dataset) else ingest(dict(data), os.path.join(scratch, f"{name}.zarr"))
+    if isinstance(data, Dataset):
+        return data
+    if not isinstance(data, Mapping):
+        raise SettingError(
+            f"data is {type(data).__name__}, not a dataset or a dict of arrays. Use rf.load(path), or "
+            "{'x': ..., 'label': ...}."
+        )
+    return ingest(dict(data), os.path.join(scratch, f"{name}.zarr"))
 
 
 def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:

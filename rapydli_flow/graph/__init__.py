@@ -8,7 +8,7 @@ from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
 from .rewrite import clean, merge_equal, predicting, rewrite, training, with_batch
 from .serialise import from_json, to_json
-from .trace import trace, train_step
+from .tracing import trace, train_step
 from .verify import checked, verify
 
 __all__ = [

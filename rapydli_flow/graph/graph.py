@@ -79,6 +79,11 @@ class Tensor(Symbol):
     def __truediv__(self, other: Any) -> Any:
         return self.graph.arithmetic("divide", self, other)
 
+    def __rtruediv__(self, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        return self.graph.add(Fill(value=float(other), shape=(), dtype=self.spec.dtype)) / self
+
     def __neg__(self) -> Any:
         return self * -1.0
 

@@ -170,9 +170,12 @@ def flatten(x: Tensor) -> Any:
     return Reshape(shape=(prod(x.shape[1:]),))(x)
 
 
-def mean(x: Tensor, axes: Sequence[int]) -> Any:
-    """The mean over axes: a sum times a constant of the global shape."""
-    return Sum(axes=tuple(axes))(x) * (1.0 / prod(x.shape[a] for a in axes))
+def mean(x: Tensor, axes: int | Sequence[int]) -> Any:
+    """The mean over axes (negative ones count from the last): a sum times a constant of the global shape."""
+    n = len(x.shape)
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    over = Sum(axes=tuple(a + n if -n <= a < 0 else a for a in given))
+    return over(x) * (1.0 / prod(x.shape[a] for a in over.axes if 0 <= a < n))
 
 
 def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import SettingError
 from ..graph import Graph, Tensor
-from ..graph.trace import Optimizer
+from ..graph.tracing import Optimizer
 from ..ops import Adam, BiasCorrection, ConstantRate, CosineDecay, Descent, Fill, Momentum, StepDecay
 
 Rate = Callable[[Tensor, str], Any]
@@ -33,7 +33,7 @@ def cosine(rate: float, *, steps: int, warmup: int = 0) -> Rate:
 
 def sgd(rate: float | Rate, *, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent: m = momentum m + g + weight_decay w; w = w - rate m."""
-    rule = constant(rate) if isinstance(rate, int | float) else rate
+    rule = _rate(rate)
     if not 0.0 <= momentum < 1.0:
         raise SettingError(f"sgd: momentum={momentum} is not in [0, 1).")
 
@@ -52,7 +52,7 @@ def adam(
     rate: float | Rate, *, beta_1: float = 0.9, beta_2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Optimizer:
     """Adam (Kingma, Ba 2015), with bias correction; weight decay is added to the gradient."""
-    rule = constant(rate) if isinstance(rate, int | float) else rate
+    rule = _rate(rate)
     for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
         if not 0.0 <= beta < 1.0:
             raise SettingError(f"adam: {name}={beta} is not in [0, 1).")
@@ -82,3 +82,11 @@ def _positive(name: str, value: float) -> float:
     if not value > 0.0:
         raise SettingError(f"learning rate: {name}={value} is not positive.")
     return float(value)
+
+
+def _rate(rate: float | Rate) -> Rate:
+    if isinstance(rate, int | float):
+        return constant(rate)
+    if not callable(rate):
+        raise SettingError(f"learning rate: {rate!r} is not a number, or a rule such as optim.cosine(0.1, steps=1000).")
+    return rate

@@ -8,9 +8,11 @@ Nothing is asked of the cluster but that it runs: the executor is installed by `
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -32,6 +34,8 @@ from .evaluate import Predictor, batches, mean_scores, score, scored
 from .segment import SegmentResult
 from .worker import EXECUTOR, Job, Resident
 
+ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
+
 
 def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
     """What each worker is, by address; NoWorkers or VersionMismatch where the cluster will not do."""
@@ -45,7 +49,9 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             "or plan for fewer ranks."
         ) from None
     try:
-        known: dict[str, dict[str, Any]] = client.run(tasks.who)
+        known: dict[str, dict[str, Any]] = client.sync(client._run, tasks.who, callback_timeout=timeout_s)
+    except TimeoutError:
+        raise NoWorkers(f"a worker of the cluster does not answer in {timeout_s:g} s. Is it stopped?") from None
     except (ModuleNotFoundError, AttributeError) as error:
         raise VersionMismatch(
             f"a worker cannot import rapydli_flow {__version__} ({error}). Install the same version on every worker."
@@ -139,12 +145,30 @@ class Cluster(Backend):
             if failed:
                 self._raise(futures, failed)
             self._look()
-        return list(self.client.gather(list(futures)))
+        return self._gathered(futures)
+
+    def _gathered(self, futures: Sequence[Future]) -> list[Any]:
+        """Results of tasks that are done; those of a worker that died since then would never come."""
+        asked = self.client.gather(list(futures), asynchronous=True)
+        coming = asyncio.run_coroutine_threadsafe(asked, self.client.loop.asyncio_loop)
+        while True:
+            try:
+                return list(coming.result(timeout=1.0))
+            except TimeoutError:
+                if coming.done():
+                    raise
+                self._look(now=True)
 
     def _raise(self, futures: Sequence[Future], failed: Sequence[Future]) -> None:
         """Raise the error that says most: not that of a rank that was given up for another's."""
         self._give_up()
-        wait_for(list(futures), timeout=self.job.timeout_s)
+        limit = time.monotonic() + self.job.timeout_s
+        while time.monotonic() < limit:
+            try:
+                wait_for(list(futures), timeout=1.0)
+                break
+            except TimeoutError:
+                self._look(now=True)
         errors = [future.exception() for future in futures if future.status == "error"]
         self._look(now=True)
         raise next((e for e in errors if not isinstance(e, RunLost)), errors[0])
@@ -169,7 +193,9 @@ class Cluster(Backend):
         present = self.client.scheduler_info(n_workers=-1)["workers"]
         alive = [address for address in self.addresses if address in present]
         if alive:
-            self.client.run(function, self.job.run, workers=alive, on_error="ignore")
+            told = {"workers": alive, "on_error": "ignore", "callback_timeout": ANSWER_S}
+            with suppress(TimeoutError):
+                self.client.sync(self.client._run, function, self.job.run, **told)
 
     def _warm(self, job: Job, workers: Mapping[str, Any]) -> None:
         """Compile each kernel once a host, divided over its workers."""
@@ -254,9 +280,7 @@ class Cluster(Backend):
 
     def close(self, *, failed: bool) -> None:
         try:
-            if failed:
-                self._give_up()
-            elif self.job.snapshots is not None and self.tokens:
+            if not failed and self.job.snapshots is not None and self.tokens:
                 self.results(self._ordered("written", tasks.written, ranks=1))
                 self._visible()
         finally:

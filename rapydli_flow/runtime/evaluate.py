@@ -60,6 +60,16 @@ class Predictor:
         return self._ranks[size]
 
 
+def check_state(graph: Graph, state: Mapping[str, Array]) -> None:
+    """Raise SettingError unless the state has every parameter and state of the graph, in its shape."""
+    for leaf in graph.leaves("param", "state"):
+        if leaf.name not in state:
+            raise SettingError(f"the state has no {leaf.name!r}; it has {', '.join(sorted(state)) or 'nothing'}.")
+        if np.shape(state[leaf.name]) != leaf.spec.shape:
+            given = np.shape(state[leaf.name])
+            raise SettingError(f"state {leaf.name!r} has shape {given} but the network expects {leaf.spec.shape}.")
+
+
 def batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
     """Intervals of at most ``size`` that cover [first, last), as equal as they can be: few sizes need few kernels."""
     count = -(-(last - first) // size)

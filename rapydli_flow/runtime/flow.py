@@ -128,7 +128,7 @@ class Flow(Backend):
             if any(v.dtype.kind == "f" and not np.isfinite(v).all() for v in values):
                 raise NonFinite(
                     f"loss is {loss} at step {step}. The first output that is not finite is of {names[key]} at step "
-                    f"{step}. Use a smaller learning rate, or look at its inputs. The last snapshot is kept."
+                    f"{step}. Use a smaller learning rate, or look at its inputs. Snapshots written before are kept."
                 )
         raise NonFinite(f"loss is {loss} at step {step}, but it was finite when the step was run again.")
 

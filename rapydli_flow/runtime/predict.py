@@ -22,7 +22,7 @@ from ..errors import SettingError
 from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
 from ..tuner import Tuning
-from .evaluate import Predictor, batches
+from .evaluate import Predictor, batches, check_state
 
 
 def predict(
@@ -30,8 +30,10 @@ def predict(
 ) -> Any:
     """Output ``output`` of a network for every record of a dataset, array, or dict of arrays: a Dask array.
 
-    Chunks are batches of the size that the network was traced with; nothing runs before ``compute``.
+    Chunks are equal batches, at most as large as the network was traced with; nothing runs before ``compute``.
     """
+    if graph.network is not None:
+        raise SettingError("predict: this graph is a training step; give its network, step.network or run.graph.")
     network = predicting(graph)
     if output not in network.outputs:
         raise SettingError(f"predict: there is no output {output!r}; the network has {', '.join(network.outputs)}.")
@@ -39,6 +41,7 @@ def predict(
     network = predicting(_only_needed(network))
     inputs = {leaf.name: leaf.spec for leaf in network.leaves("batch")}
     records = _records(data, inputs)
+    check_state(network, state)
     state = {leaf.name: np.asarray(state[leaf.name]) for leaf in network.leaves("param", "state")}
     spec = network.spec(network.outputs[output])
     text = to_json(network)
@@ -49,6 +52,8 @@ def predict(
     tasks: dict[Any, Any] = {held: DataNode(held, state)}
     sizes = []
     count = len(records) if isinstance(records, Dataset) else len(next(iter(records.values())))
+    if count == 0:
+        raise SettingError("predict: there are no records.")
     for i, (lo, hi) in enumerate(batches(0, count, spec.shape[0])):
         key = (name, i, *[0] * (len(spec.shape) - 1))
         part = records if isinstance(records, Dataset) else {k: v[lo:hi] for k, v in records.items()}

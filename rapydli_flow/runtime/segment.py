@@ -83,7 +83,7 @@ class Trainer:
         step, position = found
         raise NonFinite(
             f"{what}. The first output that is not finite is of {self.rank.describe(position)} at step {step}. "
-            "Use a smaller learning rate, or look at its inputs. The last snapshot is kept."
+            "Use a smaller learning rate, or look at its inputs. Snapshots written before are kept."
         )
 
     def finite_state(self) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Transport(ABC):
 
     @abstractmethod
     def gather(self, parts: Sequence[Array]) -> list[Array]:
-        """The bytes of all ranks' ``parts`` (contiguous arrays, concatenated), one flat uint8 array a rank.
+        """The bytes of all ranks' ``parts`` (contiguous arrays, concatenated), one flat uint8 array a rank, or longer.
 
         What is returned may be overwritten by the gather after the next. Ranks may give different
         amounts. Raises RunLost when a rank does not come in time, or the run was given up.
@@ -54,7 +55,8 @@ class Transport(ABC):
             for source, data in enumerate(everyone):
                 both = op.overlap(source)
                 if both:
-                    block = data.view(outs[0].dtype).reshape(op.have[source].shape)
+                    shape, dtype = op.have[source].shape, outs[0].dtype
+                    block = data[: prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
                     outs[0][both[1]] = block[both[0]]
         else:
             raise TypeError(f"not a collective: {op!r}")

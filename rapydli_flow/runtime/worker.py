@@ -103,6 +103,7 @@ class Held:
 
 
 _held: dict[tuple[str, int], Held] = {}
+_over: set[str] = set()  # runs that were given up or released here
 
 
 def who(dask_worker: Any) -> dict[str, Any]:
@@ -131,8 +132,13 @@ def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
 
 
 def prepare(job: Job, number: int) -> str:
-    """Make the rank's end of the transport; what the others need to reach it."""
+    """Make the rank's end of the transport; what the others need to reach it.
+
+    When a worker dies, Dask runs again what its tasks depended on, here too: that must not begin the run anew.
+    """
     transport: Transport
+    if job.run in _over or (job.run, number) in _held:
+        raise RunLost(f"rank {number} of run {job.run} was here before: another rank is lost; resume the run.")
     address = ""
     if job.ranks == 1:
         transport = Alone()
@@ -221,6 +227,7 @@ def state_of(run: str, number: int, *before: Any) -> dict[str, Array]:
 
 def give_up(run: str) -> None:
     """Wake ranks of a run that wait for others; they raise RunLost."""
+    _over.add(run)
     for (name, _), held in list(_held.items()):
         if name == run:
             held.transport.close()
@@ -228,6 +235,7 @@ def give_up(run: str) -> None:
 
 def release(run: str) -> None:
     """Forget a run: its memory, feeds and connections."""
+    _over.add(run)
     for key in [key for key in _held if key[0] == run]:
         _held.pop(key).close()
 

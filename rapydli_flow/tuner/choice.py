@@ -68,7 +68,10 @@ class Choice:
         for template in templates(request.op.family, device.kind):
             if template.name == self.template:
                 return template
-        raise TemplateError(f"{request.op.family} has no template {self.template!r} for {device.kind} devices.")
+        raise TemplateError(
+            f"{request.op.family} has no template {self.template!r} for {device.kind} devices. "
+            "Import the module that defines it, on the workers too."
+        )
 
     def __str__(self) -> str:
         return self.template + "".join(f" {k}={v}" for k, v in self.config)

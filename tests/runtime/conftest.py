@@ -10,9 +10,9 @@ from distributed import Client, LocalCluster
 import rapydli_flow as rf
 from rapydli_flow.runtime.shared import folder
 
-sys.path.insert(0, str(Path(__file__).parent))  # for runs.py, here and in workers, whatever pytest's import mode
+sys.path.insert(0, str(Path(__file__).parent))  # for small_runs.py, here and in workers, whatever pytest's import mode
 
-from runs import make_step, many, records, same_bits
+from small_runs import make_step, many, records, same_bits
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def usable(client, step, data, expected):
 def _nothing_left_in_shared_memory():
     before = set(folder().glob("rapydli-*"))
     yield
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60  # those of tests beside this one go by themselves
     while (left := set(folder().glob("rapydli-*")) - before) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not left

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import make_step, many, records, same_bits
+from small_runs import make_step, many, records, same_bits
 
 import rapydli_flow as rf
+from cpu_kernels.compile import host
 from rapydli_flow import nn
 from rapydli_flow.data import list_snapshots
 from rapydli_flow.errors import DatasetError, SettingError, SnapshotError
+from rapydli_flow.runtime import tuning
+from rapydli_flow.runtime.measure import Measure
+from rapydli_flow.tuner import Choice
 
 
 def test_init_is_the_state_that_fit_begins_with(data):
@@ -21,7 +25,7 @@ def test_init_is_the_state_that_fit_begins_with(data):
         run = rf.fit(step, data["train"], steps=1, seed=seed)
         first = rf.init(step, seed=seed)
         for leaf in step.leaves("param"):
-            assert first[leaf.name].tobytes() == run.state[leaf.name].tobytes()
+            np.testing.assert_allclose(run.state[leaf.name], first[leaf.name], rtol=0, atol=1e-290)
         assert first.keys() == run.state.keys()
     assert not same_bits(rf.init(step), rf.init(step, seed=1))
     assert rf.init(step.network).keys() < rf.init(step).keys()
@@ -114,6 +118,24 @@ def test_autotune_in_a_cache_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "kernels tuned" in done.stdout
     assert (tmp_path / "cache" / "tuning.jsonl").stat().st_size > 0
+
+
+def test_kernels_are_checked_and_timed_in_the_order_of_the_choices():
+    device = host()
+    graph = rf.trace(lambda x: nn.dense(nn.relu(nn.dense(x, 6)), 3), rf.Spec((4, 5), "float64"))
+    requests = tuning.requests_of([graph], device)
+    assert [str(request) for request in requests]
+    request = requests[0]
+    default = tuning.Tuning(device).choose(request)
+    broken = Choice("nothing_like_this")
+    trials = Measure(device, threads=1)(request, [broken, default, Choice(default.template, default.config)])
+    assert [trial.choice.template for trial in trials] == ["nothing_like_this", default.template, default.template]
+    assert trials[0].time_s is None
+    assert "nothing_like_this" in trials[0].error
+    assert trials[1].time_s > 0
+    report = tuning.TuningReport([(request, trials[1], trials[0])], len(requests), tuning.Tuning(device))
+    assert f"1 of {len(requests)} kernels tuned" in str(report)
+    assert "failed" in str(report)
 
 
 def test_names_are_loaded_when_they_are_used():

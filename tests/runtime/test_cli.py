@@ -20,7 +20,7 @@ RECIPE = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import rapydli_flow as rf
-from runs import make_step, records
+from small_runs import make_step, records
 
 EPOCHS = 1
 

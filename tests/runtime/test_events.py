@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import many
+from small_runs import many
 
 import rapydli_flow as rf
 from rapydli_flow.runtime.events import Ended, MetricsLog, Saved, Started, Stepped, Validated, read_log

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from runs import deviation, many, records, same_bits
+from small_runs import deviation, many, records, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow.data import Feed

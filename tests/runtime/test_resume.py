@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
+import small_runs
 from distributed import Client, LocalCluster
-from runs import SNAPSHOT_EVERY, deviation, make_step, many, same_bits
+from small_runs import SNAPSHOT_EVERY, deviation, make_step, many, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
@@ -23,10 +23,10 @@ STEPS = 200
 
 def killed(data, run_dir, workers):
     """A training process that got SIGKILL between two snapshots, some time after step 40."""
-    here = str(Path(runs.__file__).parent)
+    here = str(Path(small_runs.__file__).parent)
     path = os.pathsep.join([here, str(Path(rf.__file__).parents[1])])
     process = subprocess.Popen(
-        [sys.executable, runs.__file__, data.url, str(run_dir), str(STEPS), str(workers)],
+        [sys.executable, small_runs.__file__, data.url, str(run_dir), str(STEPS), str(workers)],
         env={**os.environ, "PYTHONPATH": path},
         stderr=subprocess.PIPE,
         text=True,
@@ -67,11 +67,12 @@ def test_a_killed_process_goes_on_to_the_same_bits(data, step, whole, tmp_path):
     left = latest(run_dir / "snapshots")
     assert left is not None
     assert 30 <= read_snapshot(left).step < STEPS
-    run = runs.train(data, run_dir, STEPS, 0, resume=True)
+    run = small_runs.train(data, run_dir, STEPS, 0, resume=True)
     assert same_bits(run.state, whole[1].state)
     assert logged_steps(run_dir) == whole[1].scalars["loss"]
     lines = read_log(run_dir / "metrics.jsonl")
     assert [line["kind"] for line in lines if line["kind"] in ("started", "ended")] == ["started", "started", "ended"]
+    assert [line["epoch"] for line in lines if line["kind"] == "validated"] == list(range(1, 30))
     assert lines[-1]["outcome"] == "done"
 
 
@@ -84,7 +85,7 @@ def test_a_killed_client_of_a_cluster_goes_on_to_the_same_bits(data, step, whole
     while any(map(alive, pids)) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not any(map(alive, pids))  # workers do not outlive the client that made them
-    run = runs.train(data, run_dir, STEPS, 2, resume=True)
+    run = small_runs.train(data, run_dir, STEPS, 2, resume=True)
     assert same_bits(run.state, whole[2].state)
     assert logged_steps(run_dir) == whole[2].scalars["loss"]
 

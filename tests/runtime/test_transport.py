@@ -16,7 +16,8 @@ from rapydli_flow.errors import RunLost, SettingError
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.shared import SharedMemory, create, folder
 from rapydli_flow.runtime.transport import Alone, Threads
-from rapydli_flow.scheduler import AllReduce
+from rapydli_flow.scheduler import AllReduce, Exchange
+from rapydli_flow.spec import Block
 
 ROUNDS = 20
 
@@ -70,12 +71,28 @@ def test_sums_are_taken_in_rank_order():
 
     def meet(transport):
         out = np.empty(1, np.float32)
-        transport.meet(AllReduce(1, 3), [parts[transport.rank]], [out])
+        transport.meet(AllReduce(parts=1), [parts[transport.rank]], [out])
         return float(out[0])
 
     assert on_all(Threads.of(3), meet) == [float((parts[0] + parts[1] + parts[2])[0])] * 3
     with pytest.raises(TypeError, match="not a collective"):
         Alone().meet("shout", [parts[0]], [np.empty(1, np.float32)])
+
+
+@pytest.mark.parametrize("make", [Threads.of, lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks)])
+def test_ranks_exchange_blocks(make):
+    whole = np.arange(10 * 3, dtype=np.float64).reshape(10, 3)
+    have = Block.along((10, 3), 0, (0, 4, 7, 10))
+    want = tuple(Block((lo, 0), (hi, 3), (10, 3)) for lo, hi in ((0, 5), (3, 8), (6, 10)))  # a halo of one
+
+    def meet(transport):
+        out = np.empty(want[transport.rank].shape)
+        op = Exchange(rank=transport.rank, have=have, want=want)
+        transport.meet(op, [np.ascontiguousarray(whole[have[transport.rank].slices])], [out])
+        return out
+
+    for got, block in zip(on_all(make(3), meet), want, strict=True):
+        np.testing.assert_array_equal(got, whole[block.slices])
 
 
 def test_a_thread_that_does_not_come():

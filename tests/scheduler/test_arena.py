@@ -1,5 +1,7 @@
 """The arena: buffers that live at the same time never overlap."""
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ def test_live_buffers_never_overlap(actions: list[tuple[int, int]]) -> None:
     for size, choice in actions:
         live.append((arena.take(size), size))
         places = sorted((offset, offset + aligned(n)) for offset, n in live)
-        assert all(a[1] <= b[0] for a, b in zip(places, places[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(places))
         assert all(offset % ALIGN == 0 for offset, _ in live)
         assert places[-1][1] <= arena.size_bytes
         most += aligned(size)

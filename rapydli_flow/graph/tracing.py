@@ -26,6 +26,11 @@ def trace(network: Callable[..., Any], *specs: Spec, **named: Spec) -> Graph:
     inputs = dict(zip(names, specs, strict=False)) | named
     if len(specs) > len(names) or not inputs:
         raise GraphError(f"trace: {len(specs)} specs for a function of {len(names)} parameters {names}.")
+    for name, spec in inputs.items():
+        if not isinstance(spec, Spec):
+            raise GraphError(
+                f"trace: {name} is given as {spec!r}, not a Spec. Write rf.Spec((batch, *space, channels))."
+            )
     graph = Graph()
     for clock in ("seed", "step"):
         graph.leaf("clock", clock, Spec((), "int64"))
@@ -55,6 +60,11 @@ def train_step(
     if "y" not in network.outputs:
         raise GraphError(f"train_step: the network has outputs {', '.join(network.outputs)} but no 'y'.")
     measures = {"loss": loss, **(metrics or {})}
+    for name, given in (*measures.items(), ("optimizer", optimizer)):
+        if not callable(given):
+            raise GraphError(
+                f"train_step: {name} is {given!r}, not a function such as nn.cross_entropy or optim.sgd(0.1)."
+            )
     graph, scored = training(network), predicting(network)
     for g in (graph, scored):
         y = g.tensor(g.outputs["y"])

@@ -1,6 +1,6 @@
 """What the tests of the runtime train: a small network with every kind of trouble, and its records.
 
-Also a program, for the tests that kill it: ``python runs.py DATA RUN_DIR STEPS WORKERS [--resume]``.
+Also a program, for the tests that kill it: ``python small_runs.py DATA RUN_DIR STEPS WORKERS [--resume]``.
 """
 
 import os
@@ -67,7 +67,7 @@ def train(data, run_dir, steps, workers, *, resume=False, pause_s=0.0):
 
     step = make_step()
     options = {"run_dir": run_dir, "steps": steps, "snapshot_every": SNAPSHOT_EVERY, "resume": resume, "seed": 3}
-    options["callbacks"] = [Slow()]
+    options |= {"callbacks": [Slow()], "validation": data["test"]}
     if workers == 0:
         return rf.fit(step, data["train"], plan=many(step, 1), **options)
     from distributed import Client, LocalCluster
