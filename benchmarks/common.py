@@ -17,17 +17,26 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], *, rounds: int, warm: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call of each run, taken in turns so that all see the same machine."""
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, turn: int = 1, warm: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of a call of each run, in each of its turns of ``turn`` calls, so that all see the same machine.
+
+    The first call of a turn, in which the threads of the run before may still spin, is not timed if there
+    are several.
+    """
     for run in runs.values():
         for _ in range(warm):
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            if turn > 1:
+                run()
             begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(turn):
+                run()
+            times[name].append((time.perf_counter() - begin) / turn)
     return times
 
 

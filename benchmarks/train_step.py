@@ -106,7 +106,7 @@ def measure(case: Case, threads: int, rounds: int, tune_s: float) -> dict[str, A
         i = counts[name] % 4
         return ours.step(*batches[i]) if name == "ours" else sides[name].step(*fed[name][i])
 
-    times = interleaved({name: lambda name=name: turn(name) for name in counts}, rounds=rounds)
+    times = interleaved({name: lambda name=name: turn(name) for name in counts}, rounds=rounds, turn=5)
     best = min(ms(times[name]) for name in sides)
     row = {
         "network": case.name,
@@ -128,7 +128,7 @@ def main() -> None:
     """Measure every network, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tune", type=float, default=0.0, help="seconds of tuning for each network first")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

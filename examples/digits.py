@@ -18,8 +18,8 @@ EPOCHS = 30
 
 def network(x):
     """Two convolutions with batch norm, pooling, dropout, and two dense layers."""
-    x = nn.relu(nn.batch_norm(nn.conv(x, 32, 3, padding=1)))
-    x = nn.relu(nn.batch_norm(nn.conv(x, 64, 3, padding=1)))
+    x = nn.relu(nn.batch_norm(nn.conv(x, 32, 3, padding=1, bias=False)))
+    x = nn.relu(nn.batch_norm(nn.conv(x, 64, 3, padding=1, bias=False)))
     x = nn.dropout(nn.max_pool(x, 2), 0.25)
     x = nn.relu(nn.dense(x, 128))
     return nn.dense(nn.dropout(x, 0.5), 10)

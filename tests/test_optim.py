@@ -133,6 +133,7 @@ def test_cosine_with_warmup() -> None:
         (lambda: optim.constant(0.0), "learning rate: rate=0.0 is not positive"),
         (lambda: optim.cosine(float("nan"), steps=3), "learning rate: rate=nan is not positive"),
         (lambda: optim.step_decay(0.1, every=0), "learning rate: every=0 is not positive"),
+        (lambda: optim.step_decay(0.1, factor=float("inf"), every=2), "learning rate: factor=inf is not positive and"),
     ],
 )
 def test_what_is_refused(make: Any, message: str) -> None:

@@ -21,7 +21,7 @@ def constant(rate: float) -> Rate:
 
 def step_decay(rate: float, *, factor: float = 0.1, every: int) -> Rate:
     """``rate * factor ** floor(step / every)``"""
-    rate, every = _positive("rate", rate), int(_positive("every", every))
+    rate, factor, every = _positive("rate", rate), _positive("factor", factor), int(_positive("every", every))
     return lambda step, dtype: StepDecay(rate=rate, factor=factor, every=every, to=dtype)(step)
 
 
@@ -79,8 +79,8 @@ def _replace(graph: Graph, leaves: tuple[Tensor, ...], values: tuple[Tensor, ...
 
 
 def _positive(name: str, value: float) -> float:
-    if not value > 0.0:
-        raise SettingError(f"learning rate: {name}={value} is not positive.")
+    if not 0.0 < value < float("inf"):
+        raise SettingError(f"learning rate: {name}={value} is not positive and finite.")
     return float(value)
 
 

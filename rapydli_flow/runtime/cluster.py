@@ -91,6 +91,7 @@ class Cluster(Backend):
             if worker["memory_bytes"]:
                 program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
         self.tokens: list[Future] = []
+        self.earlier: list[Future] | None = None
         self.count = 0
         self.looked = time.monotonic()
         self.scorer: Predictor | None = None
@@ -242,12 +243,19 @@ class Cluster(Backend):
         self.results(self.tokens)
 
     def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
-        self.tokens = futures = self._ordered("segment", tasks.segment, first, steps, profile)
+        """A segment right after a segment waits for the token of the one before that: so it lies on its worker,
+        behind the one that runs, when its turn comes. Its rank refuses to run out of order.
+        """
+        chain = self.tokens if self.earlier is None else self.earlier
+        futures = self.each("segment", tasks.segment, self.job.run, _number, first, steps, profile, chain=chain)
+        self.earlier, self.tokens = self.tokens, futures
         return lambda: same_scalars(self.results(futures))
 
     def _ordered(
         self, name: str, function: Callable[..., Any], *arguments: Any, ranks: int | None = None
     ) -> list[Future]:
+        """What is not a segment waits for all that came before, and what comes next waits for it."""
+        self.earlier = None
         return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:

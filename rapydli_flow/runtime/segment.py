@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import NonFinite
+from ..errors import NonFinite, RunLost
 from ..spec import Array, Block
 from .feeding import RankFeed
 from .rank import Rank
@@ -43,9 +43,13 @@ class Trainer:
 
     def __init__(self, rank: Rank, feed: RankFeed, seed: int, *, number: int = 0) -> None:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
+        self.next: int | None = None
 
     def segment(self, first: int, steps: int, *, profile: bool = False) -> SegmentResult:
         """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite."""
+        if self.next is not None and first != self.next:
+            raise RunLost(f"rank {self.number}: a segment from step {first} came where {self.next} is next.")
+        self.next = first + steps
         before = self.rank.state()
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
