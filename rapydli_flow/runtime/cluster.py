@@ -30,7 +30,7 @@ from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
 from .backend import Backend, divided, same_scalars, whole_state
-from .evaluate import Predictor, batches, mean_scores, score, scored
+from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .segment import SegmentResult
 from .worker import EXECUTOR, Job, Resident
 
@@ -91,10 +91,9 @@ class Cluster(Backend):
             if worker["memory_bytes"]:
                 program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
         self.tokens: list[Future] = []
-        self.earlier: list[Future] | None = None
         self.count = 0
         self.looked = time.monotonic()
-        self.scorer: Predictor | None = None
+        self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads)
         self.writer: SnapshotWriter | None = None
         self.snapshots: list[Future] = []
         self._warm(job, workers)
@@ -243,19 +242,12 @@ class Cluster(Backend):
         self.results(self.tokens)
 
     def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
-        """A segment right after a segment waits for the token of the one before that: so it lies on its worker,
-        behind the one that runs, when its turn comes. Its rank refuses to run out of order.
-        """
-        chain = self.tokens if self.earlier is None else self.earlier
-        futures = self.each("segment", tasks.segment, self.job.run, _number, first, steps, profile, chain=chain)
-        self.earlier, self.tokens = self.tokens, futures
+        self.tokens = futures = self._ordered("segment", tasks.segment, first, steps, profile)
         return lambda: same_scalars(self.results(futures))
 
     def _ordered(
         self, name: str, function: Callable[..., Any], *arguments: Any, ranks: int | None = None
     ) -> list[Future]:
-        """What is not a segment waits for all that came before, and what comes next waits for it."""
-        self.earlier = None
         return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
@@ -263,12 +255,7 @@ class Cluster(Backend):
             futures = self._ordered("evaluate", tasks.evaluate)
             self.tokens = futures
             return lambda: mean_scores(self.results(futures))
-        state = self.state()
-        if self.scorer is None:
-            self.scorer = Predictor(scored(self.job.step), state, self.job.tuning, threads=self.job.threads)
-        self.scorer.load(state)
-        assert self.job.validation is not None
-        metrics = mean_scores([score(self.scorer, self.job.validation, 0, len(self.job.validation))])
+        metrics = self.scorer(self.state())
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:

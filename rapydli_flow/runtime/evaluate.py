@@ -110,3 +110,23 @@ def scored(graph: Graph) -> Graph:
         raise SettingError("this graph does not know its network; make it with rf.train_step.")
     out = Graph(network.nodes, {k: v for k, v in network.outputs.items() if network.spec(v).shape == ()})
     return predicting(out)
+
+
+class Scorer:
+    """Metrics of a training step's network over a validation set, in this process, for one state after the other."""
+
+    def __init__(self, step: Graph, validation: Dataset | None, tuning: Tuning, *, threads: int) -> None:
+        self.step, self.validation, self.tuning, self.threads = step, validation, tuning, threads
+        self._predictor: Predictor | None = None
+
+    def __call__(self, state: Mapping[str, Array]) -> dict[str, float]:
+        assert self.validation is not None
+        return mean_scores([self.part(state, 0, len(self.validation))])
+
+    def part(self, state: Mapping[str, Array], first: int, last: int) -> dict[str, float]:
+        """The sums over a part of the validation set; see `score`."""
+        assert self.validation is not None
+        if self._predictor is None:
+            self._predictor = Predictor(scored(self.step), state, self.tuning, threads=self.threads)
+        self._predictor.load(state)
+        return score(self._predictor, self.validation, first, last)

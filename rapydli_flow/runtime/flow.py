@@ -27,10 +27,10 @@ from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
 from .backend import Backend, whole_state
-from .evaluate import Predictor, mean_scores, score, scored
+from .evaluate import Scorer
 from .feeding import RankFeed, label_classes
 from .lower import Ref, lower, pick
-from .segment import SegmentResult
+from .segment import SegmentResult, finite
 
 
 class Flow(Backend):
@@ -56,7 +56,7 @@ class Flow(Backend):
         self.data, self.validation = data, validation
         self.granularity, self.client, self.seed, self.shuffle = granularity, client, seed, shuffle
         self.leaves: list[dict[str, Ref]] = [{} for _ in graphs]
-        self.scorer: Predictor | None = None
+        self.scorer = Scorer(step, validation, tuning, threads=plan.threads)
         self.writer = SnapshotWriter(snapshots, keep=keep) if snapshots else None
         self.token = uuid.uuid4().hex
         self.inputs = {leaf.name for leaf in step.leaves("batch")}
@@ -137,17 +137,15 @@ class Flow(Backend):
         return pick(source, ref.item)
 
     def state(self) -> dict[str, Array]:
+        return finite(self._gather())
+
+    def _gather(self) -> dict[str, Array]:
         names = [x.name for x in self.graph.leaves("param", "state")]
         parts = [{name: self._value(leaves[name]) for name in names} for leaves in self.leaves]
         return whole_state(self.graph, self.plan.layouts, parts)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
-        assert self.validation is not None
-        state = self.state()
-        if self.scorer is None:
-            self.scorer = Predictor(scored(self.graph), state, self.tuning, threads=self.plan.threads)
-        self.scorer.load(state)
-        metrics = mean_scores([score(self.scorer, self.validation, 0, len(self.validation))])
+        metrics = self.scorer(self._gather())
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:

@@ -7,20 +7,19 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import psutil
 
 from ..data import Dataset, SnapshotWriter
-from ..errors import NonFinite, RunLost
+from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..spec import Array
 from ..tuner import Tuning
 from .backend import Backend, divided, same_scalars, whole_state
-from .evaluate import Predictor, mean_scores, score, scored
+from .evaluate import Scorer
 from .feeding import RankFeed, fed_layout, label_classes
 from .rank import Rank
-from .segment import SegmentResult, Trainer
+from .segment import SegmentResult, Trainer, finite
 from .transport import TIMEOUT_S, Alone, Threads, Transport
 
 T = TypeVar("T")
@@ -56,7 +55,7 @@ class Local(Backend):
             feed = RankFeed.of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
             self.trainers.append(Trainer(rank, feed, seed, number=number))
         self.seed = seed
-        self.scorer: Predictor | None = None
+        self.scorer = Scorer(step, validation, tuning, threads=plan.threads)
         self.writer = SnapshotWriter(snapshots, keep=keep) if snapshots else None
         self.pool = ThreadPoolExecutor(plan.ranks, thread_name_prefix="rapydli-rank") if many else None
 
@@ -85,12 +84,7 @@ class Local(Backend):
         return lambda: result
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
-        assert self.validation is not None
-        state = self._gather()
-        if self.scorer is None:
-            self.scorer = Predictor(scored(self.graph), state, self.tuning, threads=self.plan.threads)
-        self.scorer.load(state)
-        metrics = mean_scores([score(self.scorer, self.validation, 0, len(self.validation))])
+        metrics = self.scorer(self._gather())
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
@@ -99,11 +93,7 @@ class Local(Backend):
         return self.writer.wait
 
     def state(self) -> dict[str, Array]:
-        state = self._gather()
-        for name, value in state.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
-        return state
+        return finite(self._gather())
 
     def _gather(self) -> dict[str, Array]:
         layouts = self.plan.layouts

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NonFinite, RunLost
-from ..spec import Array, Block
+from ..spec import Array
 from .feeding import RankFeed
 from .rank import Rank
 from .transport import Transport
@@ -92,25 +92,19 @@ class Trainer:
 
     def finite_state(self) -> dict[str, Array]:
         """A copy of parameters and state to keep; NonFinite if a value is not finite."""
-        state = self.rank.state()
-        for name, value in state.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
-        return state
-
-    def owned(self, layouts: Mapping[str, tuple[Block, ...]]) -> dict[str, Block]:
-        """The blocks of leaves that this rank keeps in snapshots: it is the first that has them."""
-        out = {}
-        for name in self.rank.program.kind("param", "state"):
-            mine = self.rank.block(name)
-            layout = layouts.get(name, (mine,))
-            if layout.index(mine) == (self.number if name in layouts else 0) and (name in layouts or self.number == 0):
-                out[name] = mine
-        return out
+        return finite(self.rank.state())
 
     def close(self) -> None:
         self.rank.close()
         self.feed.close()
+
+
+def finite(state: dict[str, Array]) -> dict[str, Array]:
+    """The state; NonFinite if a value in it is not finite."""
+    for name, value in state.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
+    return state
 
 
 def earliest(transport: Transport, found: tuple[int, int] | None) -> tuple[int, int] | None:

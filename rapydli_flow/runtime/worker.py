@@ -28,7 +28,7 @@ from ..scheduler.split import Layout
 from ..spec import Array, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
-from .evaluate import Predictor, score, scored
+from .evaluate import Scorer
 from .feeding import RankFeed, fed_layout, label_classes
 from .peers import Peers
 from .rank import Rank, collective_bytes, kernel_of
@@ -84,7 +84,7 @@ class Held:
     number: int
     transport: Transport
     _trainer: Trainer | None = None
-    scorer: Predictor | None = None
+    scorer: Scorer | None = None
     writer: SnapshotWriter | None = None
 
     @property
@@ -194,12 +194,10 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     held = _find(run, number)
     job = held.job
     assert job.validation is not None
-    state = held.trainer.rank.state()
     if held.scorer is None:
-        held.scorer = Predictor(scored(job.step), state, job.tuning, threads=job.threads)
-    held.scorer.load(state)
+        held.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads)
     bounds = even_bounds(len(job.validation), job.ranks)
-    return score(held.scorer, job.validation, bounds[number], bounds[number + 1])
+    return held.scorer.part(held.trainer.rank.state(), bounds[number], bounds[number + 1])
 
 
 def snapshot(run: str, number: int, step: int, meta: Mapping[str, Any], *before: Any) -> int:
