@@ -1,11 +1,12 @@
 # make demo    set up an environment of its own and train on real data
 # make test    the test suite, in the same environment
+# make cubins  compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-exhaustive lint types floors bench gpu-check docs wheel clean
+.PHONY: demo test test-exhaustive lint types floors bench cubins gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,15 @@ bench: $(VENV)/.installed
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py
 
+.venv-cuda/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet --upgrade pip
+	.venv-cuda/bin/pip install --quiet -e . 'numba-cuda[cu12]>=0.24' hypothesis pytest
+	touch $@
+
+cubins: .venv-cuda/.installed
+	.venv-cuda/bin/python -m pytest -q tests/gpu_kernels/test_compile_cubin.py
+
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
@@ -50,4 +60,4 @@ wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .peers dist site runs
+	rm -rf $(VENV) .venv-cuda .peers dist site runs
