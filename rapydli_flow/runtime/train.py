@@ -88,6 +88,8 @@ class Loop:
             if self.schedule.validates(step):
                 self._order(self._validated(step), self.backend.evaluate())
             if self.schedule.saves(step):
+                while self.queue:  # a snapshot never runs ahead of the log: a killed run goes on without a gap in it
+                    self._take()
                 self._order(self._saved(step), self.backend.snapshot(step, {**self.meta, "step": step}))
             while len(self.queue) > self.backend.depth or (self.step_s is None and self.queue):
                 self._take()
