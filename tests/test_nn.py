@@ -95,7 +95,7 @@ def test_a_scope_ends_where_its_layer_fails() -> None:
 
 
 def test_weights_start_with_the_variance_of_their_gain() -> None:
-    graph = trace(lambda x: nn.dense(nn.conv(x, 64, 3, gain=1.0), 100), Spec((2, 8, 8, 16)))
+    graph = trace(lambda x: nn.dense(nn.conv(x, 64, 3, init=nn.he(1.0)), 100), Spec((2, 8, 8, 16)))
     first = start(graph, 5)
     assert first["conv_1/w"].var() == pytest.approx(1.0 / (9 * 16), rel=0.05)
     assert first["dense_1/w"].var() == pytest.approx(2.0 / (6 * 6 * 64), rel=0.05)

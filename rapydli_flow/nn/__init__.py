@@ -3,22 +3,14 @@
 May import floors 0 to 2 and `graph`. A layer with weights is one function under `@layer`.
 """
 
-from .layers import (
-    avg_pool,
-    batch_norm,
-    block,
-    conv,
-    dense,
-    dropout,
-    flatten,
-    layer,
-    max_pool,
-    mean,
-    relu,
-    softmax,
-    tanh,
-)
+from .activations import relu, softmax, tanh
+from .initial import he
+from .layer import block, layer
+from .layers import conv, dense, dropout
 from .losses import accuracy, cross_entropy
+from .norm import batch_norm
+from .pool import avg_pool, max_pool
+from .shape import flatten, mean
 
 __all__ = [
     "accuracy",
@@ -30,6 +22,7 @@ __all__ = [
     "dense",
     "dropout",
     "flatten",
+    "he",
     "layer",
     "max_pool",
     "mean",

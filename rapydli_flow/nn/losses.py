@@ -6,7 +6,7 @@ from typing import Any
 
 from ..graph import Tensor
 from ..ops import Correct, CrossEntropy
-from .layers import mean
+from .shape import mean
 
 
 def cross_entropy(y: Tensor, label: Tensor) -> Any:
