@@ -40,6 +40,10 @@ class SettingError(RapydliError, ValueError):
     """A setting or an argument has a value that is not allowed."""
 
 
+class ArgumentError(RapydliError, TypeError):
+    """A function was called with an argument that it does not have."""
+
+
 class TemplateError(RapydliError, ValueError):
     """A kernel template was asked for what it does not fit, or gave wrong numbers."""
 

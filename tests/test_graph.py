@@ -118,7 +118,7 @@ def test_ops_compute_on_arrays() -> None:
 
 def test_two_ops_of_one_name_are_refused() -> None:
     with pytest.raises(
-        GraphError, match=r"two ops are named 'relu': rapydli_flow.ops.pointwise.Relu and .*Relu. Rename"
+        GraphError, match=r"two ops are named 'relu': rapydli_flow.ops.activation.Relu and .*Relu. Rename"
     ):
         type("Relu", (Op,), {"__module__": "elsewhere"})
     assert registry["relu"] is Relu
@@ -200,15 +200,13 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_train_step_refuses() -> None:
-    with pytest.raises(GraphError, match="train_step: the network has outputs a but no 'y'"):
-        step_of(trace(lambda x: {"a": nn.dense(x, 2)}, Spec((2, 3))))
     with pytest.raises(GraphError, match="train_step: the network has no parameters to train"):
         step_of(trace(nn.relu, Spec((2, 3))))
 
 
 def test_label_can_have_another_name_and_dtype() -> None:
     step = train_step(
-        traced(perceptron, Spec((4, 3))), loss=nn.cross_entropy, optimizer=record, label="digit", label_dtype="uint8"
+        traced(perceptron, Spec((4, 3))), loss=nn.cross_entropy, optimizer=record, label={"digit": Spec((4,), "uint8")}
     )
     assert step["digit"].specs == (Spec((4,), "uint8"),)
 

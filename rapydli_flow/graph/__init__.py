@@ -10,6 +10,7 @@ from .rewrite import clean, merge_equal, predicting, rewrite, training, with_bat
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
 from .verify import checked, verify
+from .where import located
 
 __all__ = [
     "Fused",
@@ -22,6 +23,7 @@ __all__ = [
     "from_json",
     "fuse",
     "gradients",
+    "located",
     "merge_equal",
     "parts",
     "predicting",

@@ -80,6 +80,7 @@ class _Drawing:
         self.reads = {i: list(dict.fromkeys(j for j, _ in graph.nodes[i].inputs if j in drawn)) for i in self.nodes}
         self.ends = {len(graph) + k: (name, i) for k, (name, (i, _)) in enumerate(graph.outputs.items()) if i in drawn}
         self.reads |= {end: [i] for end, (_, i) in self.ends.items()}
+        self.shown = _behind(graph, graph.outputs.values())
         self.parameters = _parameters(graph)
         self.compact = len(self.nodes) > COMPACT
         self.column: dict[int, int] = {}
@@ -100,9 +101,10 @@ class _Drawing:
         scopes = tuple(node.name.split("/"))
         if scopes[0] == "grad" and len(scopes) > 2:
             return 1, scopes[1:-2]
-        if _kind(node.op) == "update":
+        after = [j for j in self.reads[i] if self.column[j]] if i not in self.shown else []  # prepares an update
+        if after or _kind(node.op) == "update":
             leaf = next((self.graph.nodes[j] for j, _ in node.inputs if _parameter(self.graph.nodes[j])), None)
-            return 2, tuple(leaf.name.split("/")[:-1]) if leaf else ()
+            return 2, tuple(leaf.name.split("/")[:-1]) if leaf else self.path[after[0]] if after else ()
         return 0, scopes[:-1]
 
     def items(self, nodes: Iterable[int], depth: int = 0) -> list[Item]:
@@ -160,6 +162,18 @@ def _hidden(node: Node) -> bool:
 
 def _parameter(node: Node) -> bool:
     return isinstance(node.op, Leaf) and node.op.kind == "param"
+
+
+def _behind(graph: Graph, values: Iterable[tuple[int, int]]) -> set[int]:
+    """The nodes that lead to these values."""
+    out: set[int] = set()
+    todo = [i for i, _ in values]
+    while todo:
+        i = todo.pop()
+        if i not in out:
+            out.add(i)
+            todo += [j for j, _ in graph.nodes[i].inputs]
+    return out
 
 
 def _parameters(graph: Graph) -> dict[int, int]:

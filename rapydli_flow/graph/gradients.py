@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import GraphError, NotDifferentiable
 from ..ops import Fill, Leaf, Op
 from .graph import Graph, Tensor, Value
+from .where import short
 
 
 def gradients(graph: Graph, loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
@@ -26,8 +27,11 @@ def gradients(graph: Graph, loss: Tensor, wanted: Sequence[Tensor]) -> list[Tens
         if isinstance(node.op, Leaf) or all(g is None for g in given):
             continue
         if type(node.op).vjp is Op.vjp:
-            raise NotDifferentiable(f"{node.name}: {node.op.name} has no gradient, but the loss is reached through it.")
-        outer, graph.scope = graph.scope, ["grad", node.name]
+            made = f" It was made at {short(node.where)}." if node.where else ""
+            raise NotDifferentiable(
+                f"{node.name}: {node.op.name} has no gradient, but the loss is reached through it.{made}"
+            )
+        outer, graph.scope, graph.where = graph.scope, ["grad", node.name], node.where
         ys = [Tensor(graph, i, k) for k in range(len(node.specs))]
         dys = [_fill(graph, y, 0.0) if g is None else g for g, y in zip(given, ys, strict=True)]
         one = len(dys) == 1
@@ -39,7 +43,7 @@ def gradients(graph: Graph, loss: Tensor, wanted: Sequence[Tensor]) -> list[Tens
             graph.like[dx.id] = v
             cotangent[v] = total = dx if v not in cotangent else cotangent[v] + dx
             graph.like[total.id] = v
-        graph.scope = outer
+        graph.scope, graph.where = outer, None
     missing = [x.name for x in wanted if x.id not in cotangent]
     if missing:
         raise GraphError(f"gradients: the loss {loss.name} does not depend on {', '.join(missing)}.")

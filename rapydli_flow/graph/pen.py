@@ -16,9 +16,9 @@ KINDS = {  # what a box can be: its fill, its line, and the files of rapydli_flo
     "collective": ("#ffdfc6", "#dd7420", ("collective",)),
     "pooling": ("#d3f1ea", "#2f9d86", ("pool",)),
     "normalisation": ("#e8e0fa", "#8b6cd0", ("norm",)),
-    "loss": ("#fcdce2", "#d2506c", ("loss",)),
-    "update": ("#dff1d3", "#65a03c", ("update",)),
-    "pointwise": ("#fdf0cd", "#cf9f28", ("pointwise", "dropout")),
+    "loss": ("#fcdce2", "#d2506c", ("loss", "element_loss")),
+    "update": ("#dff1d3", "#65a03c", ("update", "rate")),
+    "pointwise": ("#fdf0cd", "#cf9f28", ("pointwise", "activation", "elementary", "select", "softmax", "dropout")),
     OTHER: ("#e9ecf0", "#8c97a6", ()),
     ENDS: ("#ffffff", "#5f6b7a", ()),
 }

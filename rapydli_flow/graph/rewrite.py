@@ -30,19 +30,22 @@ def rewrite(graph: Graph, rule: Rule = _keep) -> Graph:
         if i not in live:
             live.add(i)
             todo += graph.nodes[i].inputs
-    new = Graph(counts=dict(graph.counts), network=graph.network)
+    new = Graph(counts=dict(graph.counts), network=graph.network, where="")
     to: dict[Value, Tensor] = {}
     for i, node in enumerate(graph.nodes):
         if i not in live:
             continue
         inputs = tuple(to[v] for v in node.inputs)
+        new.where = node.where
         made = rule(new, node, inputs)
         if made is None:
-            made = new.add(node.op, inputs, node.name, node.at)
+            made = new.copy(graph, node, inputs)
         for k, y in enumerate(made if isinstance(made, tuple) else (made,)):
             to[i, k] = y
+    new.where = None
     new.outputs = {k: to[v].id for k, v in graph.outputs.items()}
     new.updates = {k: to[v].id for k, v in graph.updates.items()}
+    new.gradients = {k: to[v].id for k, v in graph.gradients.items() if v in to}
     new.like = {to[a].id: to[b].id for a, b in graph.like.items() if a in to and b in to}
     return new
 
@@ -73,7 +76,7 @@ def merge_equal(graph: Graph) -> Graph:
             return None
         key = (node.op, tuple(x.id for x in inputs), node.at)
         if key not in seen:
-            seen[key] = new.add(node.op, inputs, node.name, node.at)
+            seen[key] = new.copy(graph, node, inputs)
         return seen[key]
 
     return rewrite(graph, rule)

@@ -36,6 +36,7 @@ def _document(graph: Graph) -> dict[str, Any]:
         ],
         "outputs": {k: list(v) for k, v in graph.outputs.items()},
         "updates": {k: list(v) for k, v in graph.updates.items()},
+        "gradients": {k: list(v) for k, v in graph.gradients.items()},
         "like": [[list(a), list(b)] for a, b in graph.like.items()],
         **({"network": _document(graph.network)} if graph.network else {}),
     }
@@ -57,7 +58,7 @@ def _graph(document: Any) -> Graph:
             f"this graph has format version {document.get('version')}, this package reads {VERSION}. "
             "Upgrade rapydli_flow, or save the graph again."
         )
-    graph = Graph()
+    graph = Graph(where="")
     try:
         for row in document["nodes"]:
             inputs = [graph.tensor((int(i), int(k))) for i, k in row["inputs"]]
@@ -66,7 +67,9 @@ def _graph(document: Any) -> Graph:
             _count(graph, row["name"])
         graph.outputs = {k: (int(i), int(o)) for k, (i, o) in document["outputs"].items()}
         graph.updates = {k: (int(i), int(o)) for k, (i, o) in document["updates"].items()}
+        graph.gradients = {k: (int(i), int(o)) for k, (i, o) in document.get("gradients", {}).items()}
         graph.like = {(a[0], a[1]): (b[0], b[1]) for a, b in document["like"]}
+        graph.where = None
         graph.network = _graph(document["network"]) if "network" in document else None
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, UnknownOp | GraphError):

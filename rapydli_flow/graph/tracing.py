@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from ..errors import GraphError
 from ..spec import Spec
@@ -13,8 +13,19 @@ from .graph import Graph, Tensor
 from .rewrite import clean, merge_equal, predicting, training
 from .verify import verify
 
-Optimizer = Callable[[Graph, Tensor, Tensor], None]
+Pairs = Sequence[tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Any], Any]
+
+
+class Optimizer(Protocol):
+    """Adds to a graph what becomes of parameters: ``graph.updates[leaf name]`` is the value that replaces a leaf.
+
+    It is called once, with every pair of a parameter and its gradient, and the step as an int64 scalar:
+    how many updates were made before, which under `optim.accumulate` are fewer than training steps. State
+    is kept in leaves of kind 'state'; see `optim.slots`. A parameter that it leaves out is not trained.
+    """
+
+    def __call__(self, graph: Graph, pairs: Pairs, step: Tensor, /) -> None: ...
 
 
 def trace(network: Callable[..., Any], *specs: Spec, **named: Spec) -> Graph:
@@ -49,33 +60,99 @@ def train_step(
     loss: Loss,
     optimizer: Optimizer,
     metrics: Mapping[str, Loss] | None = None,
-    label: str = "label",
-    label_dtype: str = "int64",
+    label: str | Mapping[str, Spec] | None = "label",
 ) -> Graph:
     """The training step of a network: loss, gradients and update, still a graph.
 
-    ``loss`` and each of ``metrics`` are functions of the network's output 'y' and the label, one
-    value a record, that give a scalar. The label is fed under the name ``label``.
+    ``loss`` and each of ``metrics`` are functions of (out, target) that give a scalar, a mean over the
+    batch. ``out`` is the network's output 'y' if that is all it gives, else a dict of its outputs.
+
+    ``label`` says what the target is, which is fed beside the inputs: a name (a whole number for each
+    record, int64); a dict of names and specs of the whole batch, ``{"label": rf.Spec((32,), "int64"),
+    "box": rf.Spec((32, 4))}``; or None. ``target`` is a tensor, a dict where there are several, or None.
+    A name of an input of the network is that input: ``label="x"`` trains an autoencoder.
     """
-    if "y" not in network.outputs:
-        raise GraphError(f"train_step: the network has outputs {', '.join(network.outputs)} but no 'y'.")
     measures = {"loss": loss, **(metrics or {})}
-    for name, given in (*measures.items(), ("optimizer", optimizer)):
+    functions: dict[str, Any] = {**measures, "optimizer": optimizer}
+    for name, given in functions.items():
         if not callable(given):
             raise GraphError(
                 f"train_step: {name} is {given!r}, not a function such as nn.cross_entropy or optim.sgd(0.1)."
             )
+        if name in network.outputs:
+            raise GraphError(
+                f"train_step: {name!r} is an output of the network and a {'loss' if name == 'loss' else 'metric'}. "
+                "Rename one."
+            )
+    if not network.leaves("param"):
+        raise GraphError("train_step: the network has no parameters to train.")
     graph, scored = training(network), predicting(network)
     for g in (graph, scored):
-        y = g.tensor(g.outputs["y"])
-        target = g.leaf("batch", label, Spec(y.shape[:1], label_dtype))
-        g.outputs |= {name: measure(y, target).id for name, measure in measures.items()}
+        outputs = {name: g.tensor(value) for name, value in g.outputs.items()}
+        out = outputs["y"] if outputs.keys() == {"y"} else outputs
+        target = _target(g, label)
+        g.outputs |= {name: _measured(name, measure, out, target).id for name, measure in measures.items()}
     graph.network = verify(scored)
-    value = graph.tensor(graph.outputs["loss"])
-    del graph.outputs["y"]
+    for name in network.outputs:
+        del graph.outputs[name]
     parameters = graph.leaves("param")
-    if not parameters:
-        raise GraphError("train_step: the network has no parameters to train.")
-    for parameter, gradient in zip(parameters, gradients(graph, value, parameters), strict=True):
-        optimizer(graph, parameter, gradient)
+    found = gradients(graph, graph.tensor(graph.outputs["loss"]), parameters)
+    graph.gradients = {w.name: g.id for w, g in zip(parameters, found, strict=True)}
+    optimizer(graph, list(zip(parameters, found, strict=True)), graph.find("step"))
     return verify(merge_equal(clean(graph)))
+
+
+def _target(graph: Graph, label: str | Mapping[str, Spec] | None) -> Any:
+    """What loss and metrics are compared with: leaves of the batch."""
+    fed = {leaf.name: leaf for leaf in graph.leaves("batch")}
+    records = next(iter(fed.values())).shape[:1]
+    if label is None:
+        return None
+    if isinstance(label, str):
+        return fed[label] if label in fed else graph.leaf("batch", label, Spec(records, "int64"))
+    if not isinstance(label, Mapping) or not label:
+        raise GraphError(
+            f"train_step: label is {label!r}, not a name, a dict such as {{'box': rf.Spec((32, 4))}}, or None."
+        )
+    targets = {}
+    for name, spec in label.items():
+        if not isinstance(spec, Spec):
+            raise GraphError(f"train_step: target {name} is given as {spec!r}, not a Spec of the whole batch.")
+        if spec.shape[:1] != records:
+            raise GraphError(
+                f"train_step: target {name} is {spec} but the network is fed {records[0]} records. "
+                "The first axis of a target is the batch."
+            )
+        if name in fed and fed[name].spec != spec:
+            raise GraphError(
+                f"train_step: target {name} is {spec} but the network has an input of this name, {fed[name].spec}."
+            )
+        targets[name] = fed[name] if name in fed else graph.leaf("batch", name, spec)
+    return targets if len(targets) > 1 else next(iter(targets.values()))
+
+
+def _measured(name: str, measure: Loss, out: Any, target: Any) -> Tensor:
+    """What a loss or metric gives, if it is what it must be."""
+    try:
+        value = measure(out, target)
+    except Exception as error:
+        for what, given in (("outputs", out), ("targets", target)):
+            if isinstance(given, dict):
+                error.add_note(f"train_step: the {what} {', '.join(given)} are given to {name} as a dict of tensors.")
+        raise
+    graph = next(iter(out.values())).graph if isinstance(out, dict) else out.graph
+    if isinstance(value, Mapping):
+        raise GraphError(
+            f"train_step: {name} gave a dict ({', '.join(map(str, value))}), not one scalar. Add the parts up, and "
+            "give each as a metric to see it."
+        )
+    if not isinstance(value, Tensor) or value.graph is not graph:
+        what = "a tensor of another graph" if isinstance(value, Tensor) else type(value).__name__
+        raise GraphError(f"train_step: {name} gave {what}, not a scalar made of its arguments (out, target).")
+    if value.shape != ():
+        raise GraphError(
+            f"train_step: {name} gave {value.spec}, not a scalar. Average it over the batch and all else: nn.mean."
+        )
+    if not value.spec.floating:
+        raise GraphError(f"train_step: {name} gave {value.spec}, a whole number. Cast to a floating dtype first.")
+    return value

@@ -73,6 +73,8 @@ class _Split:
 
     def run(self) -> tuple[Graph, ...]:
         for i, node in enumerate(self.graph.nodes):
+            for new in self.out:
+                new.where = node.where
             if isinstance(node.op, Leaf):
                 self.place_leaf(i, node)
             else:
@@ -84,6 +86,8 @@ class _Split:
             home = self.placed[self.graph.find(name).id].layout
             for new, y in zip(self.out, self.move(value, home), strict=True):
                 new.updates[name] = y.id
+        for new in self.out:
+            new.where = None
         return self.out
 
     def whole(self, spec: Spec) -> Layout:

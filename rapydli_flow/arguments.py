@@ -1,0 +1,48 @@
+"""Misspelt arguments: an error that names the function, what was given, and the nearest name that there is."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any, TypeVar
+
+from .errors import ArgumentError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Nearest: 'stride'.``, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(map(repr, near))}." if near else ""
+
+
+def spelled(function: F, name: str | None = None) -> F:
+    """The function; keywords that it does not have are an ArgumentError with the nearest that it has."""
+    parameters = inspect.signature(function).parameters
+    known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    title = name or function.__name__
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for given in kwargs:
+            if given not in known:
+                raise ArgumentError(
+                    f"{title}: there is no argument {given!r}.{nearest(given, known)} Its arguments are "
+                    f"{', '.join(known)}."
+                )
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def spell_check(namespace: dict[str, Any], names: Iterable[str]) -> None:
+    """Let every function of a package's public ``names`` be `spelled`."""
+    for name in names:
+        if isinstance(namespace[name], FunctionType):
+            namespace[name] = spelled(namespace[name], name)
