@@ -57,12 +57,32 @@ def indices(at: Block) -> Array:
 
 def uniform(seed: int, step: int, stream: int, at: Block) -> Array:
     """float64 in [0, 1) for each element of a block."""
-    with np.errstate(over="ignore"):
-        bits = random_bits(np.uint64(seed), np.uint64(step), np.uint64(stream), indices(at))
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) / 2.0**53)
+    return _uniform(seed, step, stream, indices(at))
 
 
 def normal(seed: int, stream: int, at: Block) -> Array:
     """Standard normal float64 for each element of a block (Box-Muller)."""
-    radius = np.sqrt(-2.0 * np.log1p(-uniform(seed, 0, stream, at)))
-    return np.asarray(radius * np.cos(2.0 * np.pi * uniform(seed, 1, stream, at)))
+    return _normal(seed, stream, indices(at), 0)
+
+
+def truncated_normal(seed: int, stream: int, at: Block, bound: float) -> Array:
+    """Standard normal float64 in [-bound, bound] for each element of a block; what is outside is drawn again."""
+    index = indices(at)
+    out, attempt = _normal(seed, stream, index, 0), 0
+    outside = np.abs(out) > bound
+    while outside.any():
+        attempt += 1
+        out[outside] = _normal(seed, stream, index[outside], attempt)
+        outside = np.abs(out) > bound
+    return out
+
+
+def _uniform(seed: int, step: int, stream: int, index: Array) -> Array:
+    with np.errstate(over="ignore"):
+        bits = random_bits(np.uint64(seed), np.uint64(step), np.uint64(stream), index)
+    return np.asarray((bits >> np.uint64(11)).astype(np.float64) / 2.0**53)
+
+
+def _normal(seed: int, stream: int, index: Array, attempt: int) -> Array:
+    radius = np.sqrt(-2.0 * np.log1p(-_uniform(seed, 2 * attempt, stream, index)))
+    return np.asarray(radius * np.cos(2.0 * np.pi * _uniform(seed, 2 * attempt + 1, stream, index)))

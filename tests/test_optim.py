@@ -1,6 +1,6 @@
-"""Update rules and learning rates against plain loops."""
+"""Update rules and learning rates against plain loops; their op formulas are held to by test_ops."""
 
-from math import cos, pi
+from math import cos, exp, pi
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,9 @@ import pytest
 from networks import batch, perceptron, record, step_of, traced
 
 from rapydli_flow import optim
-from rapydli_flow.errors import SettingError
+from rapydli_flow.errors import GraphError, SettingError
 from rapydli_flow.graph import Graph
+from rapydli_flow.ops import Cast
 from rapydli_flow.spec import Spec
 from rapydli_flow.testing.interpret import interpret, start
 
@@ -20,9 +21,9 @@ STEPS = 6
 def trajectory(optimizer: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For each step: gradients, and the values of all leaves before it; last, the values at the end."""
 
-    def both(graph: Graph, w: Any, g: Any) -> None:
-        record(graph, w, g)
-        optimizer(graph, w, g)
+    def both(graph: Graph, pairs: Any, step: Any) -> None:
+        record(graph, pairs, step)
+        optimizer(graph, pairs, step)
 
     step = step_of(traced(perceptron, X), both)
     state, out = start(step, 3), []
@@ -62,6 +63,72 @@ def test_momentum(decay: float) -> None:
             yield w
 
     check(optim.sgd(0.3, momentum=0.7, weight_decay=decay), loop)
+
+
+def test_nesterov_momentum() -> None:
+    def loop(w: Any, gradients: Any) -> Any:
+        m = np.zeros_like(w)
+        for g in gradients:
+            g = g + 0.01 * w
+            m = 0.7 * m + g
+            w = w - 0.3 * (g + 0.7 * m)
+            yield w
+
+    check(optim.sgd(0.3, momentum=0.7, nesterov=True, weight_decay=0.01), loop)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_adagrad(decay: float) -> None:
+    def loop(w: Any, gradients: Any) -> Any:
+        v = np.zeros_like(w)
+        for g in gradients:
+            g = g + decay * w
+            v = v + g**2
+            w = w - 0.1 * g / (np.sqrt(v) + 1e-3)
+            yield w
+
+    check(optim.adagrad(0.1, eps=1e-3, weight_decay=decay), loop)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_rmsprop(momentum: float) -> None:
+    def loop(w: Any, gradients: Any) -> Any:
+        v, m = np.zeros_like(w), np.zeros_like(w)
+        for g in gradients:
+            g = g + 0.01 * w
+            v = 0.9 * v + 0.1 * g**2
+            m = momentum * m + g / (np.sqrt(v) + 1e-4)
+            w = w - 0.02 * m
+            yield w
+
+    check(optim.rmsprop(0.02, alpha=0.9, eps=1e-4, momentum=momentum, weight_decay=0.01), loop)
+
+
+def test_adadelta() -> None:
+    def loop(w: Any, gradients: Any) -> Any:
+        v, d = np.zeros_like(w), np.zeros_like(w)
+        for g in gradients:
+            g = g + 0.01 * w
+            v = 0.8 * v + 0.2 * g**2
+            s = np.sqrt(d + 1e-4) / np.sqrt(v + 1e-4) * g
+            d = 0.8 * d + 0.2 * s**2
+            w = w - 0.5 * s
+            yield w
+
+    check(optim.adadelta(0.5, rho=0.8, eps=1e-4, weight_decay=0.01), loop)
+
+
+def test_adamw_shrinks_parameters_apart_from_the_gradient() -> None:
+    def loop(w: Any, gradients: Any) -> Any:
+        m, v = np.zeros_like(w), np.zeros_like(w)
+        for t, g in enumerate(gradients, start=1):
+            w = w * (1 - 0.1 * 0.05)
+            m = 0.8 * m + 0.2 * g
+            v = 0.95 * v + 0.05 * g**2
+            w = w - 0.1 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
+            yield w
+
+    check(optim.adamw(0.1, beta_1=0.8, beta_2=0.95, eps=1e-6, weight_decay=0.05), loop)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
@@ -123,6 +190,61 @@ def test_cosine_with_warmup() -> None:
     assert got == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.5, 0.0], abs=1e-15)
 
 
+def test_multistep() -> None:
+    got = rates(optim.multistep(0.8, steps=[3, 7], factor=0.5), (0, 2, 3, 6, 7, 100))
+    assert got == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.2, 0.2])
+
+
+def test_exponential_inverse_and_sigmoid() -> None:
+    steps = (0, 1, 10, 50)
+    assert rates(optim.exponential(0.2, factor=0.9), steps) == pytest.approx([0.2 * 0.9**i for i in steps])
+    inverse = optim.inverse(0.2, gamma=0.1, power=0.75)
+    assert rates(inverse, steps) == pytest.approx([0.2 * (1 + 0.1 * i) ** -0.75 for i in steps])
+    falling = optim.sigmoid(0.2, gamma=-0.3, middle=10)
+    assert rates(falling, steps) == pytest.approx([0.2 / (1 + exp(0.3 * (i - 10))) for i in steps])
+    assert rates(falling, (10,)) == [0.1]
+    assert 0.0 < rates(falling, (10**6,), "float32")[0] < 1e-30  # and no overflow on the way
+
+
+def test_polynomial_ends_at_zero_and_stays() -> None:
+    got = rates(optim.polynomial(0.2, steps=20, power=2.0), (0, 10, 20, 30))
+    assert got == pytest.approx([0.2, 0.05, 0.0, 0.0])
+
+
+def test_warmup_of_any_rate() -> None:
+    assert rates(optim.warmup(0.4, 4), (0, 1, 3, 4, 9)) == pytest.approx([0.0, 0.1, 0.3, 0.4, 0.4])
+    rising = optim.warmup(optim.step_decay(0.4, factor=0.5, every=6), 4, start=0.5)
+    assert rates(rising, (0, 2, 4, 6), "float32") == pytest.approx([0.2, 0.3, 0.4, 0.2])
+
+
+def test_a_rate_of_your_own() -> None:
+    def mine(step: Any, dtype: str) -> Any:
+        return 0.3 / (1.0 + Cast(to=dtype)(step))
+
+    def loop(w: Any, gradients: Any) -> Any:
+        for i, g in enumerate(gradients):
+            w = w - 0.3 / (1 + i) * g
+            yield w
+
+    check(optim.sgd(mine), loop)
+    with pytest.raises(GraphError, match=r"learning rate: .* gave f32\[\] but the parameters need f64\[\]"):
+        step_of(traced(perceptron, X), optim.sgd(lambda step, dtype: mine(step, "float32")))
+    with pytest.raises(GraphError, match=r"learning rate: .* gave float, not a tensor"):
+        step_of(traced(perceptron, X), optim.sgd(lambda step, dtype: 0.1))
+
+
+def test_an_adjustable_rate_has_one_clock_that_is_1_until_it_is_set() -> None:
+    rate = optim.adjustable(optim.constant(0.4))
+    step = step_of(traced(perceptron, X), optim.groups({"dense_1": optim.sgd(rate)}, optim.adam(rate)))
+    (clock,) = [leaf for leaf in step.leaves("clock") if leaf.name == "rate_factor"]
+    assert clock.spec == Spec((), "float64")
+    feeds = {**start(step), **batch(X, 3)}
+    one, half = (interpret(step, {**feeds, **more}).updates for more in ({}, {"rate_factor": np.float64(0.5)}))
+    for name in ("dense_1/w", "dense_2/b"):
+        assert one[name] - feeds[name] == pytest.approx(2 * (half[name] - feeds[name]))
+    assert np.abs(one["dense_1/w"] - feeds["dense_1/w"]).max() > 0.01
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -132,6 +254,13 @@ def test_cosine_with_warmup() -> None:
         (lambda: optim.adam(0.1, beta_2=-0.5), r"adam: beta_2=-0.5 is not in \[0, 1\)"),
         (lambda: optim.constant(0.0), "learning rate: rate=0.0 is not positive"),
         (lambda: optim.cosine(float("nan"), steps=3), "learning rate: rate=nan is not positive"),
+        (lambda: optim.sgd(0.1, nesterov=True), "sgd: nesterov looks ahead along the momentum"),
+        (lambda: optim.sgd(0.1, weight_decay=-1.0), "sgd: weight_decay=-1.0 is not 0 or more"),
+        (lambda: optim.rmsprop(0.1, alpha=1.0), r"rmsprop: alpha=1.0 is not in \[0, 1\)"),
+        (lambda: optim.multistep(0.1, steps=[7, 3]), r"learning rate: steps=\[7, 3\] are not .*rising"),
+        (lambda: optim.sigmoid(0.1, gamma=0.0, middle=3), "learning rate: gamma=0.0 is not a finite number other"),
+        (lambda: optim.warmup(0.1, 10, start=1.0), r"warmup: start=1.0 is not in \[0, 1\)"),
+        (lambda: optim.cosine(0.1, steps=9, warmup=-1), "learning rate: warmup=-1 is not a whole number of steps"),
         (lambda: optim.step_decay(0.1, every=0), "learning rate: every=0 is not positive"),
         (lambda: optim.step_decay(0.1, factor=float("inf"), every=2), "learning rate: factor=inf is not positive and"),
     ],
