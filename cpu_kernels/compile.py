@@ -133,6 +133,7 @@ def compile_kernel(
         _template_key(template.build.__module__, template.source()),
         device.key,
         title,
+        repr(op.scalar(tuple(f"x{i}" for i in range(len(ins))))) if hasattr(op, "scalar") else "",
         repr(epilogue),
     ]
     key = digest("\0".join(parts))

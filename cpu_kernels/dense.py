@@ -1,6 +1,8 @@
-"""Matrix product on register tiles, with either operand transposed.
+"""Matrix products on register tiles, with either operand transposed.
 
     y[m, k] = sum over i of a[m, i] * b[i, k]       a[M,I] or, with `ta`, [I,M]; b[I,K] or, with `tb`, [K,I]
+
+A `batch_matmul` is many such products, each with tasks of its own.
 
 A task computes a block of rows by a band of panels, `vectors * lanes` columns each:
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -55,20 +58,22 @@ class Blocking:
     band: int
 
     @classmethod
-    def of(cls, m: int, k: int, dtype: str, *, rows: int, vectors: int, lanes: int) -> Blocking:
+    def of(cls, y: Spec, *, rows: int, vectors: int, lanes: int) -> Blocking:
+        (m, k), dtype = y.shape[-2:], y.dtype
+        goal = -(-TASKS // prod(y.shape[:-2]))  # tasks of one of several products
         rows, width, itemsize = balanced(m, rows), vectors * lanes, np.dtype(dtype).itemsize
         row_tiles, panels = -(-m // rows), -(-k // width)
 
         def cut(band: int) -> Blocking:
             most = max(1, SUMS_BYTES // (rows * band * width * itemsize))
-            tiles = min(row_tiles, most, max(1, row_tiles * -(-panels // band) // TASKS))
+            tiles = min(row_tiles, most, max(1, row_tiles * -(-panels // band) // goal))
             return cls(rows, width, row_tiles, panels, tiles, band)
 
         # a wide band reads longer pieces of the rows of b, and what it reads of a serves more columns; but
         # packing must serve many rows
         for band in (4, 2):
             blocking = cut(band)
-            enough = blocking.tasks >= TASKS and blocking.tiles >= min(row_tiles, 8)
+            enough = blocking.tasks >= goal and blocking.tiles >= min(row_tiles, 8)
             if enough and band * width * DEPTH * itemsize <= BAND_BYTES:
                 return blocking
         return cut(1)
@@ -84,7 +89,7 @@ class Blocking:
 
 def _sizes(op: Any, a: Spec) -> tuple[int, int]:
     """m and i."""
-    return (a.shape[1], a.shape[0]) if op.ta else (a.shape[0], a.shape[1])
+    return (a.shape[-1], a.shape[-2]) if op.ta else (a.shape[-2], a.shape[-1])
 
 
 def _fits(
@@ -98,11 +103,11 @@ def _fits(
     lanes: int,
     pack: bool,
 ) -> bool:
-    (m, k), itemsize = outs[0].shape, np.dtype(outs[0].dtype).itemsize
+    (m, k), itemsize = outs[0].shape[-2:], np.dtype(outs[0].dtype).itemsize
     used = balanced(m, rows) if m else rows
     same = (r for r in SPACE["rows"] if r < rows and m and balanced(m, r) == used)
     return (
-        min(m, k) > 0
+        outs[0].size > 0
         and holds(used, vectors, lanes, itemsize, device.vector_bytes)
         and (vectors - 1) * lanes < k
         and (pack or not op.tb)
@@ -111,7 +116,7 @@ def _fits(
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    (m, k), lanes = outs[0].shape, device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    m, lanes = outs[0].shape[-2], device.vector_bytes // np.dtype(outs[0].dtype).itemsize
 
     def candidates() -> Iterator[dict[str, Any]]:
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
@@ -121,12 +126,13 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
                 yield config
 
     def cost(config: dict[str, Any]) -> float:
-        blocking = Blocking.of(m, k, outs[0].dtype, **{name: config[name] for name in ("rows", "vectors", "lanes")})
+        blocking = Blocking.of(outs[0], **{name: config[name] for name in ("rows", "vectors", "lanes")})
         return blocking.row_tiles * blocking.panels * step_cost(blocking.rows, config["vectors"])
 
     return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes, "pack": True})
 
 
+@template("batch_matmul", "cpu", space=SPACE, fits=_fits, prefer=_prefer)
 @template("matmul", "cpu", space=SPACE, fits=_fits, prefer=_prefer)
 def tiles(
     op: Any,
@@ -141,8 +147,8 @@ def tiles(
 ) -> Loop:
     """Register tiles over rows and columns, panels of b packed by each task."""
     m, inner = _sizes(op, ins[0])
-    k = outs[0].shape[1]
-    blocking = Blocking.of(m, k, outs[0].dtype, rows=rows, vectors=vectors, lanes=lanes)
+    k, products = outs[0].shape[-1], prod(outs[0].shape[:-2])
+    blocking = Blocking.of(outs[0], rows=rows, vectors=vectors, lanes=lanes)
     rows, width, block, row_tiles = blocking.rows, blocking.width, blocking.tiles, blocking.row_tiles
     panels, band, bands = blocking.panels, blocking.band, blocking.bands
     # columns of a panel that exist; where k is wider than a panel, the last one moves back to end at k
@@ -161,17 +167,19 @@ def tiles(
     copy_size = rows * (depth + 16) if copy else 1
     tile_size = rows * width
     sums_size = block * band * tile_size
+    each = blocking.tasks
+    a_size, b_size, y_size = (m * inner, inner * k, m * k) if products > 1 else (0, 0, 0)
 
-    def pack_rows(b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
+    def pack_rows(b, at_b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
         for i in range(count):
             row = zeros(1, 1, vectors, lanes, panel)
-            row = load(row, b, (start + i) * k + column, 0, tail)
+            row = load(row, b, at_b + (start + i) * k + column, 0, tail)
             store(row, panel, into + i * width, 0, 0)
 
-    def pack_columns(b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
+    def pack_columns(b, at_b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
         whole = count - count % lanes
         for v in range(squares):
-            source = (column + v * lanes) * inner + start
+            source = at_b + (column + v * lanes) * inner + start
             for i in range(0, whole, lanes):
                 square = zeros(1, lanes, 1, lanes, panel)
                 square = load(square, b, source + i, inner, 0)
@@ -181,7 +189,7 @@ def tiles(
                     panel[into + i * width + v * lanes + j] = b[source + j * inner + i]
         for j in range(squares * lanes, width):
             for i in range(count):
-                value = b[(column + j) * inner + start + i] if j < columns else 0
+                value = b[at_b + (column + j) * inner + start + i] if j < columns else 0
                 panel[into + i * width + j] = value
 
     def copy_rows(a, part, source, count):  # type: ignore[no-untyped-def]
@@ -208,28 +216,30 @@ def tiles(
     copy_part = copy_columns if op.ta else copy_rows
     w_tail = 0 if pack else tail
 
-    def write(y, sums, first_tile, tile_count, first_panel, panel_count, extras, at):  # type: ignore[no-untyped-def]
+    def write(y, at_y, sums, first_tile, tile_count, first_panel, panel_count, extras, at):  # type: ignore[no-untyped-def]
         for t in range(tile_count):
             row = min((first_tile + t) * rows, m - rows)
             for r in range((first_tile + t) * rows - row, rows):
                 for p in range(panel_count):
                     column = natural(min((first_panel + p) * width, last))
                     skip = 0 if even else natural((first_panel + p) * width - column)
-                    o, s = natural((row + r) * k + column), natural((t * band + p) * tile_size + r * width)
+                    o, s = natural(at_y + (row + r) * k + column), natural((t * band + p) * tile_size + r * width)
                     for j in range(skip, columns):
                         y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
 
     def body(task, a, b, y, extras, at):  # type: ignore[no-untyped-def]
         panel, part, sums = local(band_size, y), local(copy_size, y), local(sums_size, y)
-        first_tile, first_panel = task // bands * block, task % bands * band
+        which, piece = task // each, task % each
+        at_a, at_b, at_y = which * a_size, which * b_size, which * y_size
+        first_tile, first_panel = piece // bands * block, piece % bands * band
         tile_count, panel_count = min(block, row_tiles - first_tile), min(band, panels - first_panel)
         for start in range(0, max(inner, 1), depth):
             count = min(depth, inner - start)
             if pack:
                 for p in range(panel_count):
-                    pack_panel(b, panel, p * panel_size, start, count, min((first_panel + p) * width, last))
+                    pack_panel(b, at_b, panel, p * panel_size, start, count, min((first_panel + p) * width, last))
             for t in range(tile_count):
-                source = min((first_tile + t) * rows, m - rows) * row_step + start * inner_step
+                source = at_a + min((first_tile + t) * rows, m - rows) * row_step + start * inner_step
                 if copy:
                     copy_part(a, part, source, count)
                     x, at_x, x_step, x_row = part, 0, copy_step, copy_row
@@ -240,7 +250,8 @@ def tiles(
                     if pack:
                         multiply(sums, slot, start == 0, x, at_x, x_step, x_row, panel, p * panel_size, width, count)
                     else:
-                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, b, start * k + column, k, count)
-        write(y, sums, first_tile, tile_count, first_panel, panel_count, extras, at)
+                        at_w = at_b + start * k + column
+                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, b, at_w, k, count)
+        write(y, at_y, sums, first_tile, tile_count, first_panel, panel_count, extras, at)
 
-    return Loop(body, blocking.tasks)
+    return Loop(body, each * products)

@@ -1,10 +1,13 @@
 """Losses and scores: one row of class scores at a time, rows divided over tasks.
 
-    cross_entropy       y[n] = log(sum of exp(x[n] - m)) - (x[n, label[n]] - m),   m = max of x[n]
-    cross_entropy_grad  dx[n] = dy[n] (softmax(x[n]) - onehot(label[n]))
-    softmax             y[n] = exp(x[n] - m) / sum
-    softmax_grad        dx[n] = y[n] (dy[n] - dy[n].y[n])
+    cross_entropy       y[n] = log(sum of exp(x[n] - m)) - (score - m),    m = max of x[n]
+                        score = (1 - s) x[n, label[n]] + s mean of x[n],   s = smoothing
+    cross_entropy_grad  dx[n] = dy[n] (softmax(x[n]) - (1 - s) onehot(label[n]) - s / classes)
+    hinge, hinge_grad   margins against the label's score, or of each class by itself; see `ops.loss.Hinge`
+    at_label            y[n] = x[n, label[n]]
+    at_label_grad       dx[n, j] = dy[n] where j is label[n], else 0
     correct             y[n] = 1 where the first largest of x[n] is at label[n]
+    in_top              y[n] = 1 where fewer than k of x[n] come before x[n, label[n]]
 
 A label that is no class gives a loss that is not a number, instead of reading elsewhere.
 """
@@ -18,41 +21,20 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Epilogue, Loop, template
 
+from .softmax import SPACE, exponentials, fits, largest
 from .tile import local
 
-SPACE = {"tasks": (8, 16, 4, 1)}
-MOST_CLASSES = 1 << 17  # exponentials of so many classes fit on a thread's stack
 
-
-def _fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    return max(spec.shape[-1] for spec in ins) <= MOST_CLASSES
-
-
-def largest(x, first, classes):  # type: ignore[no-untyped-def]
-    best = x[first]
-    for j in range(1, classes):
-        best = x[first + j] if not x[first + j] <= best else best
-    return best
-
-
-def exponentials(e, x, first, classes):  # type: ignore[no-untyped-def]
-    """e = exp(x - max); the sum of e."""
-    m = largest(x, first, classes)
-    for j in range(classes):
-        e[j] = math.exp(x[first + j] - m)
-    total = e[0]
-    for j in range(1, classes):
-        total += e[j]
-    return total
-
-
-@template("cross_entropy", "cpu", space=SPACE, fits=_fits)
+@template("cross_entropy", "cpu", space=SPACE, fits=fits)
 def losses(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    N, K = ins[0].shape
+    N, K, C = outs[0].size, ins[0].shape[-1], outs[0].shape[-1]
     count = max(1, min(tasks, N))
+    T = np.dtype(outs[0].dtype).type
+    shared = op.smoothing > 0
+    own, each = T(1.0 - op.smoothing), T(op.smoothing / K)
 
     def body(task, x, label, y, extras, at):  # type: ignore[no-untyped-def]
         e = local(K, x)
@@ -61,17 +43,22 @@ def losses(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogu
             total = exponentials(e, x, n * K, K)
             m = largest(x, n * K, K)
             score = x[n * K + at_label] - m if 0 <= at_label < K else total * np.nan
-            y[n] = epilogue(math.log(total) - score, extras, n, n, at)
+            if shared:
+                score *= own
+                for j in range(n * K, (n + 1) * K):
+                    score += (x[j] - m) * each
+            y[n] = epilogue(math.log(total) - score, extras, n, n % C, at)
 
     return Loop(body, count)
 
 
-@template("cross_entropy_grad", "cpu", space=SPACE, fits=_fits)
+@template("cross_entropy_grad", "cpu", space=SPACE, fits=fits)
 def loss_gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    N, K = ins[1].shape
+    N, K = ins[0].size, ins[1].shape[-1]
     count = max(1, min(tasks, N))
     T = np.dtype(outs[0].dtype).type
+    own, other = T(1.0 - op.smoothing), T(op.smoothing / K)
 
     def body(task, dy, x, label, dx, extras, at):  # type: ignore[no-untyped-def]
         e = local(K, x)
@@ -79,55 +66,113 @@ def loss_gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue:
             at_label = np.int64(label[n])
             each = T(1) / exponentials(e, x, n * K, K)
             for j in range(K):
-                e[j] *= each
+                e[j] = e[j] * each - other
             if 0 <= at_label < K:
-                e[at_label] -= T(1)
+                e[at_label] -= own
             for j in range(K):
                 dx[n * K + j] = epilogue(e[j] * dy[n], extras, n * K + j, j, at)
 
     return Loop(body, count)
 
 
-@template("softmax", "cpu", space=SPACE, fits=_fits)
-def shares(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
+@template("hinge", "cpu", space=SPACE)
+def margins(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    N, K = ins[0].shape
+    N, K, C = outs[0].size, ins[0].shape[-1], outs[0].shape[-1]
     count = max(1, min(tasks, N))
     T = np.dtype(outs[0].dtype).type
+    squared, alone = op.power == 2, op.one_against_all
+    share = T(1.0 if alone else 1.0 / K)
 
-    def body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
-        e = local(K, x)
+    def body(task, x, label, y, extras, at):  # type: ignore[no-untyped-def]
         for n in range(task * N // count, (task + 1) * N // count):
-            each = T(1) / exponentials(e, x, n * K, K)
+            at_label = np.int64(label[n])
+            known = 0 <= at_label < K
+            score = x[n * K + at_label] if known else x[n * K] * np.nan
+            total = score - score  # NaN for a label that is no class
             for j in range(K):
-                y[n * K + j] = epilogue(e[j] * each, extras, n * K + j, j, at)
+                v = x[n * K + j]
+                margin = T(1) + v - score
+                if alone:
+                    margin = T(1) - v if j == at_label else T(1) + v
+                elif j == at_label:
+                    margin = T(0)
+                margin = T(0) if margin <= T(0) else margin
+                total += margin * margin if squared else margin
+            y[n] = epilogue(total * share, extras, n, n % C, at)
 
     return Loop(body, count)
 
 
-@template("softmax_grad", "cpu", space=SPACE, fits=_fits)
-def share_gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
+@template("hinge_grad", "cpu", space=SPACE)
+def margin_gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    N, K = ins[1].shape
+    N, K = ins[0].size, ins[1].shape[-1]
     count = max(1, min(tasks, N))
     T = np.dtype(outs[0].dtype).type
+    squared, alone = op.power == 2, op.one_against_all
+    share = T(1.0 if alone else 1.0 / K)
 
-    def body(task, dy, y, dx, extras, at):  # type: ignore[no-untyped-def]
+    def slope(margin):  # type: ignore[no-untyped-def]
+        if squared:
+            return T(0) if margin <= T(0) else margin + margin
+        return T(0) if margin <= T(0) else T(1)
+
+    def body(task, dy, x, label, dx, extras, at):  # type: ignore[no-untyped-def]
         for n in range(task * N // count, (task + 1) * N // count):
-            dot = T(0)
-            for j in range(n * K, (n + 1) * K):
-                dot += dy[j] * y[j]
+            at_label = np.int64(label[n])
+            known = 0 <= at_label < K
+            score = x[n * K + at_label] if known else x[n * K] * np.nan
+            pulled = T(0)
+            if not alone:
+                for j in range(K):
+                    pulled += slope(T(1) + x[n * K + j] - score) if j != at_label else T(0)
             for j in range(K):
-                o = n * K + j
-                dx[o] = epilogue(y[o] * (dy[o] - dot), extras, o, j, at)
+                v = x[n * K + j]
+                if alone:
+                    g = -slope(T(1) - v) if j == at_label else slope(T(1) + v)
+                else:
+                    g = -pulled if j == at_label else slope(T(1) + v - score)
+                dx[n * K + j] = epilogue(g * share * dy[n], extras, n * K + j, j, at)
 
     return Loop(body, count)
 
 
-@template("correct", "cpu", space=SPACE, fits=_fits)
+@template("at_label", "cpu", space=SPACE)
+def picks(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
+    """``tasks``: how many."""
+    N, K, C = outs[0].size, ins[0].shape[-1], outs[0].shape[-1]
+    count = max(1, min(tasks, N))
+
+    def body(task, x, label, y, extras, at):  # type: ignore[no-untyped-def]
+        for n in range(task * N // count, (task + 1) * N // count):
+            at_label = np.int64(label[n])
+            v = x[n * K + at_label] if 0 <= at_label < K else x[n * K] * np.nan
+            y[n] = epilogue(v, extras, n, n % C, at)
+
+    return Loop(body, count)
+
+
+@template("at_label_grad", "cpu", space=SPACE)
+def pick_gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
+    """``tasks``: how many."""
+    N, K = ins[0].size, op.classes
+    count = max(1, min(tasks, N))
+    T = np.dtype(outs[0].dtype).type
+
+    def body(task, dy, label, dx, extras, at):  # type: ignore[no-untyped-def]
+        for n in range(task * N // count, (task + 1) * N // count):
+            at_label = np.int64(label[n])
+            for j in range(K):
+                dx[n * K + j] = epilogue(dy[n] if j == at_label else T(0), extras, n * K + j, j, at)
+
+    return Loop(body, count)
+
+
+@template("correct", "cpu", space=SPACE)
 def hits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    N, K = ins[0].shape
+    N, K, C = outs[0].size, ins[0].shape[-1], outs[0].shape[-1]
     count = max(1, min(tasks, N))
     T = np.dtype(outs[0].dtype).type
 
@@ -138,6 +183,29 @@ def hits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue,
                 v = x[n * K + j]
                 if (not v <= best) & (best == best):  # the first NaN is the largest, as in NumPy
                     best, where = v, j
-            y[n] = epilogue(T(1) if where == np.int64(label[n]) else T(0), extras, n, n, at)
+            y[n] = epilogue(T(1) if where == np.int64(label[n]) else T(0), extras, n, n % C, at)
+
+    return Loop(body, count)
+
+
+@template("in_top", "cpu", space=SPACE)
+def near_hits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
+    """``tasks``: how many."""
+    N, K, C, k = outs[0].size, ins[0].shape[-1], outs[0].shape[-1], op.k
+    count = max(1, min(tasks, N))
+    T = np.dtype(outs[0].dtype).type
+
+    def body(task, x, label, y, extras, at):  # type: ignore[no-untyped-def]
+        for n in range(task * N // count, (task + 1) * N // count):
+            at_label = np.int64(label[n])
+            known = 0 <= at_label < K
+            score = x[n * K + at_label] if known else x[n * K]
+            before = 0
+            for j in range(K):
+                v = x[n * K + j]
+                larger = (v > score) | ((v != v) & (score == score))
+                tie = (v == score) | ((v != v) & (score != score))
+                before += larger | (tie & (j < at_label))
+            y[n] = epilogue(T(1) if known & (before < k) else T(0), extras, n, n % C, at)
 
     return Loop(body, count)

@@ -167,6 +167,7 @@ def elements(
         yield from (f"            out_{i}[o + j] = y{i}" for i in range(len(outs)))
 
     arrays = ", ".join([*(f"in_{i}" for i in range(len(ins))), *(f"out_{i}" for i in range(len(outs)))])
-    text = "\n".join([f"def {name}(task, {arrays}, extras, at):", *lines()]) + "\n"
+    head = f"def {name}_loop(task, {arrays}, extras, at):"  # _loop: an op may be called like a builtin, min or abs
+    text = "\n".join([head, *lines()]) + "\n"
     names = {"epilogue": epilogue, "T": np.dtype(outs[0].dtype).type, "U": np.uint64}
     return Loop(written(text, **names, **scalar_names(scalar)), walk.tasks)

@@ -28,7 +28,7 @@ MOST_ROW = 1 << 17  # elements of a row of dx that fit on a thread's stack
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a pooling, with three spatial axes."""
+    """Sizes of windows that slide, with three spatial axes."""
 
     n: int
     size: tuple[int, int, int]
@@ -39,7 +39,7 @@ class Geometry:
     low: tuple[int, int, int]
 
     @classmethod
-    def of(cls, op: Any, big: Spec, small: Spec) -> Geometry:
+    def of(cls, op: Any, big: Spec, small: Spec, window: Sequence[int]) -> Geometry:
         """``big`` is what the windows slide over, ``small`` has one element for each."""
 
         def three(values: Sequence[int], missing: int) -> tuple[int, int, int]:
@@ -51,16 +51,21 @@ class Geometry:
             three(big.shape[1:-1], 1),
             three(small.shape[1:-1], 1),
             big.shape[-1],
-            three(op.window, 1),
+            three(window, 1),
             three(op.stride, 1),
             three([low for low, _ in op.padding], 0),
         )
 
 
+def first(i, window, stride):  # type: ignore[no-untyped-def]
+    """The first window that reaches element i."""
+    return max(0, -((window - 1 - i) // stride))
+
+
 @template("max_pool", "cpu", space=TASKS)
 def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """Each output row in turn; windows that lie inside are unrolled, the others are clipped first."""
-    g = Geometry.of(op, ins[0], outs[0])
+    g = Geometry.of(op, ins[0], outs[0], op.window)
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
     lines = g.n * OD * OH
@@ -121,7 +126,7 @@ def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue,
 @template("sum_pool", "cpu", space=TASKS)
 def row_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """Each output row in turn, the taps of a window clipped to what lies inside."""
-    g = Geometry.of(op, ins[0], outs[0])
+    g = Geometry.of(op, ins[0], outs[0], op.window)
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
     lines = g.n * OD * OH
@@ -160,9 +165,6 @@ def _scatter(g: Geometry, tasks: int, chosen: bool, epilogue: Epilogue) -> Loop:
     count = max(1, min(tasks, lines))
     T = np.dtype(epilogue.out.dtype).type
     plain, row_size, window_row = epilogue.identity, W * C, OW * C
-
-    def first(i, window, stride):  # type: ignore[no-untyped-def]
-        return max(0, -((window - 1 - i) // stride))  # the first window that reaches element i
 
     def add(total, i, dy, o):  # type: ignore[no-untyped-def]
         for c in range(C):
@@ -216,10 +218,10 @@ def _scatter(g: Geometry, tasks: int, chosen: bool, epilogue: Epilogue) -> Loop:
 @template("max_pool_grad", "cpu", space=TASKS, fits=_fits)
 def scatter(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    return _scatter(Geometry.of(op, outs[0], ins[0]), tasks, True, epilogue)
+    return _scatter(Geometry.of(op, outs[0], ins[0], op.window), tasks, True, epilogue)
 
 
 @template("sum_pool_grad", "cpu", space=TASKS, fits=_fits)
 def scatter_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
     """``tasks``: how many."""
-    return _scatter(Geometry.of(op, outs[0], ins[0]), tasks, False, epilogue)
+    return _scatter(Geometry.of(op, outs[0], ins[0], op.window), tasks, False, epilogue)

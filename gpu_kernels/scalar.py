@@ -22,6 +22,9 @@ from rapydli_flow.template import Scalar
 
 from .pair import Pair, device_type
 
+# functions of `math` that NumPy does not have
+MISSING = {"erf": np.vectorize(math.erf, otypes=[np.float64])}
+
 
 class _Vectorise(ast.NodeTransformer):
     """Rewrites an expression over numbers into one over NumPy arrays."""
@@ -35,6 +38,9 @@ class _Vectorise(ast.NodeTransformer):
         if isinstance(node.op, ast.Not):
             return ast.Call(ast.parse("numpy.logical_not", mode="eval").body, [operand], [])
         return ast.UnaryOp(node.op, operand)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return ast.Name(node.attr, node.ctx) if node.attr in MISSING else self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Name("numpy" if node.id == "math" else node.id, node.ctx)
@@ -84,7 +90,7 @@ def formula(scalar: Scalar, dtypes: tuple[str, ...], out: str, lanes: int) -> Pa
     text = _text(scalar)
     of_type: dict[str, Any] = {"T": np.dtype(out).type, "U": np.uint64}
     vectors = ast.fix_missing_locations(_Vectorise().visit(ast.parse(text)))
-    on_vectors = _compiled(vectors, {**of_type, "numpy": np, "keep": random.keep})
+    on_vectors = _compiled(vectors, {**of_type, **MISSING, "numpy": np, "keep": random.keep})
 
     def twin(values: Sequence[Sequence[Array]], index: Array) -> tuple[tuple[Array, ...], ...]:
         each = [

@@ -3,30 +3,154 @@
 May import floors 0 to 2 and `graph`. A layer with weights is one function under `@layer`.
 """
 
-from .activations import relu, softmax, tanh
-from .initial import he
+from ..arguments import spell_check
+from . import initial
+from .activations import (
+    elu,
+    gelu,
+    leaky_relu,
+    log_softmax,
+    prelu,
+    relu,
+    sigmoid,
+    silu,
+    softmax,
+    softplus,
+    swish,
+    tanh,
+)
+from .arithmetic import abs, clip, exp, log, maximum, minimum, power, sqrt, where
+from .attention import attention, project
+from .gather import embedding, gather
+from .initial import he, lecun, normal, orthogonal, uniform, xavier
 from .layer import block, layer
-from .layers import conv, dense, dropout
-from .losses import accuracy, cross_entropy
-from .norm import batch_norm
-from .pool import avg_pool, max_pool
-from .shape import flatten, mean
+from .layers import conv, conv_transpose, dense, dropout, local_conv
+from .losses import (
+    accuracy,
+    cross_entropy,
+    hinge,
+    mean_absolute_error,
+    mean_squared_error,
+    negative_log_likelihood,
+    sigmoid_cross_entropy,
+    smooth_l1,
+    top_k,
+)
+from .norm import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    local_contrast_norm,
+    local_response_norm,
+    rms_norm,
+)
+from .pool import (
+    adaptive_avg_pool,
+    adaptive_max_pool,
+    avg_pool,
+    global_avg_pool,
+    global_max_pool,
+    l2_pool,
+    max_pool,
+)
+from .resize import resize, upsample
+from .shape import (
+    argmax,
+    argmin,
+    concatenate,
+    flatten,
+    max,
+    mean,
+    min,
+    pad,
+    reshape,
+    slice_axis,
+    split,
+    sum,
+    transpose,
+    variance,
+)
 
 __all__ = [
+    "abs",
     "accuracy",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
+    "argmax",
+    "argmin",
+    "attention",
     "avg_pool",
     "batch_norm",
     "block",
+    "clip",
+    "concatenate",
     "conv",
+    "conv_transpose",
     "cross_entropy",
     "dense",
     "dropout",
+    "elu",
+    "embedding",
+    "exp",
     "flatten",
+    "gather",
+    "gelu",
+    "global_avg_pool",
+    "global_max_pool",
+    "group_norm",
     "he",
+    "hinge",
+    "initial",
+    "instance_norm",
+    "l2_pool",
     "layer",
+    "layer_norm",
+    "leaky_relu",
+    "lecun",
+    "local_contrast_norm",
+    "local_conv",
+    "local_response_norm",
+    "log",
+    "log_softmax",
+    "max",
     "max_pool",
+    "maximum",
     "mean",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "min",
+    "minimum",
+    "negative_log_likelihood",
+    "normal",
+    "orthogonal",
+    "pad",
+    "power",
+    "prelu",
+    "project",
     "relu",
+    "reshape",
+    "resize",
+    "rms_norm",
+    "sigmoid",
+    "sigmoid_cross_entropy",
+    "silu",
+    "slice_axis",
+    "smooth_l1",
     "softmax",
+    "softplus",
+    "split",
+    "sqrt",
+    "sum",
+    "swish",
     "tanh",
+    "top_k",
+    "transpose",
+    "uniform",
+    "upsample",
+    "variance",
+    "where",
+    "xavier",
 ]
+
+spell_check(globals(), __all__)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..errors import GraphError, SettingError
-from ..graph import Graph, Tensor
+from ..arguments import spelled
+from ..errors import GraphError, RapydliError, SettingError
+from ..graph import Graph, Tensor, located
 from ..ops import Fill
 from ..random import stream_of
 from ..spec import Spec
@@ -22,6 +23,8 @@ def layer(kind: str) -> Callable[[F], F]:
     """Name what a function adds: 'conv_1/w', 'conv_2/w', ... for ``kind`` 'conv'."""
 
     def wrap(function: F) -> F:
+        inner = spelled(function, kind)
+
         @functools.wraps(function)
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -29,7 +32,9 @@ def layer(kind: str) -> Callable[[F], F]:
             graph = x.graph
             graph.scope = [*graph.scope, graph.unique(kind).rsplit("/", 1)[-1]]
             try:
-                return function(x, *args, **kwargs)
+                return inner(x, *args, **kwargs)
+            except RapydliError as error:
+                raise located(error, [x]) from None
             finally:
                 graph.scope = graph.scope[:-1]
 

@@ -96,7 +96,7 @@ class Op(ABC):
         if not hasattr(cls, "family"):
             cls.family = cls.name
         known = registry.setdefault(cls.name, cls)
-        if known is not cls and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        if known is not cls and _home(known) != _home(cls):  # else a cell or module that is run again
             raise GraphError(
                 f"two ops are named {cls.name!r}: {known.__module__}.{known.__qualname__} and "
                 f"{cls.__module__}.{cls.__qualname__}. Rename one class."
@@ -111,9 +111,14 @@ class Op(ABC):
     def reference(self, *inputs: Any, **at: Any) -> Any:
         """Slow, obvious NumPy: what every kernel is tested against."""
 
-    @abstractmethod
     def index(self, *inputs: Any) -> str:
-        """The index formula for operands of these specs; see `rapydli_flow.index`."""
+        """The index formula for operands of these specs; see `rapydli_flow.index`.
+
+        Unless an op tells its own, it may read all of its operands for each output element: '. ., . -> . .'.
+        That is always right, and such an op is never divided over ranks.
+        """
+        sides = (inputs, self.out_specs(*inputs))
+        return " -> ".join(", ".join(" ".join("." * len(s.shape)) or "()" for s in side) for side in sides)
 
     def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
         """This op on blocks of its operands (shifted padding, local sizes)."""
@@ -134,8 +139,13 @@ class Op(ABC):
         return ()
 
     def flops(self, *inputs: Spec) -> int:
-        """Floating-point operations, as the index formula says: a multiply-add counts 2, a plain element 1."""
+        """Floating-point operations, as the index formula says: a multiply-add counts 2, a plain element 1.
+
+        Of an op without a formula only the elements that it reads and writes are known.
+        """
         outs = self.out_specs(*inputs)
+        if type(self).index is Op.index:
+            return sum(spec.size for spec in (*inputs, *outs))
         index = self.indexing(*inputs)
         points = index.multiply_adds(inputs, outs)
         return points * (2 if points > max((s.size for s in outs), default=0) else 1)
@@ -172,6 +182,11 @@ class Op(ABC):
     def __str__(self) -> str:
         given = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in given)})"
+
+
+def _home(op: type[Op]) -> tuple[str, str]:
+    """Where a class is defined; a script is '__mp_main__' to the processes that it starts."""
+    return op.__module__.replace("__mp_main__", "__main__"), op.__qualname__
 
 
 def spec_of(x: Any) -> Spec:

@@ -22,6 +22,14 @@ from .window import OUT, TAPS, Pair, local_padding, out_size, reading, scatter, 
 LAYOUT = "x is N,*space,C and w is *window,C/groups,K."
 
 
+def check_dtypes(op: Op, **operands: Spec) -> None:
+    """DTypeError unless all operands have one floating dtype."""
+    dtypes = {spec.dtype for spec in operands.values()}
+    if len(dtypes) > 1 or not all(spec.floating for spec in operands.values()):
+        given = ", ".join(f"{name} {spec}" for name, spec in operands.items())
+        raise DTypeError(f"{op.name}: operands need one floating dtype ({given}). Cast them first.")
+
+
 class _Sliding(Op, abstract=True):
     """The attributes that a convolution shares with its gradients."""
 
@@ -49,12 +57,6 @@ class _Sliding(Op, abstract=True):
         size = x.shape[-1] // self.groups
         return x[..., g * size : (g + 1) * size]
 
-    def check_dtypes(self, **operands: Spec) -> None:
-        dtypes = {spec.dtype for spec in operands.values()}
-        if len(dtypes) > 1 or not all(spec.floating for spec in operands.values()):
-            given = ", ".join(f"{name} {spec}" for name, spec in operands.items())
-            raise DTypeError(f"{self.name}: operands need one floating dtype ({given}). Cast them first.")
-
 
 class Conv(_Sliding):
     """y[n,h,k] = sum over r, c of x[n, h*stride+r*dilation-padding, c] * w[r,c,k]"""
@@ -67,7 +69,7 @@ class Conv(_Sliding):
         if len(self.padding) != n or len(self.dilation) != n:
             rule = f"{n} strides but {len(self.padding)} paddings and {len(self.dilation)} dilations"
             raise refuse(self, rule, operands, "Give one of each for every spatial axis.")
-        self.check_dtypes(x=x, w=w)
+        check_dtypes(self, x=x, w=w)
         c, k = w.shape[-2:]
         if self.groups < 1 or x.shape[-1] != c * self.groups:
             times = f" x {self.groups} groups" if self.groups != 1 else ""
@@ -141,12 +143,19 @@ class Conv(_Sliding):
 
 
 class ConvInputGrad(_Sliding):
-    """dx[n,i,c] = sum over h, r with h*stride+r*dilation-padding = i, and over k, of dy[n,h,k] * w[r,c,k]"""
+    """dx[n,i,c] = sum over h, r with h*stride+r*dilation-padding = i, and over k, of dy[n,h,k] * w[r,c,k]
+
+    As an op of a network this is the transposed convolution of dy.
+    """
 
     size: tuple[int, ...]
 
     def infer(self, dy: Spec, w: Spec) -> Spec:
-        self.check_dtypes(dy=dy, w=w)
+        n = len(self.stride)
+        if not len(dy.shape) == len(w.shape) == n + 2 or len(self.size) != n:
+            rule = f"{n} strides need dy and w with {n + 2} axes and {n} sizes, not {self.size}"
+            raise refuse(self, rule, {"dy": dy, "w": w}, LAYOUT)
+        check_dtypes(self, dy=dy, w=w)
         if dy.shape[-1] != w.shape[-1] or w.shape[-1] % self.groups:
             rule = f"dy has {dy.shape[-1]} channels but w has {w.shape[-1]} filters in {self.groups} groups"
             raise refuse(self, rule, {"dy": dy, "w": w}, LAYOUT)
@@ -190,6 +199,8 @@ class ConvInputGrad(_Sliding):
             Reject(op, (dy, Spec((3, 3, 8), "float64")), "conv_input_grad: operands need one floating dtype"),
             Reject(op, (dy, Spec((3, 3, 6))), "conv_input_grad: dy has 8 channels but w has 6 filters in 1 groups"),
             Reject(replace(op, groups=3), (dy, Spec((3, 1, 8))), "conv_input_grad: dy has 8 .* in 3 groups"),
+            Reject(op, (dy, Spec((3, 3, 3, 8))), "conv_input_grad: 1 strides need dy and w with 3 axes and 1 sizes"),
+            Reject(replace(op, size=(6, 6)), (dy, Spec((3, 3, 8))), r"3 axes and 1 sizes, not \(6, 6\)"),
         )
 
 
@@ -199,7 +210,7 @@ class ConvFilterGrad(_Sliding):
     window: tuple[int, ...]
 
     def infer(self, x: Spec, dy: Spec) -> Spec:
-        self.check_dtypes(x=x, dy=dy)
+        check_dtypes(self, x=x, dy=dy)
         if x.shape[0] != dy.shape[0] or x.shape[-1] % self.groups or dy.shape[-1] % self.groups:
             rule = f"x and dy must hold the same samples, and channels divisible by {self.groups} groups"
             raise refuse(self, rule, {"x": x, "dy": dy}, LAYOUT)

@@ -1,12 +1,14 @@
-"""Matrix product, with either operand transposed: dense layers and their gradients."""
+"""Matrix product, with either operand transposed: dense layers, attention, and their gradients."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..errors import DTypeError
 from ..spec import Array, Spec
-from .base import Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, refuse
 
 
 class Matmul(Op):
@@ -54,4 +56,57 @@ class Matmul(Op):
             Reject(cls(), (Spec((2, 3)), Spec((4, 5))), r"matmul: a gives 3 values but b expects 4"),
             Reject(cls(), (Spec((2, 3, 1)), Spec((3, 5))), "matmul: a and b are matrices"),
             Reject(cls(), (Spec((2, 3)), Spec((3, 5), "float64")), "matmul: operands need one floating dtype"),
+        )
+
+
+class BatchMatmul(Op):
+    """y[n,m,k] = sum over i of a[n,m,i] b[n,i,k], for one or more leading axes n; ``ta``, ``tb`` as in `Matmul`."""
+
+    ta: bool = False
+    tb: bool = False
+
+    def infer(self, a: Spec, b: Spec) -> Spec:
+        operands = {"a": a, "b": b}
+        if len(a.shape) < 3 or a.shape[:-2] != b.shape[:-2]:
+            rule = "a and b have a matrix for each place of the same leading axes"
+            raise refuse(self, rule, operands, "a is N,...,M,I and b is N,...,I,K; see Matmul for two matrices.")
+        if a.dtype != b.dtype or not a.floating:
+            raise DTypeError(f"batch_matmul: operands need one floating dtype (a {a}, b {b}). Cast them first.")
+        inner_a, inner_b = a.shape[-2 if self.ta else -1], b.shape[-1 if self.tb else -2]
+        if inner_a != inner_b:
+            way_out = "a is N,...,M,I and b is N,...,I,K."
+            raise refuse(self, f"a gives {inner_a} values but b expects {inner_b}", operands, way_out)
+        return Spec((*a.shape[:-2], a.shape[-1 if self.ta else -2], b.shape[-2 if self.tb else -1]), a.dtype)
+
+    def index(self, a: Spec, b: Spec) -> str:
+        n = " ".join(LETTERS[: len(a.shape) - 2])
+        return f"{n} {'i m' if self.ta else 'm i'}, {n} {'k i' if self.tb else 'i k'} -> {n} m k"
+
+    def reference(self, a: Array, b: Array) -> Array:
+        left, right = np.swapaxes(a, -1, -2) if self.ta else a, np.swapaxes(b, -1, -2) if self.tb else b
+        return np.asarray(np.matmul(left, right))
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        a, b = inputs
+        da = BatchMatmul(ta=self.tb, tb=True)(b, dy) if self.ta else BatchMatmul(tb=not self.tb)(dy, b)
+        db = BatchMatmul(ta=True, tb=self.ta)(dy, a) if self.tb else BatchMatmul(ta=not self.ta)(a, dy)
+        return da, db
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (
+            Sample(cls(), (Spec((2, 3, 5, 4)), Spec((2, 3, 4, 17)))),
+            Sample(cls(ta=True), (Spec((3, 4, 7)), Spec((3, 4, 9)))),
+            Sample(cls(tb=True), (Spec((3, 9, 8)), Spec((3, 18, 8)))),
+            Sample(cls(ta=True, tb=True), (Spec((2, 3, 5)), Spec((2, 4, 3)))),
+        )
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        a = Spec((2, 3, 4))
+        return (
+            Reject(cls(), (a, Spec((2, 3, 5))), "batch_matmul: a gives 4 values but b expects 3"),
+            Reject(cls(), (a, Spec((3, 4, 5))), "batch_matmul: a and b have a matrix for each place"),
+            Reject(cls(), (Spec((3, 4)), Spec((4, 5))), "batch_matmul: a and b have a matrix for each place"),
+            Reject(cls(), (a, Spec((2, 4, 5), "float64")), "batch_matmul: operands need one floating dtype"),
         )

@@ -7,6 +7,7 @@ the dtype of the op (``T(0.5)``), so that float32 stays float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ class Expr:
     def __lt__(self, other: Any) -> Expr:
         return Expr("{} < {}", self, other)
 
+    def __le__(self, other: Any) -> Expr:
+        return Expr("{} <= {}", self, other)
+
 
 def _function(text: str, numpy_function: Callable[..., Any], uses: str = "") -> Callable[..., Any]:
     def call(*args: Any) -> Any:
@@ -71,14 +75,22 @@ def _function(text: str, numpy_function: Callable[..., Any], uses: str = "") -> 
     return call
 
 
+# NumPy has no erf; one call for each element is enough for the slow twin
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+absolute = _function("math.fabs({})", np.abs)
 cos = _function("math.cos({})", np.cos)
+erf = _function("math.erf({})", lambda x: _erf(x).astype(np.asarray(x).dtype))
 floor = _function("math.floor({})", np.floor)
 exp = _function("math.exp({})", np.exp)
+expm1 = _function("math.expm1({})", np.expm1)
 log = _function("math.log({})", np.log)
+log1p = _function("math.log1p({})", np.log1p)
 sqrt = _function("math.sqrt({})", np.sqrt)
 tanh = _function("math.tanh({})", np.tanh)
 maximum = _function("({0} if not {0} <= {1} else {1})", np.maximum)
 minimum = _function("({0} if not {0} >= {1} else {1})", np.minimum)
+equal = _function("{} == {}", np.equal)
 where = _function("({1} if {0} else {2})", np.where)
 power = _function("{} ** {}", np.power)
 

@@ -75,7 +75,7 @@ class Broadcast(Op):
 
     def reference(self, x: Array) -> Array:
         whole = x if self.keep else np.expand_dims(x, self.axes)
-        return np.ascontiguousarray(np.broadcast_to(whole, self.shape))
+        return np.array(np.broadcast_to(whole, self.shape), order="C")
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         return (Sum(axes=self.axes, keep=self.keep)(dy),)
@@ -86,6 +86,7 @@ class Broadcast(Op):
             Sample(cls(axes=(0,), shape=(3, 4)), (Spec((4,)),)),
             Sample(cls(axes=(1, 2), shape=(3, 4, 2, 5)), (Spec((3, 5)),)),
             Sample(cls(axes=(0,), shape=(3,)), (Spec(()),)),
+            Sample(cls(axes=(), shape=()), (Spec(()),)),
             Sample(cls(axes=(0, 2), shape=(3, 4, 2), keep=True), (Spec((1, 4, 1)),)),
         )
 

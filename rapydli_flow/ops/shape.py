@@ -1,14 +1,23 @@
-"""Ops that only change the shape of an array."""
+"""Ops that keep all elements: reshape, transpose, concatenate.
+
+The first axis is the batch, and should stay it: what moves it (a transpose, a join along axis 0) works, but splits by
+samples then mean another axis, and data that is no longer a batch cannot be trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
+import numpy as np
+
+from ..errors import DTypeError
 from ..spec import Array, Block, Spec
-from .base import Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, refuse
+from .slice import Slice
 
 
 class Reshape(Op):
@@ -46,3 +55,111 @@ class Reshape(Op):
     @classmethod
     def rejects(cls) -> tuple[Reject, ...]:
         return (Reject(cls(shape=(5,)), (Spec((2, 3, 4)),), r"reshape: samples of 12 elements cannot become \(5,\)"),)
+
+
+class Transpose(Op):
+    """y has the axes of x in another order: axis i of y is axis ``order[i]`` of x."""
+
+    order: tuple[int, ...]
+    linear = True
+
+    def infer(self, x: Spec) -> Spec:
+        n = len(x.shape)
+        if sorted(self.order) != list(range(n)):
+            rule = f"order {self.order} does not name each of the {n} axes once"
+            raise refuse(self, rule, {"x": x}, f"It is an order of {', '.join(map(str, range(n))) or 'no axes'}.")
+        return Spec(tuple(x.shape[axis] for axis in self.order), x.dtype)
+
+    def index(self, x: Spec) -> str:
+        letters = LETTERS[: len(x.shape)]
+        return f"{' '.join(letters) or '()'} -> {' '.join(letters[axis] for axis in self.order) or '()'}"
+
+    def reference(self, x: Array) -> Array:
+        return np.asarray(x.transpose(self.order), order="C")
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        if not str(inputs[0].dtype).startswith("float"):
+            return (None,)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return (Transpose(order=tuple(back))(dy),)
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (
+            Sample(cls(order=(0, 2, 1, 3)), (Spec((2, 3, 4, 5)),)),
+            Sample(cls(order=(2, 0, 1)), (Spec((3, 2, 5)),)),
+            Sample(cls(order=(1, 0)), (Spec((4, 3), "int64"),)),
+        )
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        return (
+            Reject(
+                cls(order=(0, 0, 1)), (Spec((2, 3, 4)),), r"transpose: order \(0, 0, 1\) does not name each of the 3"
+            ),
+            Reject(cls(order=(0, 1)), (Spec((2, 3, 4)),), "It is an order of 0, 1, 2"),
+        )
+
+
+class Concatenate(Op):
+    """All operands, one behind the other along ``axis``; their other axes are equal."""
+
+    axis: int
+    linear = True
+
+    def infer(self, *xs: Spec) -> Spec:
+        operands = {f"x{i}": x for i, x in enumerate(xs)}
+        if not xs or not 0 <= self.axis < len(xs[0].shape):
+            way_out = f"Axes are numbered 0 to {len(xs[0].shape) - 1}." if xs else "Give one or more operands."
+            raise refuse(self, f"{len(xs)} operands have no axis {self.axis}", operands, way_out)
+        if len({x.dtype for x in xs}) > 1:
+            given = ", ".join(map(str, xs))
+            raise DTypeError(f"{self.name}: operands have several dtypes ({given}). Cast them to one.")
+        if len({(*x.shape[: self.axis], -1, *x.shape[self.axis + 1 :]) for x in xs}) > 1:
+            raise refuse(self, f"operands differ in more than axis {self.axis}", operands, "Reshape or slice them.")
+        joined = sum(x.shape[self.axis] for x in xs)
+        return Spec((*xs[0].shape[: self.axis], joined, *xs[0].shape[self.axis + 1 :]), xs[0].dtype)
+
+    def index(self, *xs: Spec) -> str:
+        axes = " ".join("." if i == self.axis else c for i, c in enumerate(LETTERS[: len(xs[0].shape)]))
+        return f"{', '.join([axes] * len(xs))} -> {axes}"
+
+    def reference(self, *xs: Array) -> Array:
+        return np.concatenate(xs, self.axis)
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        if not str(inputs[0].dtype).startswith("float"):
+            return (None,) * len(inputs)
+        n = len(inputs[0].shape)
+        bounds = (0, *accumulate(x.shape[self.axis] for x in inputs))
+
+        def along(value: int, other: int | None) -> tuple[Any, ...]:
+            return tuple(value if axis == self.axis else other for axis in range(n))
+
+        return tuple(
+            Slice(starts=along(lo, 0), stops=along(hi, None), steps=(1,) * n)(dy) for lo, hi in pairwise(bounds)
+        )
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (
+            Sample(cls(axis=2), (Spec((2, 3, 4)), Spec((2, 3, 1)), Spec((2, 3, 5)))),
+            Sample(cls(axis=1), (Spec((2, 3, 4)), Spec((2, 2, 4)))),
+            Sample(cls(axis=0), (Spec((3,), "int64"), Spec((2,), "int64"))),
+        )
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        x = Spec((2, 3))
+        return (
+            Reject(cls(axis=2), (x, x), "concatenate: 2 operands have no axis 2 .*numbered 0 to 1"),
+            Reject(cls(axis=0), (), "Give one or more operands"),
+            Reject(cls(axis=1), (x, Spec((3, 3))), "concatenate: operands differ in more than axis 1"),
+            Reject(cls(axis=1), (x, Spec((2, 3), "float64")), "concatenate: operands have several dtypes"),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from .. import random
 from ..errors import SettingError
 from ..spec import Array, Block, Spec
-from .base import LETTERS, Op, Sample
+from .base import LETTERS, Op, Reject, Sample, refuse
 
 KINDS = ("param", "state", "batch", "clock")
 
@@ -23,7 +24,8 @@ def _source_index(shape: tuple[int, ...]) -> str:
 class Leaf(Op):
     """An input of the graph. ``kind``: param (trained), state (carried), batch (fed), clock (seed, step).
 
-    ``init`` is the source op that a param or a state starts from; it is evaluated for each block.
+    ``init`` is the source op that a param or a state starts from; it is evaluated for each block. A clock's
+    is the value that it has unless it is set.
     """
 
     kind: str
@@ -80,10 +82,54 @@ class Fill(Op):
         return (Sample(cls(value=1.5, shape=(3, 4)), ()), Sample(cls(value=-2.0, dtype="float64"), ()))
 
 
-class Normal(Op):
-    """Normal random numbers of mean 0, keyed by (seed, stream, element): any block can be made alone."""
+class Gaussian(Op):
+    """exp(-distance^2 / (2 sigma^2)) from ``center`` along the first axes; the same along the others."""
 
-    std: float
+    sigma: float
+    center: tuple[float, ...]
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def infer(self) -> Spec:
+        if not self.sigma > 0 or not 1 <= len(self.center) <= len(self.shape):
+            raise SettingError(
+                f"gaussian: sigma={self.sigma}, center={self.center} on {self.shape}: sigma is positive, and center "
+                "has a number for each of the first axes, at least one."
+            )
+        return Spec(self.shape, self.dtype)
+
+    def index(self) -> str:
+        return _source_index(self.shape)
+
+    def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
+        center = tuple(c - lo for c, lo in zip(self.center, outs[0].lo, strict=False))
+        return replace(self, center=center, shape=outs[0].shape)
+
+    def reference(self) -> Array:
+        n = len(self.center)
+        places = np.ogrid[tuple(slice(size) for size in self.shape[:n])]
+        distance = sum((np.subtract(i, c) ** 2 for i, c in zip(places, self.center, strict=True)), np.zeros(()))
+        y = np.exp(distance / (-2.0 * self.sigma**2))
+        return np.array(np.broadcast_to(y.reshape(y.shape + (1,) * (len(self.shape) - n)), self.shape), self.dtype)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(sigma=1.3, center=(1.0, 2.5), shape=(3, 5, 4)), ()),)
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        return (
+            Reject(cls(sigma=0.0, center=(1.0,), shape=(3,)), (), "gaussian: sigma=0.0, .* sigma is positive"),
+            Reject(cls(sigma=1.0, center=(), shape=(3,)), (), r"gaussian: sigma=1.0, center=\(\) on \(3,\)"),
+        )
+
+
+class Random(Op, abstract=True):
+    """Random numbers that a parameter starts from, keyed by (seed, stream, element): any block can be made alone.
+
+    Evaluated once, on the host, for the block that a rank holds.
+    """
+
     stream: int
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -98,12 +144,79 @@ class Normal(Op):
     def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
         return replace(self, shape=outs[0].shape)
 
+
+class Normal(Random):
+    """Normal random numbers of mean 0."""
+
+    std: float
+
     def reference(self, seed: Array, *, at: Block) -> Array:
         return (self.std * random.normal(int(seed), self.stream, at)).astype(self.dtype)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(std=0.1, stream=7, shape=(3, 4)), (Spec((), "int64"),)),)
+
+
+class TruncatedNormal(Random):
+    """Normal random numbers of mean 0; those beyond ``bound`` times ``std`` are drawn again."""
+
+    std: float
+    bound: float = 2.0
+
+    def reference(self, seed: Array, *, at: Block) -> Array:
+        return (self.std * random.truncated_normal(int(seed), self.stream, at, self.bound)).astype(self.dtype)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(std=0.1, bound=1.0, stream=7, shape=(6, 4)), (Spec((), "int64"),)),)
+
+
+class Uniform(Random):
+    """Uniform random numbers in [-limit, limit)."""
+
+    limit: float
+
+    def reference(self, seed: Array, *, at: Block) -> Array:
+        return (self.limit * (2.0 * random.uniform(int(seed), 0, self.stream, at) - 1.0)).astype(self.dtype)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(limit=0.3, stream=7, shape=(3, 4)), (Spec((), "int64"),)),)
+
+
+class Orthogonal(Random):
+    """``gain`` times a matrix of orthonormal columns, or rows where there are fewer (Saxe et al. 2013).
+
+    The last axis are the columns, all others the rows. Every rank factors the whole matrix and takes its
+    block: the one source that is not made block by block.
+    """
+
+    gain: float = 1.0
+
+    def infer(self, seed: Spec) -> Spec:
+        if len(self.shape) < 2:
+            way_out = "Use another initialiser for parameters of one axis."
+            raise refuse(self, "a matrix has two or more axes", {"y": Spec(self.shape, self.dtype)}, way_out)
+        return super().infer(seed)
+
+    def reference(self, seed: Array, *, at: Block) -> Array:
+        rows, columns = prod(at.whole[:-1]), at.whole[-1]
+        drawn = random.normal(int(seed), self.stream, Block.all(at.whole)).reshape(rows, columns)
+        q, r = np.linalg.qr(drawn if rows >= columns else drawn.T)
+        q = q * np.where(np.diagonal(r) < 0, -1.0, 1.0)  # the one factorisation with a positive diagonal
+        whole = (q if rows >= columns else q.T).reshape(at.whole)
+        return (self.gain * whole[at.slices]).astype(self.dtype)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        seed = Spec((), "int64")
+        return tuple(Sample(cls(stream=7, shape=shape), (seed,)) for shape in ((5, 3), (2, 2, 6)))
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        message = r"orthogonal: a matrix has two or more axes \(y f32\[4\]\)"
+        return (Reject(cls(stream=7, shape=(4,)), (Spec((), "int64"),), message),)
 
 
 class Phase(Op):
