@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from distributed import Client
 
 from cpu_kernels.compile import host
 
+from .comparison import (
+    Comparable,
+    Comparison,
+    Summary,
+    best_metrics,
+    last_metrics,
+    optimizer_words,
+    records_s,
+    settings_of,
+)
 from .config import settings
 from .data import Dataset, Feed, Snapshot, ingest, latest, read_snapshot
 from .errors import SettingError, SnapshotError
@@ -20,10 +31,26 @@ from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
 from .runtime.cluster import Cluster, place, ready_workers
-from .runtime.events import Callback, Event, MetricsLog, Started, Stepped, Validated
+from .runtime.events import (
+    SNAPSHOTS,
+    Callback,
+    Ended,
+    Event,
+    MetricsLog,
+    Started,
+    Stepped,
+    Validated,
+    read_log,
+    validations,
+)
 from .runtime.feeding import check_fields
 from .runtime.flow import Flow
 from .runtime.local import Local
+from .runtime.own import bring, defined_outside
+from .runtime.process import this_process
+from .runtime.publish import publishing
+from .runtime.rank import CLOCKS
+from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
 from .scheduler import Plan, Program, compile_program, data_parallel
@@ -46,17 +73,38 @@ class Run:
     validation: list[Validated] = field(default_factory=list)
     segments: list[Stepped] = field(default_factory=list)
     path: Path | None = None
+    outcome: str = ""
+    started: Started | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last validation metrics, or the scalars of the last step."""
-        if self.validation:
-            return dict(self.validation[-1].metrics)
-        return {name: values[-1] for name, values in self.scalars.items() if values}
+        return last_metrics(self.validation, self.scalars)
+
+    def summary(self) -> Summary:
+        """What the run came to."""
+        settings = settings_of({**asdict(self.started), **this_process()}) if self.started is not None else {}
+        return Summary(
+            name=self.path.name if self.path is not None else "this run",
+            outcome=self.outcome,
+            steps=self.steps,
+            last=self.metrics,
+            best=best_metrics(self.validation, self.scalars),
+            records_s=records_s(settings.get("batch"), [(part.steps, part.time_s) for part in self.segments]),
+            settings=settings,
+        )
+
+    def compare(self, other: Comparable) -> Comparison:
+        """This run beside another one, live or found by `rapydli_flow.runs`: numbers, and what was set otherwise."""
+        return Comparison(self.summary(), other.summary())
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
-        return f"<Run: {self.steps} steps; {numbers}>"
+        ended = f"; {self.outcome}" if self.outcome not in ("", "done") else ""
+        return f"<Run: {self.steps} steps; {numbers}{ended}>"
+
+    def _repr_html_(self) -> str:
+        return sheet(self.steps, self.scalars, self.validation, self.path)
 
 
 class _Collect(Callback):
@@ -72,6 +120,10 @@ class _Collect(Callback):
                 self.run.scalars.setdefault(name, []).extend(values)
         elif isinstance(event, Validated):
             self.run.validation.append(event)
+        elif isinstance(event, Started):
+            self.run.started = event
+        elif isinstance(event, Ended):
+            self.run.steps, self.run.outcome = event.step, event.outcome
 
 
 @dataclass(frozen=True)
@@ -104,6 +156,8 @@ class Options:
             raise SettingError("fit: resume needs the run_dir of the run that is to go on.")
         if self.snapshot_every is not None and self.snapshot_every < 0:
             raise SettingError(f"fit: snapshot_every={self.snapshot_every} is not 0 (none) or more steps.")
+        if self.keep < 1:
+            raise SettingError(f"fit: keep={self.keep} is not 1 or more snapshots.")
 
 
 class Fitting:
@@ -136,28 +190,57 @@ class Fitting:
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]
         backend = self._backend(plan, graphs, programs, tuning, workers)
+        started = self._started(plan, tuning)
+        for callback in callbacks:
+            callback.check(started)
         folder = self._folder()  # last: an older run is only replaced by one that can begin
         run = Run(self._network, {}, self.steps, path=folder)
-        schedule = self._schedule(folder)
-        log = MetricsLog(folder, first_step=schedule.first) if folder else None
-        watching = [_Collect(run), *([log] if log else []), *callbacks]
-        meta = self._meta(plan, programs, tuning)
-        started = Started(
-            schedule.first,
-            self.steps,
-            self.per_epoch,
-            self.batch,
-            plan.ranks,
-            plan.threads,
-            options.granularity,
-            plan.explain(self.step),
+        log = MetricsLog(folder, first_step=started.step) if folder else None
+        past = validations(read_log(log.path)) if log else []
+        told = publishing(
+            self.client,
+            folder.name if folder else "",
+            programs,
+            addresses=backend.addresses if isinstance(backend, Cluster) else (),
+            granularity=options.granularity,
         )
+        watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
         try:
-            run.state = Loop(backend, schedule, watching, meta).run(before.arrays if before else None, started)
+            loop = Loop(backend, self._schedule(), watching, self._meta(plan, programs, tuning))
+            run.state = loop.run(before.arrays if before else None, started, past)
         finally:
             if log is not None:
                 log.close()
         return run
+
+    def _started(self, plan: Plan, tuning: Tuning) -> Started:
+        """What a run says of itself when it begins."""
+        options, names = self.options, self._network.outputs
+        clocks = {name: value for name, value in CLOCKS.items() if name in self.step}
+        if self.before is not None:
+            clocks |= self.before.meta.get("clocks", {})
+        return Started(
+            step=self.before.step if self.before else 0,
+            steps=self.steps,
+            steps_per_epoch=self.per_epoch,
+            batch=self.batch,
+            ranks=plan.ranks,
+            threads=plan.threads,
+            granularity=options.granularity,
+            explanation=plan.explain(self.step),
+            seed=options.seed,
+            metrics=tuple(k for k, v in names.items() if self._network.spec(v).shape == ()) if self.validation else (),
+            clocks=clocks,
+            run_dir=str(options.run_dir) if options.run_dir is not None else None,
+            settings={
+                "shuffle": options.shuffle,
+                "records": len(self.train),
+                "device": tuning.device.key,
+                "parameters": self._network.parameters,
+                "network": f"{zlib.crc32(to_json(self._network).encode()):08x}",
+                "optimizer": optimizer_words(self.step),
+            },
+        )
 
     @property
     def _network(self) -> Graph:
@@ -171,11 +254,7 @@ class Fitting:
             return 0
         return self.per_epoch if self.options.snapshot_every is None else self.options.snapshot_every
 
-    @property
-    def _snapshots(self) -> Path | None:
-        return self.options.run_dir / "snapshots" if self.options.run_dir is not None and self._every else None
-
-    def _schedule(self, folder: Path | None) -> Schedule:
+    def _schedule(self) -> Schedule:
         first = self.before.step if self.before else 0
         return Schedule(first, self.steps, self.per_epoch, self._every, self.validation is not None)
 
@@ -211,8 +290,10 @@ class Fitting:
         folder = self.options.run_dir
         if folder is None:
             return None
-        if not self.options.resume and self.options.overwrite and (folder / "snapshots").is_dir():
-            shutil.rmtree(folder / "snapshots")
+        if not self.options.resume and self.options.overwrite:
+            saved = [line.get("name") for line in read_log(folder / "metrics.jsonl") if line.get("kind") == "saved"]
+            for name in {SNAPSHOTS, *filter(None, saved)}:  # the older run's own, and what Save left of it
+                shutil.rmtree(folder / name, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -253,10 +334,12 @@ class Fitting:
         where: dict[str, Any] = {
             "seed": options.seed,
             "shuffle": options.shuffle,
-            "snapshots": self._snapshots,
+            "run_dir": options.run_dir,
             "keep": options.keep,
         }
         data = (self.train, self.validation)
+        if self.client is not None:
+            bring(self.client, tuple(workers), defined_outside(self.step, programs, tuning.device))
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
             return Flow(self.step, plan, graphs, tuning, *data, **flow, **where)

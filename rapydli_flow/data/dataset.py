@@ -13,7 +13,6 @@ kept in memory between reads; `rapydli_flow.data.Feed` has the cache.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from .. import markup
 from ..errors import DatasetError, DTypeError
 from ..spec import Array, Spec
 from .chunks import ChunkReader, checked_rows, gather
@@ -184,15 +184,36 @@ class Dataset:
         return f"Dataset({self.address!r}, {self._count()} records: {fields})"
 
     def _repr_html_(self) -> str:
-        if not self.contents.readers:
-            names = "".join(f"<li>{html.escape(name)}</li>" for name in self.splits)
-            return f"<b>{html.escape(self.address)}</b><p>splits</p><ul>{names}</ul>"
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{_text(reader)}</td><td>{reader.chunk_records}</td></tr>"
+        """Fields, records and chunks, or those of each split."""
+        if self.contents.readers:
+            head = ("field", "record", "of dtype", "records a chunk", "bytes a record")
+            return markup.title(f"{self._count()} records", self.address) + markup.table(head, self._fields(), right=2)
+        rows = [(name, *self[name]._summary()) for name in self.splits]
+        head = ("split", "fields", "records", "bytes")
+        return markup.title("Dataset", self.address) + markup.table(head, rows, right=2)
+
+    def _fields(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                name,
+                "scalar" if not reader.record_shape else " \N{MULTIPLICATION SIGN} ".join(map(str, reader.record_shape)),
+                reader.dtype.name,
+                f"{reader.chunk_records:,}",
+                f"{reader.record_bytes:,}",
+            )
             for name, reader in self.readers.items()
-        )
-        head = "<tr><th>field</th><th>record</th><th>records a chunk</th></tr>"
-        return f"<b>{html.escape(self.address)}</b><p>{self._count()} records</p><table>{head}{rows}</table>"
+        ]
+
+    def _summary(self) -> tuple[str, str, str]:
+        """What a split has, in one row."""
+        try:
+            if not self.contents.readers:
+                return f"splits: {', '.join(self.splits)}", "", ""
+            fields = ", ".join(f"{name} {_text(reader)}" for name, reader in self.readers.items())
+            size_bytes = len(self) * sum(reader.record_bytes for reader in self.readers.values())
+            return fields, self._count(), markup.size(size_bytes)
+        except DatasetError as error:  # one bad split must not hide the others
+            return str(error), "", ""
 
     def _count(self) -> str:
         whole = next(iter(self.readers.values())).length

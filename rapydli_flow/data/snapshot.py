@@ -191,6 +191,25 @@ def prune(folder: str | os.PathLike[str], keep: int) -> None:
             shutil.rmtree(path)
 
 
+def take_place(made: Path, folder: str | os.PathLike[str]) -> Path:
+    """Move a complete snapshot into a folder, and remove all others there, whatever their step; where it is now.
+
+    Both on one file system. A kill on the way leaves a complete snapshot in the folder, the new one or one of
+    the older; only where an older one is of the same step there is none for the moment between two renames.
+    """
+    home, aside = Path(folder) / made.name, made.parent / "replaced"
+    shutil.rmtree(aside, ignore_errors=True)
+    if home.exists():
+        home.rename(aside)
+    made.rename(home)
+    for path in _all_steps(folder):
+        if path != home:
+            (path / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+    shutil.rmtree(made.parent)
+    return home
+
+
 def array_spec(name: str, array: Array) -> Spec:
     """The Spec of an array to be stored; DTypeError naming it for a dtype that snapshots do not hold."""
     try:

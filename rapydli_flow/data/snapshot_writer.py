@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,20 +14,23 @@ import numpy as np
 
 from ..errors import SettingError, SnapshotError
 from ..spec import Array, Block, Spec
-from .snapshot import array_spec, begin, commit, meta_text, prune, write_block
+from .snapshot import array_spec, begin, commit, meta_text, prune, take_place, write_block
+
+UNFINISHED = ".unfinished"
 
 
 class SnapshotWriter:
     """Writes snapshots to a folder that is its own, one at a time, in one background thread.
 
     The newest ``keep`` complete snapshots stay; older ones, and what a killed process left half written, are
-    removed after each write. The newest complete one is never removed.
+    removed after each write. The newest complete one is never removed. With ``only`` the last one written is
+    kept, whatever its step.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3, only: bool = False) -> None:
         if keep < 1:
             raise SettingError(f"SnapshotWriter: keep={keep} must be 1 or more.")
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.only = Path(folder), keep, only
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="rapydli-snapshot")
         self._writing: Future[None] | None = None
 
@@ -66,8 +70,14 @@ class SnapshotWriter:
         self.close()
 
     def _write(self, step: int, specs: dict[str, Spec], arrays: dict[str, Array], meta: dict[str, Any]) -> None:
-        begin(self.folder, step, specs)
+        folder = self.folder / UNFINISHED if self.only else self.folder
+        if self.only:
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, complete or not
+        begin(folder, step, specs)
         for name, array in arrays.items():
-            write_block(self.folder, step, name, Block.all(array.shape), array)
-        commit(self.folder, step, meta)
-        prune(self.folder, self.keep)
+            write_block(folder, step, name, Block.all(array.shape), array)
+        made = commit(folder, step, meta)
+        if self.only:
+            take_place(made, self.folder)
+        else:
+            prune(folder, self.keep)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data import SnapshotWriter
 from ..graph import Graph
 from ..scheduler.split import Layout
 from ..spec import Array
+from .events import SNAPSHOTS
 from .segment import SegmentResult
 
 Pending = Callable[[], Any]
@@ -31,16 +35,18 @@ class Backend(ABC):
         """Begin with a state, or with the initial one."""
 
     @abstractmethod
-    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
-        """Run training steps."""
+    def segment(
+        self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
+    ) -> Callable[[], SegmentResult]:
+        """Run training steps; ``clocks``: what clock leaves beside seed and step say in them."""
 
     @abstractmethod
     def evaluate(self) -> Callable[[], dict[str, float]]:
         """Metrics over the validation set with the parameters of this moment."""
 
     @abstractmethod
-    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
-        """Write the state of this moment."""
+    def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
+        """Write the state of this moment into the folder ``name`` of run_dir."""
 
     @abstractmethod
     def state(self) -> dict[str, Array]:
@@ -49,6 +55,32 @@ class Backend(ABC):
     @abstractmethod
     def close(self, *, failed: bool) -> None:
         """Finish what is being written, and let go of everything."""
+
+
+class Writers:
+    """The snapshot writers of a run, by folder: ``keep`` snapshots in that of the run, one in any other."""
+
+    def __init__(self, run_dir: Path | None, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._writers: dict[str, SnapshotWriter] = {}
+
+    def __getitem__(self, name: str) -> SnapshotWriter:
+        """The writer of a folder, made when it is first asked for."""
+        assert self.run_dir is not None
+        if name not in self._writers:
+            self._writers[name] = SnapshotWriter(self.run_dir / name, keep=self.keep, only=name != SNAPSHOTS)
+        return self._writers[name]
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what a write raised."""
+        for writer in self._writers.values():
+            writer.wait()
+
+    def close(self) -> None:
+        """Finish what is being written, and raise the first error of it."""
+        with ExitStack() as stack:
+            for writer in self._writers.values():
+                stack.callback(writer.close)
 
 
 def whole_state(graph: Graph, layouts: Mapping[str, Layout], parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:

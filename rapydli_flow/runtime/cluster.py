@@ -22,17 +22,18 @@ from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from distributed import Client, Future
 from distributed import wait as wait_for
 
-from ..data import SnapshotWriter, latest
+from ..data import latest
 from ..errors import NoWorkers, RunLost, SnapshotError, VersionMismatch
 from ..scheduler import Program
 from ..spec import Array, even_bounds
 from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
-from .backend import Backend, divided, same_scalars, whole_state
+from .backend import Backend, Writers, divided, same_scalars, whole_state
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
+from .events import SNAPSHOTS
 from .segment import SegmentResult
-from .worker import EXECUTOR, Job, Resident
+from .worker import EXECUTOR, Job, Order, Resident
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 
@@ -93,9 +94,9 @@ class Cluster(Backend):
         self.tokens: list[Future] = []
         self.count = 0
         self.looked = time.monotonic()
-        self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads)
-        self.writer: SnapshotWriter | None = None
-        self.snapshots: list[Future] = []
+        self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads, ranks=job.ranks)
+        self.writers = Writers(job.run_dir, job.keep)  # of a state that is held in parts
+        self.written: set[str] = set()
         self._warm(job, workers)
 
     # tasks ------------------------------------------------------------------------------------------
@@ -241,8 +242,11 @@ class Cluster(Backend):
         self.tokens = self.each("begin", tasks.begin, self.job.run, _number, held, after=joined)
         self.results(self.tokens)
 
-    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
-        self.tokens = futures = self._ordered("segment", tasks.segment, first, steps, profile)
+    def segment(
+        self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
+    ) -> Callable[[], SegmentResult]:
+        order = Order(first, steps, profile, dict(clocks))
+        self.tokens = futures = self._ordered("segment", tasks.segment, order)
         return lambda: same_scalars(self.results(futures))
 
     def _ordered(
@@ -258,13 +262,13 @@ class Cluster(Backend):
         metrics = self.scorer(self.state())
         return lambda: metrics
 
-    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
-        assert self.job.snapshots is not None
+    def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
+        self.written.add(name)
         if divided(self.job.step, self.job.layouts):
-            self.writer = self.writer or SnapshotWriter(self.job.snapshots, keep=self.job.keep)
-            self.writer.write(step, self.state(), meta)
-            return self.writer.wait
-        futures = self._ordered("snapshot", tasks.snapshot, step, dict(meta), ranks=1)
+            writer = self.writers[name]
+            writer.write(step, self.state(), meta)
+            return writer.wait
+        futures = self._ordered("snapshot", tasks.snapshot, name, step, dict(meta), ranks=1)
         self.tokens = [*futures, *self.tokens[1:]]
         return lambda: self.results(futures)
 
@@ -275,22 +279,22 @@ class Cluster(Backend):
 
     def close(self, *, failed: bool) -> None:
         try:
-            if not failed and self.job.snapshots is not None and self.tokens:
+            if not failed and self.written:
                 self.results(self._ordered("written", tasks.written, ranks=1))
                 self._visible()
         finally:
             self._on_workers(tasks.release)
             self.tokens = []
-            if self.writer is not None:
-                self.writer.close()
+            self.writers.close()
 
     def _visible(self) -> None:
-        assert self.job.snapshots is not None
-        if latest(self.job.snapshots) is None:
-            raise SnapshotError(
-                f"the workers wrote snapshots to {self.job.snapshots}, but this process does not see them. "
-                "Let run_dir be on a file system that all share."
-            )
+        assert self.job.run_dir is not None
+        for name in sorted(self.written):
+            if latest(self.job.run_dir / name) is None:
+                raise SnapshotError(
+                    f"the workers wrote snapshots to {self.job.run_dir / name}, but this process does not see them. "
+                    "Let run_dir be on a file system that all share."
+                )
 
 
 def _number(number: int) -> int:

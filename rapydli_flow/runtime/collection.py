@@ -20,6 +20,7 @@ from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
 from .lower import Ref, lower, pick
+from .rank import CLOCKS
 
 
 class Compiled(DaskMethodsMixin):  # type: ignore[misc]
@@ -98,7 +99,8 @@ def compile_graph(
         node = fused.nodes[x.node]
         assert isinstance(node.op, Leaf)
         if node.op.kind == "clock":
-            leaves[node.name] = Ref(np.asarray({"seed": seed, "step": step}.get(node.name, 0), np.int64))
+            values = {**CLOCKS, "seed": seed, "step": step}
+            leaves[node.name] = Ref(np.asarray(values.get(node.name, 0), node.op.dtype))
             continue
         value = feeds.get(node.name) if node.op.kind == "batch" else (state or {}).get(node.name)
         key = (f"{node.op.kind}-{token}", node.name)

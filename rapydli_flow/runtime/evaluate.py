@@ -113,15 +113,23 @@ def scored(graph: Graph) -> Graph:
 
 
 class Scorer:
-    """Metrics of a training step's network over a validation set, in this process, for one state after the other."""
+    """Metrics of a training step's network over a validation set, in this process, for one state after the other.
 
-    def __init__(self, step: Graph, validation: Dataset | None, tuning: Tuning, *, threads: int) -> None:
+    Records are taken in the shares that ``ranks`` would take on a cluster: the sums have the same bits there.
+    """
+
+    def __init__(
+        self, step: Graph, validation: Dataset | None, tuning: Tuning, *, threads: int, ranks: int = 1
+    ) -> None:
         self.step, self.validation, self.tuning, self.threads = step, validation, tuning, threads
+        self.ranks = ranks
         self._predictor: Predictor | None = None
 
     def __call__(self, state: Mapping[str, Array]) -> dict[str, float]:
         assert self.validation is not None
-        return mean_scores([self.part(state, 0, len(self.validation))])
+        return mean_scores(
+            [self.part(state, *share) for share in pairwise(even_bounds(len(self.validation), self.ranks))]
+        )
 
     def part(self, state: Mapping[str, Array], first: int, last: int) -> dict[str, float]:
         """The sums over a part of the validation set; see `score`."""

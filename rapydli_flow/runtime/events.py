@@ -1,17 +1,30 @@
-"""What happens in a run, as small values, and callbacks that watch it."""
+"""What happens in a run, as small values; callbacks that watch it, and the actions they may ask for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
+
+from ..errors import SettingError
+from .process import this_process
+
+SNAPSHOTS = "snapshots"  # the folder of those that a run goes on from
+RATE_FACTOR = "rate_factor"
+PLACE = ("kind", "step", "epoch")  # of a line of the log; all else in it is numbers
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run begins at ``step`` of ``steps``; a resumed one not at 0."""
+    """A run begins at ``step`` of ``steps``; a resumed one not at 0.
+
+    ``metrics``: what is validated, if anything. ``clocks``: the run-time values that actions may change.
+    ``settings``: what else makes the run what it is.
+    """
 
     step: int
     steps: int
@@ -21,6 +34,11 @@ class Started:
     threads: int
     granularity: str
     explanation: str = ""
+    seed: int = 0
+    metrics: tuple[str, ...] = ()
+    clocks: Mapping[str, float] = field(default_factory=dict)
+    run_dir: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,14 +64,15 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot of the state after ``step`` steps is being written."""
+    """A snapshot of the state after ``step`` steps is being written, into the folder ``name`` of run_dir."""
 
     step: int
+    name: str = SNAPSHOTS
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The run is over: 'done', or why not."""
+    """The run is over: 'done', 'stopped: <why a callback stopped it>', 'interrupted', or the error that ended it."""
 
     step: int
     time_s: float
@@ -63,11 +82,136 @@ class Ended:
 Event = Started | Stepped | Validated | Saved | Ended
 
 
-class Callback:
-    """Something that watches a run. Override `on_event`; an exception stops the run cleanly."""
+@dataclass(frozen=True)
+class Stop:
+    """Action: train no further. The run ends in good order, with a last validation and snapshot."""
 
-    def on_event(self, event: Event) -> None:
+    reason: str = "a callback asked for it"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Action: a snapshot of this moment into ``run_dir/<name>``; once complete it takes the place of the one there.
+
+    ``rf.load_model(run_dir / name)`` reads it.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name == SNAPSHOTS:
+            raise SettingError(
+                f"Save: {self.name!r} is not the name of a folder for one snapshot, such as 'best'; "
+                f"{SNAPSHOTS!r} is that of the run's own."
+            )
+
+
+@dataclass(frozen=True)
+class SetFactor:
+    """Action: multiply the learning rate by ``value`` from now on (not by value times the factor before).
+
+    For training steps whose rate is adjustable: they have a clock leaf 'rate_factor', 1.0 until it is set.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.value) and self.value >= 0.0):
+            raise SettingError(f"SetFactor: {self.value} is not a finite factor of 0 or more.")
+
+
+Action = Stop | Save | SetFactor
+
+
+class Callback:
+    """Something that watches a run, or decides how it goes on.
+
+    Override `on_event`. An exception in it stops the run cleanly: what was ordered is finished, the other
+    callbacks are told, a last snapshot is written where the run writes snapshots, and the exception comes
+    out of fit with a note of the callback that raised it.
+
+    A callback that ``decides`` may return actions. The run then waits at each pause (a validation, a
+    snapshot, the last step) until all callbacks have been told everything up to it, and carries out what
+    they returned since the pause before: so an action on `Validated` acts on exactly the state that was
+    validated, wherever the run happens, and an action on `Stepped` takes effect at the next pause. How
+    steps are grouped into `Stepped` events depends on time; look at their scalars step by step. Of several
+    factors, the last one returned counts. `Stop` at the last step changes nothing.
+
+    When a run is resumed, callbacks that decide are told `Started`, then every `Validated` of the log up to
+    the snapshot, as if they had been there; actions on those are not carried out again.
+    """
+
+    #: May `on_event` return actions?
+    decides: bool = False
+
+    def check(self, started: Started) -> None:
+        """Raise SettingError if such a run cannot give what is needed. Called before anything is written."""
+
+    def on_event(self, event: Event) -> Action | Sequence[Action] | None:
         """Called for every event, in order, in the process that called fit."""
+        return None
+
+
+def actions_of(callback: Callback, event: Event, started: Started) -> tuple[Action, ...]:
+    """What a callback answers to an event; SettingError for what this run cannot carry out."""
+    answer: Any = callback.on_event(event)
+    if answer is None:
+        return ()
+    name = type(callback).__name__
+    actions = tuple(answer) if isinstance(answer, list | tuple) else (answer,)
+    for action in actions:
+        if not isinstance(action, Action):
+            raise SettingError(
+                f"{name} answered {type(event).__name__} with {action!r}, which is not an action: Stop, Save, "
+                "SetFactor, a list of them, or None."
+            )
+        if not callback.decides:
+            raise SettingError(
+                f"{name} answered with {action} but does not say that it decides, so the run did not wait for it. "
+                "Write decides = True in its class."
+            )
+        if isinstance(event, Ended):
+            raise SettingError(f"{name} answered Ended with {action}, but the run is over.")
+        if isinstance(action, Save):
+            needs_folder(name, started)
+        if isinstance(action, SetFactor):
+            needs_factor(name, started)
+    return actions
+
+
+def needs_folder(name: str, started: Started) -> None:
+    """SettingError unless the run has a folder to save to."""
+    if started.run_dir is None:
+        raise SettingError(f"{name}: a snapshot needs a folder, and this run has none. Give fit a run_dir.")
+
+
+def needs_factor(name: str, started: Started) -> None:
+    """SettingError unless the run's learning rate has a factor."""
+    if RATE_FACTOR not in started.clocks:
+        raise SettingError(
+            f"{name}: the learning rate of this training step has no factor (a clock leaf {RATE_FACTOR!r}). Make it "
+            "adjustable: optim.sgd(optim.adjustable(0.1))."
+        )
+
+
+def needs_metric(name: str, metric: str, started: Started) -> None:
+    """SettingError unless the run validates this metric."""
+    if not started.metrics:
+        raise SettingError(f"{name}: it acts on validation metrics, and nothing is validated. Give fit validation=...")
+    if metric not in started.metrics:
+        raise SettingError(f"{name}: {metric!r} is not validated; this run has {', '.join(started.metrics)}.")
+
+
+SMALLER = ("loss", "error", "entropy", "perplexity", "distance", "divergence", "mse", "mae", "rmse", "nll", "wer")
+LARGER = ("acc", "auc", "precision", "recall", "f1", "iou", "dice", "score", "r2", "psnr", "ssim", "correlation", "top")
+
+
+def direction(metric: str) -> str | None:
+    """'min' or 'max', whichever is better, by the words of a metric's name; None where they do not say."""
+    for way, words in (("min", SMALLER), ("max", LARGER)):
+        if any(word in metric.lower() for word in words):
+            return way
+    return None
 
 
 class MetricsLog(Callback):
@@ -93,7 +237,9 @@ class MetricsLog(Callback):
         elif isinstance(event, Validated):
             self._write({"kind": kind, "step": event.step - 1, "epoch": event.epoch, **event.metrics})
         elif isinstance(event, Saved):
-            self._write({"kind": kind, "step": event.step - 1})
+            self._write({"kind": kind, "step": event.step - 1, "name": event.name})
+        elif isinstance(event, Started):
+            self._write({"kind": kind, **asdict(event), **this_process()})
         else:
             self._write({"kind": kind, **asdict(event)})
         self._file.flush()
@@ -116,3 +262,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return out
+
+
+def session(lines: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The last 'started' line of a log, and the 'ended' line after it; empty where there is none."""
+    starts = [i for i, line in enumerate(lines) if line.get("kind") == "started"]
+    ends = [line for line in lines[starts[-1] if starts else 0 :] if line.get("kind") == "ended"]
+    return (lines[starts[-1]] if starts else {}), (ends[-1] if ends else {})
+
+
+def validations(lines: Iterable[Mapping[str, Any]]) -> list[Validated]:
+    """The validations that are in a log."""
+    return [
+        Validated(line["step"] + 1, line["epoch"], {k: v for k, v in line.items() if k not in PLACE})
+        for line in lines
+        if line.get("kind") == "validated"
+    ]

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from typing import Any
 
 import numpy as np
 
 from ..data import Dataset, Feed, check_labels
-from ..errors import DatasetError
+from ..errors import DatasetError, DTypeError, SettingError, ShapeError
 from ..graph import Graph
-from ..ops import Correct, CrossEntropy, Leaf
+from ..ops import Leaf, operand_names
 from ..scheduler import Program
 from ..spec import Array, Block, Spec
 
 
 def label_classes(graph: Graph) -> dict[str, int]:
-    """Number of classes of each leaf that is read as labels."""
+    """Number of classes of each leaf of whole numbers that an op reads as labels of scores.
+
+    Such an op has operands 'x', with one score a class on its last axis, and 'label'. Targets that are not
+    classes have no range.
+    """
     found: dict[str, int] = {}
     for node in graph.nodes:
-        if isinstance(node.op, CrossEntropy | Correct):
-            leaf = graph.nodes[node.inputs[1][0]]
-            if isinstance(leaf.op, Leaf):
-                found[leaf.name] = graph.spec(node.inputs[0]).shape[1]
+        names = operand_names(node.op)
+        if not {"x", "label"} <= set(names):
+            continue
+        i = node.inputs[names.index("label")][0]
+        while graph.nodes[i].op.view:
+            i = graph.nodes[i].inputs[0][0]
+        leaf = graph.nodes[i]
+        if isinstance(leaf.op, Leaf) and not leaf.specs[0].floating:
+            found[leaf.name] = graph.spec(node.inputs[names.index("x")]).shape[-1]
     return found
 
 
@@ -43,7 +53,8 @@ def check_fields(graph: Graph, data: Dataset) -> None:
         if not np.can_cast(record.dtype, expected.dtype, "same_kind"):
             raise DatasetError(
                 f"{data.address}: records of {leaf.name!r} are {record.dtype}, which does not become "
-                f"{expected.dtype} without loss. Cast the dataset, or trace the network with this dtype."
+                f"{expected.dtype} without loss. Cast the dataset, or give this dtype to rf.trace, or, for a target, "
+                f"to train_step: label={{{leaf.name!r}: rf.Spec({expected.shape}, {record.dtype!r})}}."
             )
 
 
@@ -88,3 +99,54 @@ class RankFeed:
 
     def close(self) -> None:
         self.feed.close()
+
+
+class Given:
+    """Stands where a feed does, for a rank whose batches are handed to it: ``part`` is its rows of the next one."""
+
+    def __init__(self) -> None:
+        self.part: Mapping[str, Array] = {}
+
+    def batch(self, step: int) -> Mapping[str, Array]:
+        """What was handed over, whatever the step."""
+        return self.part
+
+    def close(self) -> None:
+        self.part = {}
+
+
+def feed_of(
+    data: Dataset | None, layout: Mapping[str, Block], classes: Mapping[str, int], *, seed: int, shuffle: bool
+) -> RankFeed | Given:
+    """The feed of a rank; None: its batches are handed to it."""
+    return Given() if data is None else RankFeed.of(data, layout, classes, seed=seed, shuffle=shuffle)
+
+
+def fed_arrays(what: str, graph: Graph, given: Any, needed: Container[str] | None = None) -> dict[str, Array]:
+    """Arrays for the inputs of a graph that are ``needed`` (None: all), in their dtypes; labels are checked.
+
+    ``what`` asks: it begins the message of a SettingError (names), ShapeError, DTypeError or DatasetError (labels).
+    """
+    specs = {leaf.name: leaf.spec for leaf in graph.leaves("batch")}
+    if not isinstance(given, Mapping):
+        raise SettingError(f"{what}: a batch is a dict of arrays ({', '.join(specs)}), not {type(given).__name__}.")
+    unknown = [str(name) for name in given if name not in specs]
+    if unknown:
+        raise SettingError(f"{what}: {', '.join(unknown)} is no input of the graph; its inputs are {', '.join(specs)}.")
+    out: dict[str, Array] = {}
+    classes = label_classes(graph)
+    for name, spec in specs.items():
+        if needed is not None and name not in needed:
+            continue
+        if name not in given:
+            raise SettingError(f"{what}: {name} ({spec}) is not fed; the batch has {', '.join(given) or 'nothing'}.")
+        array = np.asarray(given[name])
+        fed = f"{what}: {name} is fed {array.dtype} {array.shape} but the graph takes {spec.dtype} {spec.shape}"
+        if array.shape != spec.shape:
+            raise ShapeError(f"{fed}. A batch is as large as the network was traced with; trace it again for another.")
+        if not np.can_cast(array.dtype, spec.dtype, "same_kind"):
+            raise DTypeError(f"{fed}, which it does not become without loss. Cast it first.")
+        if name in classes:
+            check_labels(array, classes[name], name)
+        out[name] = array.astype(spec.dtype, copy=False)
+    return out

@@ -19,17 +19,19 @@ from dask._task_spec import Task, TaskRef
 from dask.local import get_sync
 from distributed import Client
 
-from ..data import Dataset, SnapshotWriter
+from ..data import Dataset
 from ..errors import NonFinite
 from ..graph import Graph
 from ..ops import Leaf
 from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
-from .backend import Backend, whole_state
+from .backend import Backend, Writers, whole_state
 from .evaluate import Scorer
+from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
 from .lower import Ref, lower, pick
+from .rank import CLOCKS
 from .segment import SegmentResult, finite
 
 
@@ -49,15 +51,16 @@ class Flow(Backend):
         client: Client | None,
         seed: int,
         shuffle: bool = True,
-        snapshots: Path | None = None,
+        run_dir: Path | None = None,
         keep: int = 3,
     ) -> None:
         self.graph, self.plan, self.graphs, self.tuning = step, plan, tuple(graphs), tuning
         self.data, self.validation = data, validation
         self.granularity, self.client, self.seed, self.shuffle = granularity, client, seed, shuffle
         self.leaves: list[dict[str, Ref]] = [{} for _ in graphs]
-        self.scorer = Scorer(step, validation, tuning, threads=plan.threads)
-        self.writer = SnapshotWriter(snapshots, keep=keep) if snapshots else None
+        self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
+        self.writers = Writers(run_dir, keep)
+        self.clocks: Mapping[str, float] = CLOCKS
         self.token = uuid.uuid4().hex
         self.inputs = {leaf.name for leaf in step.leaves("batch")}
         self.readers = []
@@ -74,7 +77,10 @@ class Flow(Backend):
                 value = node.op.start(self.seed, at) if state is None else state[x.name][at.slices]
                 leaves[x.name] = Ref(np.asarray(value, x.spec.dtype))
 
-    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
+    def segment(
+        self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
+    ) -> Callable[[], SegmentResult]:
+        self.clocks = {**CLOCKS, **clocks}
         begin = perf_counter()
         scalars: dict[str, list[float]] = {}
         for step in range(first, first + steps):
@@ -95,7 +101,8 @@ class Flow(Backend):
         for rank in range(len(self.graphs)):
             key = (f"load_batch-{token}", rank)
             tasks[key] = Task(key, load_batch, self.readers[rank], step)
-            clock = {"seed": Ref(np.asarray(self.seed, np.int64)), "step": Ref(np.asarray(step, np.int64))}
+            values = {**self.clocks, "seed": self.seed, "step": step}
+            clock = {x.name: Ref(np.asarray(values[x.name], x.dtype)) for x in self.graph.leaves("clock")}
             fed.append({**leaves[rank], **clock, **{name: Ref(key, name) for name in self.inputs}})
         lowered = lower(self.graphs, fed, self.tuning, token=token, granularity=granularity, threads=self.plan.threads)
         tasks.update(lowered.tasks)
@@ -148,14 +155,13 @@ class Flow(Backend):
         metrics = self.scorer(self._gather())
         return lambda: metrics
 
-    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
-        assert self.writer is not None
-        self.writer.write(step, self.state(), meta)
-        return self.writer.wait
+    def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
+        writer = self.writers[name]
+        writer.write(step, self.state(), meta)
+        return writer.wait
 
     def close(self, *, failed: bool) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.writers.close()
         self.leaves = []
 
 

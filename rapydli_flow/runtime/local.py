@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 
 import psutil
 
-from ..data import Dataset, SnapshotWriter
+from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..spec import Array
 from ..tuner import Tuning
-from .backend import Backend, divided, same_scalars, whole_state
+from .backend import Backend, Writers, divided, same_scalars, whole_state
 from .evaluate import Scorer
-from .feeding import RankFeed, fed_layout, label_classes
+from .events import SNAPSHOTS
+from .feeding import fed_layout, feed_of, label_classes
 from .rank import Rank
 from .segment import SegmentResult, Trainer, finite
 from .transport import TIMEOUT_S, Alone, Threads, Transport
@@ -34,12 +35,12 @@ class Local(Backend):
         plan: Plan,
         programs: Sequence[Program],
         tuning: Tuning,
-        data: Dataset,
+        data: Dataset | None,
         validation: Dataset | None,
         *,
         seed: int,
         shuffle: bool = True,
-        snapshots: Path | None = None,
+        run_dir: Path | None = None,
         keep: int = 3,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -52,11 +53,11 @@ class Local(Backend):
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
             rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)
-            feed = RankFeed.of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
+            feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
             self.trainers.append(Trainer(rank, feed, seed, number=number))
         self.seed = seed
-        self.scorer = Scorer(step, validation, tuning, threads=plan.threads)
-        self.writer = SnapshotWriter(snapshots, keep=keep) if snapshots else None
+        self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
+        self.writers = Writers(run_dir, keep)
         self.pool = ThreadPoolExecutor(plan.ranks, thread_name_prefix="rapydli-rank") if many else None
 
     def each(self, function: Callable[[Trainer], T]) -> list[T]:
@@ -79,18 +80,20 @@ class Local(Backend):
             else:
                 trainer.rank.load(state)
 
-    def segment(self, first: int, steps: int, *, profile: bool) -> Callable[[], SegmentResult]:
-        result = same_scalars(self.each(lambda trainer: trainer.segment(first, steps, profile=profile)))
+    def segment(
+        self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
+    ) -> Callable[[], SegmentResult]:
+        result = same_scalars(self.each(lambda t: t.segment(first, steps, profile=profile, clocks=clocks)))
         return lambda: result
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
         metrics = self.scorer(self._gather())
         return lambda: metrics
 
-    def snapshot(self, step: int, meta: Mapping[str, Any]) -> Callable[[], object]:
-        assert self.writer is not None
-        self.writer.write(step, self.state(), meta)
-        return self.writer.wait
+    def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
+        writer = self.writers[name]
+        writer.write(step, self.state(), meta)
+        return writer.wait
 
     def state(self) -> dict[str, Array]:
         return finite(self._gather())
@@ -105,5 +108,4 @@ class Local(Backend):
             trainer.close()
         if self.pool is not None:
             self.pool.shutdown()
-        if self.writer is not None:
-            self.writer.close()
+        self.writers.close()

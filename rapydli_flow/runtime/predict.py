@@ -38,7 +38,7 @@ def predict(
     if output not in network.outputs:
         raise SettingError(f"predict: there is no output {output!r}; the network has {', '.join(network.outputs)}.")
     network.outputs = {output: network.outputs[output]}
-    network = predicting(_only_needed(network))
+    network = predicting(only_needed(network))
     inputs = {leaf.name: leaf.spec for leaf in network.leaves("batch")}
     records = _records(data, inputs)
     check_state(network, state)
@@ -89,7 +89,7 @@ def _shared(text: str, token: str, device: str) -> _Shared:
     return _Shared()
 
 
-def _only_needed(network: Graph) -> Graph:
+def only_needed(network: Graph) -> Graph:
     """Without inputs that the wanted output does not read, such as labels."""
     needed: set[int] = set()
     todo = [v[0] for v in network.outputs.values()]
@@ -102,7 +102,7 @@ def _only_needed(network: Graph) -> Graph:
     to: dict[tuple[int, int], Any] = {}
     for i, node in enumerate(network.nodes):
         if i in needed:
-            made = new.add(node.op, [to[v] for v in node.inputs], node.name, node.at)
+            made = new.copy(network, node, [to[v] for v in node.inputs])
             for k, y in enumerate(made if isinstance(made, tuple) else (made,)):
                 to[i, k] = y
     new.outputs = {name: to[v].id for name, v in network.outputs.items()}

@@ -20,6 +20,7 @@ from ..tuner import Choice, Request
 from .transport import Alone, Transport
 
 ALIGN = 64
+CLOCKS: Mapping[str, float] = {"rate_factor": 1.0}  # clock leaves beside seed and step, where a run does not set them
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,14 @@ class Rank:
         self._calls = CallList(calls)
         self._titles = [s.title for s in self.program.steps if isinstance(s, Call) and not s.choice.reference]
 
-    def set_clock(self, seed: int, step: int) -> None:
-        for name, value in (("seed", seed), ("step", step)):
+    def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
+        for name, value in {**CLOCKS, **clocks, "seed": seed, "step": step}.items():
             if name in self.program.leaves:
                 self.leaf(name)[...] = value
 
-    def step(self, seed: int, step: int) -> dict[str, float]:
-        """Run the program once; its scalar outputs."""
-        self.set_clock(seed, step)
+    def step(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> dict[str, float]:
+        """Run the program once; its scalar outputs. ``clocks``: values of further clock leaves."""
+        self.set_clock(seed, step, clocks)
         for part in self._plan:
             if isinstance(part, _Run):
                 self._calls.run(part.first, part.last, threads=self.threads)
@@ -151,9 +152,11 @@ class Rank:
         """A copy of an output of the last step."""
         return self.view(self.program.outputs[name]).copy()
 
-    def step_timed(self, seed: int, step: int) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
+    def step_timed(
+        self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS
+    ) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
         """Like `step`; also (node, op, seconds) of every call and collective."""
-        self.set_clock(seed, step)
+        self.set_clock(seed, step, clocks)
         times: list[tuple[str, str, float]] = []
         out_ns = np.zeros(len(self._calls), np.int64)
         for part in self._plan:
@@ -168,9 +171,9 @@ class Rank:
                 times.append((part.name, part.title, time.perf_counter() - begin))
         return self.scalars(), times
 
-    def first_nonfinite(self, seed: int, step: int) -> int | None:
+    def first_nonfinite(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> int | None:
         """Like `step`; the position in the program of the first node whose output is not finite, if any."""
-        self.set_clock(seed, step)
+        self.set_clock(seed, step, clocks)
         first: int | None = None
         for position, (part, done) in enumerate(self._one_by_one()):
             done()

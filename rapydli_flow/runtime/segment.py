@@ -15,9 +15,11 @@ import numpy as np
 
 from ..errors import NonFinite, RunLost
 from ..spec import Array
-from .feeding import RankFeed
-from .rank import Rank
+from .feeding import Given, RankFeed
+from .rank import CLOCKS, Rank
 from .transport import Transport
+
+KEPT = "Snapshots written before are kept."
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,22 @@ class SegmentResult:
 class Trainer:
     """One rank and its feed: runs segments."""
 
-    def __init__(self, rank: Rank, feed: RankFeed, seed: int, *, number: int = 0) -> None:
+    def __init__(self, rank: Rank, feed: RankFeed | Given, seed: int, *, number: int = 0) -> None:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
         self.next: int | None = None
+        self.before: dict[str, Array] = {}  # the state that the last segment began with, on this rank
 
-    def segment(self, first: int, steps: int, *, profile: bool = False) -> SegmentResult:
-        """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite."""
+    def segment(
+        self, first: int, steps: int, *, profile: bool = False, clocks: Mapping[str, float] = CLOCKS
+    ) -> SegmentResult:
+        """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite.
+
+        ``clocks``: what clock leaves beside seed and step say in all of them.
+        """
         if self.next is not None and first != self.next:
             raise RunLost(f"rank {self.number}: a segment from step {first} came where {self.next} is next.")
         self.next = first + steps
-        before = self.rank.state()
+        self.before = before = self.rank.state()
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
         feed_s, begin = 0.0, time.perf_counter()
@@ -59,35 +67,35 @@ class Trainer:
             self.rank.feed(self.feed.batch(step))
             feed_s += time.perf_counter() - fed
             if profile and step == first + steps - 1:
-                values, times = self.rank.step_timed(self.seed, step)
+                values, times = self.rank.step_timed(self.seed, step, clocks)
                 for _, title, time_s in times:
                     ops[title] = ops.get(title, 0.0) + time_s
             else:
-                values = self.rank.step(self.seed, step)
+                values = self.rank.step(self.seed, step, clocks)
             for name, value in values.items():
                 scalars.setdefault(name, []).append(value)
             if not np.isfinite(values.get("loss", 0.0)):
-                self._explain(before, first, step, values["loss"])
+                self._explain(before, range(first, step + 1), values["loss"], clocks)
         frozen = {name: tuple(values) for name, values in scalars.items()}
         return SegmentResult(self.number, first, steps, frozen, time.perf_counter() - begin, feed_s, ops)
 
-    def _explain(self, before: Mapping[str, Array], first: int, last: int, loss: float) -> None:
+    def _explain(self, before: Mapping[str, Array], steps: range, loss: float, clocks: Mapping[str, float]) -> None:
         """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""
         self.rank.load(before, whole=False)
         found: tuple[int, int] | None = None
-        for step in range(first, last + 1):
+        for step in steps:
             self.rank.feed(self.feed.batch(step))
-            position = self.rank.first_nonfinite(self.seed, step)
+            position = self.rank.first_nonfinite(self.seed, step, clocks)
             if found is None and position is not None:
                 found = (step, position)
         found = earliest(self.rank.transport, found)
-        what = f"loss is {loss} at step {last}"
+        what = f"loss is {loss} at step {steps[-1]}"
         if found is None:
             raise NonFinite(f"{what}, but it was finite when the steps were run again: the run is not deterministic.")
         step, position = found
         raise NonFinite(
             f"{what}. The first output that is not finite is of {self.rank.describe(position)} at step {step}. "
-            "Use a smaller learning rate, or look at its inputs. Snapshots written before are kept."
+            f"Use a smaller learning rate, or look at its inputs. {KEPT}"
         )
 
     def finite_state(self) -> dict[str, Array]:

@@ -10,7 +10,23 @@ from typing import Any
 
 from ..spec import Array
 from .backend import Backend
-from .events import Callback, Ended, Event, Saved, Started, Stepped, Validated
+from .events import (
+    RATE_FACTOR,
+    SNAPSHOTS,
+    Action,
+    Callback,
+    Ended,
+    Event,
+    MetricsLog,
+    Save,
+    Saved,
+    SetFactor,
+    Started,
+    Stepped,
+    Stop,
+    Validated,
+    actions_of,
+)
 from .segment import SegmentResult
 
 SEGMENT_S = 0.5
@@ -35,6 +51,10 @@ class Schedule:
             pauses.append((step // self.snapshot_every + 1) * self.snapshot_every)
         return min(pauses)
 
+    def pauses(self, step: int) -> bool:
+        """Does something other than training happen here?"""
+        return step == self.last or self.validates(step) or self.saves(step)
+
     def validates(self, step: int) -> bool:
         return self.validate and (step % self.steps_per_epoch == 0 or step == self.last)
 
@@ -43,59 +63,159 @@ class Schedule:
 
 
 class Loop:
-    """Drives a backend through a schedule, and tells callbacks what happens."""
+    """Drives a backend through a schedule, tells callbacks what happens, and does what they ask for."""
 
     def __init__(
         self, backend: Backend, schedule: Schedule, callbacks: Sequence[Callback], meta: Mapping[str, Any]
     ) -> None:
         self.backend, self.schedule, self.callbacks, self.meta = backend, schedule, tuple(callbacks), meta
+        self.decides = any(callback.decides for callback in callbacks)
         self.queue: deque[tuple[Callable[[Any], None], Callable[[], Any]]] = deque()
         self.step_s: float | None = None
-        self.done = schedule.first
+        self.done = self.ordered = self.saved = schedule.first
+        self.clocks: Mapping[str, float] = {}
+        self.asked: list[Action] = []
+        self.stop: Stop | None = None
+        self.raised: Exception | None = None
+        self.broken: list[Callback] = []
 
-    def tell(self, event: Event) -> None:
-        for callback in self.callbacks:
-            callback.on_event(event)
-
-    def run(self, state: Mapping[str, Array] | None, started: Started) -> dict[str, Array]:
-        """Train; the final state. The backend is closed whatever happens."""
+    def run(
+        self, state: Mapping[str, Array] | None, started: Started, past: Sequence[Validated] = ()
+    ) -> dict[str, Array]:
+        """Train; the final state. ``past``: validations before a resumed run. The backend is always closed."""
         begin = time.monotonic()
-        outcome = "failed"
+        self.started, self.clocks = started, dict(started.clocks)
+        outcome, usable, begun = "failed", False, False
         try:
             self.tell(started)
+            self._remember(past)
             self.backend.start(state)
+            begun = True
             final = self._train()
-            outcome = "done"
+            usable = True
+            outcome = "done" if self.stop is None else f"stopped: {self.stop.reason}"
         except KeyboardInterrupt:
             outcome = "interrupted"
             raise
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
+            usable = begun and error is self.raised and self._leave(error)
             raise
         finally:
             try:
-                self.backend.close(failed=outcome != "done")
+                self.backend.close(failed=not usable)
             finally:
                 self.tell(Ended(self.done, time.monotonic() - begin, outcome))
         return final
 
+    # callbacks --------------------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        """Tell every callback, and keep what they ask for; then the first error of one is raised.
+
+        A callback that raised is told no more but the end; what another raises after it becomes a note.
+        """
+        error: Exception | None = None
+        for callback in self.callbacks:
+            if any(callback is other for other in self.broken) and not isinstance(event, Ended):
+                continue
+            try:
+                self.asked += actions_of(callback, event, self.started)
+            except Exception as problem:
+                self.broken.append(callback)
+                where = f"the callback {type(callback).__name__} raised this when it was told {_words(event)}"
+                if self.raised is None and error is None:
+                    problem.add_note(where)
+                    error = problem
+                else:
+                    first = self.raised or error
+                    assert first is not None
+                    first.add_note(f"{type(problem).__name__}: {problem}; {where}")
+        if error is not None:
+            self.raised = error
+            raise error
+
+    def _remember(self, past: Sequence[Validated]) -> None:
+        """Tell callbacks that decide what was validated before; what they asked for then was done then."""
+        everyone, asked = self.callbacks, list(self.asked)
+        self.callbacks = tuple(callback for callback in everyone if callback.decides)
+        try:
+            for event in past:
+                self.tell(event)
+        finally:
+            self.callbacks, self.asked = everyone, asked
+
+    # training ---------------------------------------------------------------------------------------
+
     def _train(self) -> dict[str, Array]:
-        step = self.schedule.first
-        while step < self.schedule.last:
-            count = min(self._length(), self.schedule.next_pause(step) - step)
-            self._order(self._stepped, self.backend.segment(step, count, profile=True))
-            step += count
-            if self.schedule.validates(step):
-                self._order(self._validated(step), self.backend.evaluate())
-            if self.schedule.saves(step):
-                while self.queue:  # a snapshot never runs ahead of the log: a killed run goes on without a gap in it
-                    self._take()
-                self._order(self._saved(step), self.backend.snapshot(step, {**self.meta, "step": step}))
+        schedule = self.schedule
+        self._act()
+        while self.ordered < schedule.last and self.stop is None:
+            count = min(self._length(), schedule.next_pause(self.ordered) - self.ordered)
+            order = self.backend.segment(self.ordered, count, profile=True, clocks=self.clocks)
+            self.ordered += count
+            self._order(self._stepped, order)
+            if schedule.pauses(self.ordered):
+                self._pause()
             while len(self.queue) > self.backend.depth or (self.step_s is None and self.queue):
                 self._take()
-        while self.queue:
-            self._take()
+        self._drain()
         return self.backend.state()
+
+    def _pause(self) -> None:
+        """Validate, decide and save, as far as that is to be done at this step."""
+        step = self.ordered
+        validated = self.schedule.validates(step)
+        if validated:
+            self._order(self._validated(step), self.backend.evaluate())
+        if self.decides:
+            self._drain()
+            self._act()
+        if self.stop is not None and self.schedule.validate and not validated:
+            self._order(self._validated(step), self.backend.evaluate())
+            self._drain()
+            self._act()
+        if self.schedule.saves(step) or (self.stop is not None and self.schedule.snapshot_every):
+            self._drain()  # a snapshot never runs ahead of the log: a killed run goes on without a gap in it
+            self._save(SNAPSHOTS)
+
+    def _act(self) -> None:
+        """Do what callbacks asked for since the last pause, in order."""
+        asked, self.asked = self.asked, []
+        for action in asked:
+            if isinstance(action, SetFactor):
+                self.clocks = {**self.clocks, RATE_FACTOR: action.value}
+        for name in dict.fromkeys(action.name for action in asked if isinstance(action, Save)):
+            self._save(name)
+        stops = [action for action in asked if isinstance(action, Stop)]
+        if stops and self.stop is None and self.ordered < self.schedule.last:
+            self.stop = stops[0]
+
+    def _save(self, name: str) -> None:
+        """A snapshot of the state that everything ordered so far leads to, with the clocks that are in force."""
+        step, meta = self.ordered, {**self.meta, "step": self.ordered, "clocks": dict(self.clocks)}
+        if name == SNAPSHOTS:
+            self.saved = step
+        self._order(lambda _: self.tell(Saved(step, name)), self.backend.snapshot(step, meta, name=name))
+
+    def _leave(self, error: BaseException) -> bool:
+        """After a callback raised: finish what was ordered, and keep the state; can the backend still be asked?
+
+        The state is not kept when the log is what raised, or when it is not finite.
+        """
+        try:
+            self._drain()
+            if self.schedule.pauses(self.ordered):
+                self._act()
+            logged = not any(isinstance(callback, MetricsLog) for callback in self.broken)
+            if self.schedule.snapshot_every and self.ordered > self.saved and logged:
+                self.backend.state()  # raises if it is not finite
+                self._save(SNAPSHOTS)
+                self._drain()
+        except Exception as other:
+            error.add_note(f"No last snapshot was written: {type(other).__name__}: {other}")
+            return False
+        return True
 
     def _length(self) -> int:
         """Steps of the next segment: one at first, then about half a second."""
@@ -103,6 +223,10 @@ class Loop:
 
     def _order(self, then: Callable[[Any], None], pending: Callable[[], Any]) -> None:
         self.queue.append((then, pending))
+
+    def _drain(self) -> None:
+        while self.queue:
+            self._take()
 
     def _take(self) -> None:
         then, pending = self.queue.popleft()
@@ -120,5 +244,8 @@ class Loop:
         epoch = -(-step // self.schedule.steps_per_epoch)
         return lambda metrics: self.tell(Validated(step, epoch, metrics))
 
-    def _saved(self, step: int) -> Callable[[Any], None]:
-        return lambda _: self.tell(Saved(step))
+
+def _words(event: Event) -> str:
+    """An event in a few words."""
+    step = event.first if isinstance(event, Stepped) else event.step
+    return f"{type(event).__name__} at step {step}"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from distributed import WorkerPlugin, get_worker
 
 from cpu_kernels.compile import host
 
-from ..data import Dataset, SnapshotWriter
+from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Program
@@ -28,8 +28,9 @@ from ..scheduler.split import Layout
 from ..spec import Array, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
+from .backend import Writers
 from .evaluate import Scorer
-from .feeding import RankFeed, fed_layout, label_classes
+from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
 from .rank import Rank, collective_bytes, kernel_of
 from .segment import SegmentResult, Trainer
@@ -63,12 +64,12 @@ class Job:
     tuning: Tuning
     threads: int
     seed: int
-    data: Dataset
+    data: Dataset | None
     validation: Dataset | None
     shuffle: bool
     transport: str
     timeout_s: float
-    snapshots: Path | None
+    run_dir: Path | None
     keep: int = 3
 
     @property
@@ -85,7 +86,10 @@ class Held:
     transport: Transport
     _trainer: Trainer | None = None
     scorer: Scorer | None = None
-    writer: SnapshotWriter | None = None
+    writers: Writers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.writers = Writers(self.job.run_dir, self.job.keep)
 
     @property
     def trainer(self) -> Trainer:
@@ -94,12 +98,11 @@ class Held:
         return self._trainer
 
     def close(self) -> None:
-        """Let go of memory, feed, connections and writer."""
+        """Let go of memory, feed, connections and writers."""
         self.transport.close()
         if self._trainer is not None:
             self._trainer.feed.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.writers.close()
 
 
 _held: dict[tuple[str, int], Held] = {}
@@ -167,7 +170,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
         held.transport.connect(addresses)
     program = job.programs[number]
     rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
-    feed = RankFeed.of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
+    feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
     held._trainer = Trainer(rank, feed, job.seed, number=number)
     return number
 
@@ -184,9 +187,25 @@ def begin(run: str, number: int, state: Mapping[str, Array] | None, *joined: int
     return number
 
 
-def segment(run: str, number: int, first: int, steps: int, profile: bool, *before: Any) -> SegmentResult:
+@dataclass(frozen=True)
+class Order:
+    """Training steps that are asked for, and what clock leaves beside seed and step say in them."""
+
+    first: int
+    steps: int
+    profile: bool
+    clocks: Mapping[str, float]
+
+
+def segment(run: str, number: int, order: Order, *before: Any) -> SegmentResult:
     """Run training steps; the token of a segment is its result."""
-    return _find(run, number).trainer.segment(first, steps, profile=profile)
+    trainer = _find(run, number).trainer
+    return trainer.segment(order.first, order.steps, profile=order.profile, clocks=order.clocks)
+
+
+def on_trainer(run: str, number: int, function: Callable[[Trainer, Any], Any], argument: Any, *before: Any) -> Any:
+    """Do something with the rank that is not a segment of a run; see `rapydli_flow.runtime.stepper`."""
+    return function(_find(run, number).trainer, argument)
 
 
 def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
@@ -200,21 +219,16 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     return held.scorer.part(held.trainer.rank.state(), bounds[number], bounds[number + 1])
 
 
-def snapshot(run: str, number: int, step: int, meta: Mapping[str, Any], *before: Any) -> int:
+def snapshot(run: str, number: int, name: str, step: int, meta: Mapping[str, Any], *before: Any) -> int:
     """Copy this rank's state and write it behind the training's back; only where the rank holds all of it."""
     held = _find(run, number)
-    assert held.job.snapshots is not None
-    if held.writer is None:
-        held.writer = SnapshotWriter(held.job.snapshots, keep=held.job.keep)
-    held.writer.write(step, held.trainer.finite_state(), meta)
+    held.writers[name].write(step, held.trainer.finite_state(), meta)
     return step
 
 
 def written(run: str, number: int, *before: Any) -> int:
     """Wait until this rank's snapshots are on disk."""
-    held = _find(run, number)
-    if held.writer is not None:
-        held.writer.wait()
+    _find(run, number).writers.wait()
     return number
 
 
