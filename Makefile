@@ -1,12 +1,13 @@
 # make demo    set up an environment of its own and train on real data
 # make test    the test suite, in the same environment
+# make peers   compare operators, losses and optimizers with PyTorch, in an environment with it
 # make cubins  compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-exhaustive lint types floors bench cubins gpu-check docs wheel clean
+.PHONY: demo test test-exhaustive lint types floors bench cubins peers gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +35,7 @@ types: $(VENV)/.installed
 floors: $(VENV)/.installed
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/peers.py
+bench: .peers/.installed
 	.peers/bin/python benchmarks/train_step.py --tune 60
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py
@@ -48,6 +48,13 @@ bench: $(VENV)/.installed
 
 cubins: .venv-cuda/.installed
 	.venv-cuda/bin/python -m pytest -q tests/gpu_kernels/test_compile_cubin.py
+
+.peers/.installed: pyproject.toml benchmarks/peers.py
+	$(PYTHON) benchmarks/peers.py
+	touch $@
+
+peers: .peers/.installed
+	.peers/bin/python -m pytest -q tests/peers
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

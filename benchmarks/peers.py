@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("torch==2.13.0",)
+TESTS = ("pytest>=8.3",)  # tests/peers run in there
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
         venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, *PEERS], check=True)
+    subprocess.run([*pip, *PEERS, *TESTS], check=True)
     subprocess.run([*pip, "-e", str(ROOT)], check=True)
     print(f"peers are in {folder}: {', '.join(PEERS)} ({sys.version.split()[0]})")
 
