@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from agree import TOLERANCE, Case, check
 
 from rapydli_flow import nn
+from rapydli_flow.ops import Cast, Copy, Equal
 
 X, Y, C = (3, 5, 4), (3, 5, 4), (4,)
 POSITIVE = {0: (0.5, 2.0)}
@@ -40,6 +41,13 @@ ARITHMETIC = [
     two("minimum", nn.minimum, torch.minimum, (X, C)),
     one("clip", lambda x: nn.clip(x, -0.5, 0.7), lambda x: torch.clip(x, -0.5, 0.7)),
     two("where", lambda a, b: nn.where(a > 0.2, a, b), lambda a, b: torch.where(a > 0.2, a, b)),
+    two("where, less", lambda a, b: nn.where(a < b, a, b * 2.0), lambda a, b: torch.where(a < b, a, b * 2.0)),
+    two("equal", Equal(), lambda a, b: (a == b).to(a.dtype), draws={0: (0, 3), 1: (0, 3)}, differentiable=False),
+    one("copy", Copy(), lambda x: x.clone()),
+    one(
+        "cast", lambda x: Cast(to="float64")(x), lambda x: x.to(torch.float64), draws={0: (0, 9)}, differentiable=False
+    ),
+    two("greater", lambda a, b: a > b, lambda a, b: (a > b).to(a.dtype), differentiable=False),
     two("matmul", lambda a, b: a @ b, lambda a, b: a @ b, ((5, 7), (7, 3))),
 ]
 
@@ -64,6 +72,7 @@ REDUCTIONS = [
     one("mean", lambda x: nn.mean(x, -1), lambda x: x.mean(-1)),
     one("max", lambda x: nn.max(x, (1, 2)), lambda x: x.amax((1, 2))),
     one("min", lambda x: nn.min(x, 1), lambda x: x.amin(1)),
+    one("argmin", lambda x: nn.argmin(x, -1), lambda x: x.argmin(-1), differentiable=False),
     one("argmax", lambda x: nn.argmax(x, 1), lambda x: x.argmax(1), differentiable=False),
 ]
 
@@ -107,6 +116,20 @@ LOSSES = [
         nn.sigmoid_cross_entropy,
         F.binary_cross_entropy_with_logits,
         draws={1: (0.0, 1.0)},
+    ),
+    two(
+        "cross_entropy, smoothing",
+        lambda x, t: nn.cross_entropy(x, t, smoothing=0.2),
+        lambda x, t: F.cross_entropy(x, t, label_smoothing=0.2),
+        (SCORES, (6,)),
+        LABELS,
+    ),
+    two(
+        "hinge, power 2",
+        lambda x, t: nn.hinge(x, t, power=2),
+        lambda x, t: F.multi_margin_loss(x, t, p=2),
+        (SCORES, (6,)),
+        LABELS,
     ),
     two("hinge", nn.hinge, F.multi_margin_loss, (SCORES, (6,)), LABELS),
     two(

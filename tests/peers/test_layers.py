@@ -39,6 +39,12 @@ def local_conv(x, w, b):
     return (views.permute(0, 2, 3, 4, 5, 1)[..., None] * w).sum((3, 4, 5)) + b
 
 
+def attention(q, k, v):
+    """Scaled dot-product attention with two heads."""
+    q, k, v = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 def batch_norm(x, gain, bias, mean, var):
     return last(F.batch_norm(first(x), mean.detach().clone(), var.detach().abs(), gain, bias, training=True))
 
@@ -109,6 +115,14 @@ CASES = [
         lambda x: nn.local_response_norm(x, 5, alpha=0.5, beta=0.75, k=2.0),
         lambda x: F.local_response_norm(x, 5, 0.5, 0.75, 2.0),
         (2, 4, 4, 9),
+    ),
+    pooled("resize", lambda x: nn.resize(x, (5, 11)), lambda x: F.interpolate(x, size=(5, 11), mode="bilinear")),
+    Case("project", lambda x: nn.project(x, 7), lambda x, w, b: x @ w.reshape(9, 7) + b, [(3, 5, 9)]),
+    Case(
+        "attention",
+        lambda q, k, v: nn.attention(q, k, v, heads=2),
+        attention,
+        [(2, 5, 8), (2, 4, 8), (2, 4, 6)],
     ),
     pooled(
         "upsample, nearest", lambda x: nn.upsample(x, 2), lambda x: F.interpolate(x, scale_factor=2, mode="nearest")
