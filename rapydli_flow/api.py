@@ -27,6 +27,8 @@ from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
 from .runtime.predict import predict
+from .runtime.probe import gradients, probe
+from .runtime.stepper import State, Stepper, stepper
 from .runtime.tuning import TuningReport
 from .scheduler import Plan, data_parallel
 from .spec import Array, Block
@@ -38,17 +40,22 @@ __all__ = [
     "Model",
     "Plan",
     "Run",
+    "State",
+    "Stepper",
     "autotune",
     "compile",
     "evaluate",
     "fit",
+    "gradients",
     "ingest",
     "init",
     "load",
     "load_model",
     "plan",
     "predict",
+    "probe",
     "save_model",
+    "stepper",
     "trace",
     "train_step",
 ]
@@ -141,8 +148,8 @@ def fit(
     one rank a worker. ``granularity``: 'segment' (fast), 'stage' or 'op' (every kernel is a Dask task).
     ``run_dir``: keeps metrics, and snapshots every ``snapshot_every`` steps (default: an epoch), the
     newest ``keep`` of them; it must be on a file system that the workers share. ``resume`` goes on from
-    the newest snapshot there; with the same number of ranks, to the same bits. ``timeout_s``: how long
-    ranks and workers are waited for.
+    the newest snapshot there; with the same number of ranks, to the same bits. ``callbacks`` watch the run,
+    or decide how it goes on. ``timeout_s``: how long ranks and workers are waited for.
     """
     options = Options(
         epochs=epochs,

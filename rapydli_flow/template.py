@@ -170,12 +170,15 @@ class Template:
 
     def source(self) -> str:
         """The source text of the module that defines the template: part of a kernel's key."""
-        return _module_source(self.build.__module__)
+        return _source(self.build)
 
 
-@cache
-def _module_source(module: str) -> str:
-    return inspect.getsource(importlib.import_module(module))
+@cache  # by function: a module that is imported again, or a cell that is run again, defines another one
+def _source(build: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(importlib.import_module(build.__module__))
+    except (OSError, TypeError):  # a notebook is a module without a file
+        return inspect.getsource(build)
 
 
 _templates: dict[tuple[str, str], list[Template]] = {}

@@ -8,6 +8,7 @@ import numpy as np
 from rapydli_flow import nn
 from rapydli_flow.graph import Graph, Tensor, train_step
 from rapydli_flow.graph import trace as trace_graph
+from rapydli_flow.graph.tracing import Pairs
 from rapydli_flow.spec import Spec
 
 X = Spec((4, 6, 6, 2), "float64")
@@ -36,9 +37,9 @@ def traced(network: Callable[..., Any] = small, x: Spec = X) -> Graph:
     return trace_graph(network, x)
 
 
-def record(graph: Graph, w: Tensor, g: Tensor) -> None:
+def record(graph: Graph, pairs: Pairs, step: Tensor) -> None:
     """An optimizer that changes nothing and shows the gradients."""
-    graph.outputs[f"d {w.name}"] = g.id
+    graph.outputs |= {f"d {w.name}": g.id for w, g in pairs}
 
 
 def step_of(graph: Graph, optimizer: Any = record, **options: Any) -> Graph:

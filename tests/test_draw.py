@@ -64,6 +64,7 @@ GRAPHS = {
     "resnet, compact": lambda: traced(resnet, IMAGES),
     "small step": lambda: step(small, Spec((4, 6, 6, 2))),
     "adam": lambda: step(perceptron, Spec((4, 3)), optim.adam(0.1)),
+    "clipped": lambda: step(perceptron, Spec((4, 3)), optim.clip_norm(optim.accumulate(optim.adam(0.1), 2), 1.0)),
     "gradients shown": lambda: step_of(traced(perceptron, Spec((4, 3)))),
     "fused": lambda: fuse(training(step(small, Spec((4, 6, 6, 2))))),
     "rank": ranked,

@@ -12,7 +12,7 @@ from rapydli_flow.testing import ops as suite
 
 CLASSES = suite.op_classes()
 CASES = [pytest.param(sample, id=f"{op.name}-{i}") for op in CLASSES for i, sample in enumerate(op.samples())]
-RANDOM_CONFIGS = 8  # for each template, shared out over the samples of its family; check_op tries more
+RANDOM_CONFIGS = 4  # for each template, shared out over the samples of its family; check_op tries more
 
 
 def kernel_cases() -> list[Any]:

@@ -31,7 +31,9 @@ def interpret(graph: Graph, feeds: Mapping[str, Any], seed: int = 0, step: int =
 
 def run_nodes(graph: Graph, feeds: Mapping[str, Any], seed: int = 0, step: int = 0) -> list[tuple[Array, ...]]:
     """The outputs of every node of the graph."""
-    given = {"seed": np.asarray(seed, np.int64), "step": np.asarray(step, np.int64), **start(graph, seed), **feeds}
+    clocks = {"seed": np.asarray(seed, np.int64), "step": np.asarray(step, np.int64)}
+    clocks |= {x.label: x.start(seed, Block.all(x.shape)) for x in _leaves(graph) if x.kind == "clock" and x.init}
+    given = {**start(graph, seed), **clocks, **feeds}
     every: list[tuple[Array, ...]] = []
     for node in graph.nodes:
         if isinstance(node.op, Leaf):
@@ -43,8 +45,11 @@ def run_nodes(graph: Graph, feeds: Mapping[str, Any], seed: int = 0, step: int =
 
 def start(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """The first values of parameters and state."""
-    leaves = [node.op for node in graph.nodes if isinstance(node.op, Leaf)]
-    return {x.label: x.start(seed, Block.all(x.shape)) for x in leaves if x.kind in ("param", "state")}
+    return {x.label: x.start(seed, Block.all(x.shape)) for x in _leaves(graph) if x.kind in ("param", "state")}
+
+
+def _leaves(graph: Graph) -> list[Leaf]:
+    return [node.op for node in graph.nodes if isinstance(node.op, Leaf)]
 
 
 def _fed(leaf: Leaf, given: Mapping[str, Any]) -> Array:

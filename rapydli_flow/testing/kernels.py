@@ -15,7 +15,7 @@ import numpy as np
 from cpu_kernels.compile import compile_kernel, host, run_kernel
 
 from ..graph import Fused, parts
-from ..ops import Leaf, Normal, Op, Phase, Sample
+from ..ops import Add, Leaf, Op, Phase, Pointwise, Random, Sample, Scale
 from ..spec import Array, Block, Spec
 from ..template import Config, Template, templates
 from .report import compare, fail, seeded
@@ -33,7 +33,12 @@ def needs_samples(op: type[Op]) -> bool:
 
 def needs_template(op: type[Op]) -> bool:
     """Sources of parameters run once, on the host; views move nothing; a fused op runs as its anchor."""
-    return needs_samples(op) and not (issubclass(op, Normal | Fused) or op.view)
+    return needs_samples(op) and not (issubclass(op, Random | Fused) or op.view)
+
+
+def has_templates(op: type[Op]) -> bool:
+    """Is there a CPU template for ops of this family?"""
+    return bool(templates(op.family, host().kind))
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,30 @@ def check_templates(
         check_kernel_in_place(sample, dtype, template, default)
         if sample.op.indexed:
             check_kernel(sample, dtype, template, default, at=_inside(outs[0], rng))
+    return count
+
+
+def check_tails(sample: Sample) -> int:
+    """Every CPU template with a pointwise tail that halves the output and adds an array: the kernels that ran.
+
+    A network's pointwise ops are fused into the kernel before them, so a template that does not store through
+    its epilogue loses them.
+    """
+    (out, *more) = sample.op.out_specs(*sample.ins)
+    if more or not out.floating or not out.shape or isinstance(sample.op, Pointwise | Fused):
+        return 0
+    tail = ((Scale(by=0.5), (-1,)), (Add(), (-1, 0)))
+    tailed = Sample(
+        Fused(anchor=sample.op, arity=len(sample.ins), tail=tail),
+        (*sample.ins, out),
+        sample.ranges,
+    )
+    count = 0
+    for template in templates(sample.op.family, host().kind):
+        default = template.default(sample.op, sample.ins, (out,), host())
+        if default is not None:
+            check_kernel(tailed, "float32", template, default)
+            count += 1
     return count
 
 

@@ -1,4 +1,4 @@
-"""The one suite that every operator passes: walk the registry, or call ``check_op(MyOp)`` on an op of your own.
+"""The one suite that every operator passes: walk the registry, or call `rapydli_flow.check` on an op of your own.
 
     check_attributes   an op is hashable, goes through JSON, counts its FLOPs, and is linear if it says so
     check_infer        `infer` tells the shapes and dtypes that `reference` gives
@@ -9,31 +9,38 @@
     check_local        the op on blocks against the op on the whole
     check_sizes        the same on sizes that Hypothesis draws
     check_templates    every CPU template against `reference`, and that this template is what ran
+    check_tails        the same with a pointwise tail behind the op, which a network may fuse into its kernel
 
 A check raises AssertionError with the op, its operands and both values. All draws are seeded by the
-sample, so a failure comes back. Needs hypothesis: ``pip install rapydli-flow[dev]``.
+sample, so a failure comes back. `check_sizes` needs hypothesis.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from ..errors import NotDifferentiable, RapydliError, ShapeError
+from ..errors import MissingDependency, RapydliError, ShapeError
 from ..graph import Fused
 from ..graph.serialise import decode, encode
 from ..index import Index, Operand
 from ..ops import Op, Sample, registry, spec_of
 from ..spec import Array, Block, Spec
-from .kernels import check_has_template, check_templates, dtypes, needs_samples
-from .report import compare, fail, join, seeded
+from .gradients import check_vjp
+from .kernels import (
+    check_has_template,
+    check_tails,
+    check_templates,
+    dtypes,
+    has_templates,
+    needs_samples,
+    needs_template,
+)
+from .report import Report, compare, fail, join, seeded
 
 Element = tuple[int | None, ...]
 
@@ -44,18 +51,78 @@ def op_classes() -> list[type[Op]]:
 
 
 def check_op(op: type[Op]) -> None:
-    """Everything that this module checks, for one op."""
-    if needs_samples(op) and not op.samples():
-        raise AssertionError(f"{op.name}: no samples. Give a few small ones; the suite tries nothing else.")
-    check_rejects(op)
-    for sample in op.samples():
-        for check in CHECKS:
-            check(sample)
-        for dtype in dtypes(sample):
-            check_templates(sample, dtype)
-    if op.samples():
-        check_sizes(op)
+    """Everything that this module checks, for one op, which must have a CPU template if it runs on workers."""
+    check(op)
     check_has_template(op)
+
+
+def check(op: type[Op]) -> Report:
+    """Try an op of your own: all that it defines must be right.
+
+    An op with ``infer``, ``reference`` and ``samples`` is enough; what it could have besides (a gradient, a
+    template, an index formula) is named in the report. Raises AssertionError with the operands that show what
+    is wrong. The sizes are drawn by hypothesis; without it this check is skipped, and the report says so.
+    """
+    samples = op.samples()
+    if needs_samples(op) and not samples:
+        raise AssertionError(
+            f"{op.name}: no samples. Give a few small ones; the suite tries nothing else: "
+            "@classmethod def samples(cls): return (Sample(cls(), (Spec((3, 5)),)),)"
+        )
+    lacks = missing(op)
+    passed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    if op.rejects():
+        check_rejects(op)
+        passed["rejects"] = len(op.rejects())
+    left_out = {"vjp"} & set(lacks) | ({"index", "in_place", "local"} if "index" in lacks else set())
+    for one in CHECKS:
+        name = one.__name__.removeprefix("check_")
+        if samples and name in left_out:
+            skipped[name] = "no vjp" if name == "vjp" else "no index formula"
+            continue
+        for sample in samples:
+            _noted(one, sample)
+            passed[name] = passed.get(name, 0) + 1
+    if samples and "index" in lacks:
+        skipped["sizes"] = "no index formula"
+    elif samples:
+        try:
+            check_sizes(op)
+            passed["sizes"] = len(samples)
+        except MissingDependency as error:
+            skipped["sizes"] = str(error)
+    if needs_template(op) and has_templates(op):
+        check_has_template(op)
+        kernels = sum(check_templates(sample, dtype) for sample in samples for dtype in dtypes(sample))
+        passed["kernels"] = kernels + sum(check_tails(sample) for sample in samples)
+    return Report(op.name, passed, skipped, lacks)
+
+
+def missing(op: type[Op]) -> dict[str, str]:
+    """What an op does not define, and what that costs."""
+    lacks: dict[str, str] = {}
+    if not needs_samples(op):
+        return lacks
+    if op.vjp is Op.vjp and any(spec.floating for sample in op.samples() for spec in sample.ins):
+        lacks["vjp"] = "no gradient, so nothing before it can be trained"
+    if needs_template(op) and not has_templates(op):
+        lacks["template"] = f"runs its reference in NumPy; a CPU template of family {op.family!r} makes it fast"
+    if op.index is Op.index:
+        lacks["index"] = "every rank computes all of it; with an index formula its work is divided"
+    if not op.rejects():
+        lacks["rejects"] = "nothing tries what infer must refuse, and its messages"
+    return lacks
+
+
+def _noted(one: Callable[[Sample], None], sample: Sample) -> None:
+    """Run a check; an error of the op's own code tells where it came from."""
+    try:
+        one(sample)
+    except Exception as error:
+        if not isinstance(error, AssertionError):
+            error.add_note(f"in {one.__name__} of {sample.op} on {join(sample.ins)}")
+        raise
 
 
 # what an op says about itself --------------------------------------------------------------------------
@@ -99,77 +166,6 @@ def check_rejects(op: type[Op]) -> None:
                 raise AssertionError(f"{case.op}: the message {str(error)!r} does not match {case.message!r}") from None
         else:
             raise AssertionError(f"{case.op}: {join(case.ins)} must be refused but infer gives {join(out)}")
-
-
-# gradients ---------------------------------------------------------------------------------------------
-
-
-def check_vjp(sample: Sample, *, directions: int = 3) -> None:
-    """`vjp` against central differences of ``<dy, f(x)>`` along random directions, one input at a time.
-
-    An op may answer None for a floating input that is not trained. Outputs named in ``no_gradient``
-    get a zero cotangent.
-    """
-    op, rng = sample.op, seeded(sample, "vjp")
-    floating = [spec.floating for spec in sample.ins]
-    if type(op).vjp is Op.vjp:
-        ins = sample.draw(rng, "float64")
-        try:
-            op.vjp(None, None, *ins)
-        except NotDifferentiable as error:
-            if op.name not in str(error):
-                raise AssertionError(f"{op}: the message {str(error)!r} does not name the op") from None
-        return
-    found = _pull(sample, rng)[2]
-    if any(floating) and all(g is None for g in found):
-        fail(sample, "vjp gives None for every input")
-    for i in (i for i, is_floating in enumerate(floating) if is_floating):
-        for _ in range(directions):
-            for _attempt in range(10):
-                ins, dys, found = _pull(sample, rng)
-                if found[i] is None:
-                    break
-                u = np.asarray(rng.normal(size=ins[i].shape))
-                slope, finer = (_slope(op, ins, dys, i, u, step) for step in (1e-5, 2.5e-6))
-                scale = 1.0 + abs(slope) + float(np.linalg.norm(found[i]))
-                if abs(slope - finer) <= 1e-6 * scale:  # else a kink lies between: draw again
-                    told = float((found[i] * u).sum())
-                    if not abs(told - slope) <= 1e-6 * scale:
-                        fail(sample, f"vjp of input {i} gives slope {told:.9g} but differences give {slope:.9g}")
-                    break
-            else:
-                fail(sample, f"input {i}: no smooth direction in 10 draws")
-
-
-def _pull(sample: Sample, rng: np.random.Generator) -> tuple[list[Array], list[Array], tuple[Any, ...]]:
-    """Random operands and cotangents, and what `vjp` makes of them, its shapes checked."""
-    op = sample.op
-    ins = sample.draw(rng, "float64")
-    ys = op.run(*ins)
-    dys = [
-        np.asarray(rng.normal(size=y.shape), y.dtype)
-        if y.dtype.kind == "f" and name not in op.no_gradient
-        else np.zeros_like(y)
-        for name, y in zip(op.outputs, ys, strict=True)
-    ]
-    one = len(ys) == 1
-    found = op.vjp(dys[0] if one else tuple(dys), ys[0] if one else ys, *ins)
-    if len(found) != len(ins):
-        fail(sample, f"vjp gives {len(found)} cotangents for {len(ins)} inputs")
-    for i, (x, g) in enumerate(zip(ins, found, strict=True)):
-        if x.dtype.kind != "f" and g is not None:
-            fail(sample, f"vjp gives a cotangent for input {i}, which holds whole numbers")
-        if g is not None and spec_of(g) != spec_of(x):
-            fail(sample, f"vjp of input {i} is {spec_of(g)}, not {spec_of(x)}")
-    return ins, dys, found
-
-
-def _slope(op: Op, ins: Sequence[Array], dys: Sequence[Array], i: int, u: Array, step: float) -> float:
-    def value(way: float) -> float:
-        moved = [x + way * u if j == i else x for j, x in enumerate(ins)]
-        return sum(float((dy * y).sum()) for dy, y in zip(dys, op.run(*moved), strict=True) if dy.dtype.kind == "f")
-
-    return (value(step) - value(-step)) / (2.0 * step)
 
 
 # index formulas ----------------------------------------------------------------------------------------
@@ -362,9 +358,14 @@ def resized(sample: Sample, pick: Any) -> Sample | None:
 
 
 def check_sizes(op: type[Op], *, examples: int = 12) -> None:
-    """`check_infer`, `check_in_place` and `check_local` on sizes that Hypothesis draws."""
+    """`check_infer` and `check_local` on sizes that Hypothesis draws."""
+    try:
+        from hypothesis import given, settings
+        from hypothesis import strategies as st
+    except ModuleNotFoundError as error:
+        raise MissingDependency("other sizes are drawn by hypothesis: pip install hypothesis.") from error
 
-    @hypothesis_settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(st.data())
     def run(data: Any) -> None:
         sample = data.draw(st.sampled_from(op.samples()))

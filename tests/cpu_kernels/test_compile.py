@@ -235,6 +235,15 @@ def test_a_call_needs_all_its_buffers(cache_dir):
         address_of(np.zeros((3, 4))[:, :2])
 
 
+def test_another_formula_is_another_kernel(cache_dir, monkeypatch):
+    """Of an op whose class was edited between two processes: the same name and attributes."""
+    x, y, z = np.full(6, -3, np.float32), np.empty(6, np.float32), np.empty(6, np.float32)
+    compiler.run_kernel(kernel_of(Relu(), Spec(x.shape)), [x], [y])
+    monkeypatch.setattr(Relu, "formula", lambda self, x: x * 2.0)
+    compiler.run_kernel(kernel_of(Relu(), Spec(x.shape)), [x], [z])
+    assert (y[0], z[0]) == (0, -6)
+
+
 def test_not_finite_values_stay(cache_dir):
     x = np.array([np.nan, np.inf, -np.inf, 1.0] * 20, np.float32)
     y, z = np.empty_like(x), np.empty_like(x)

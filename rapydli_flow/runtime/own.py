@@ -1,0 +1,87 @@
+"""Operators and kernels of a user's own: the modules that define them must be there on a cluster too."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from distributed import Client
+
+from ..errors import MissingDependency
+from ..graph import Graph
+from ..ops import Op
+from ..scheduler import Program
+from ..template import Device
+
+OURS = ("rapydli_flow.", "cpu_kernels.", "gpu_kernels.")
+
+
+def bring(client: Client, addresses: Sequence[str], wanted: Mapping[str, Defined]) -> None:
+    """Import modules on the scheduler and on workers, before anything is sent that needs them.
+
+    Raises MissingDependency with what is defined in a module that is not there, and the way out.
+    """
+    if not wanted:
+        return
+    asked = {module: defined.name for module, defined in wanted.items()}
+    templates = {module: name for module, name in asked.items() if wanted[module].template}
+    found = {"the scheduler": client.run_on_scheduler(missing, {k: v for k, v in asked.items() if k not in templates})}
+    found |= {f"worker {at}": e for at, e in client.run(missing, asked, workers=list(addresses)).items()}
+    for place, errors in found.items():
+        for module, error in errors.items():
+            file = f"{module.rpartition('.')[2]}.py"
+            raise MissingDependency(
+                f"{wanted[module].what} is defined in module {module!r}, but {place} does not have it there ({error}). "
+                f"Put it into a module that workers can import: install it, or use client.upload_file({file!r})."
+            )
+
+
+@dataclass(frozen=True)
+class Defined:
+    """Something of a user's own: what it is, and what its module calls it."""
+
+    what: str
+    name: str
+    template: bool = False
+
+
+def defined_outside(graph: Graph, programs: Sequence[Program], device: Device) -> dict[str, Defined]:
+    """The modules of ops and templates that are not of this package, and what each defines.
+
+    Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not.
+    """
+    out: dict[str, Defined] = {}
+    for node in graph:
+        for op in map(type, _ops(node.op)):
+            if op.__module__ != "__main__" and "<locals>" not in op.__qualname__:
+                out.setdefault(op.__module__, Defined(f"the op {op.name!r}", op.__qualname__))
+    for program in programs:
+        for request, choice in program.requests:
+            if not choice.reference:
+                template = choice.find(request, device)
+                what = f"the template {template.family}/{template.name}"
+                out.setdefault(template.build.__module__, Defined(what, template.build.__qualname__, True))
+    return {module: defined for module, defined in out.items() if not module.startswith(OURS)}
+
+
+def _ops(op: Any) -> list[Op]:
+    """An op, and those that are attributes of it."""
+    if not isinstance(op, Op):
+        return []
+    inner = [each for f in fields(op) for each in _ops(getattr(op, f.name))]  # type: ignore[arg-type]
+    return [op, *inner]
+
+
+def missing(names: Mapping[str, str]) -> dict[str, str]:
+    """On a worker: what goes wrong when something is taken from its module, by module."""
+    errors: dict[str, str] = {}
+    for module, name in names.items():
+        try:
+            where: Any = importlib.import_module(module)
+            for part in name.partition(".<locals>")[0].split("."):
+                where = getattr(where, part)
+        except Exception as error:  # whatever a module of the user's does here
+            errors[module] = f"{type(error).__name__}: {error}"
+    return errors
