@@ -137,6 +137,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     callbacks: Sequence[Callback] = (),
+    state: Mapping[str, Array] | None = None,
     tuning: Tuning | None = None,
     transport: str = "auto",
     timeout_s: float = 120.0,
@@ -149,7 +150,8 @@ def fit(
     ``run_dir``: keeps metrics, and snapshots every ``snapshot_every`` steps (default: an epoch), the
     newest ``keep`` of them; it must be on a file system that the workers share. ``resume`` goes on from
     the newest snapshot there; with the same number of ranks, to the same bits. ``callbacks`` watch the run,
-    or decide how it goes on. ``timeout_s``: how long ranks and workers are waited for.
+    or decide how it goes on. ``state``: parameters to begin with, by name, instead of random ones (of another run, or
+    moved over from elsewhere). ``timeout_s``: how long ranks and workers are waited for.
     """
     options = Options(
         epochs=epochs,
@@ -164,6 +166,7 @@ def fit(
         overwrite=overwrite,
         transport=transport,
         timeout_s=timeout_s,
+        state=state,
     )
     options.check(step)
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:

@@ -31,6 +31,7 @@ from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
 from .runtime.cluster import Cluster, place, ready_workers
+from .runtime.evaluate import complete_state
 from .runtime.events import (
     SNAPSHOTS,
     Callback,
@@ -142,6 +143,7 @@ class Options:
     overwrite: bool
     transport: str
     timeout_s: float
+    state: Mapping[str, Array] | None = None
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
@@ -154,6 +156,8 @@ class Options:
             raise SettingError("fit: this graph is not a training step; make one with rf.train_step.")
         if self.resume and self.run_dir is None:
             raise SettingError("fit: resume needs the run_dir of the run that is to go on.")
+        if self.resume and self.state is not None:
+            raise SettingError("fit: resume goes on from the state of a snapshot; give state or resume, not both.")
         if self.snapshot_every is not None and self.snapshot_every < 0:
             raise SettingError(f"fit: snapshot_every={self.snapshot_every} is not 0 (none) or more steps.")
         if self.keep < 1:
@@ -178,6 +182,9 @@ class Fitting:
             raise SettingError(f"fit: {steps} steps are nothing to train. Give 1 or more.")
         self.steps = steps
         self.before = self._before()
+        self.first = self.before.arrays if self.before else None
+        if options.state is not None:
+            self.first = complete_state(step, options.state, options.seed)
 
     def run(self, plan: Plan | None, tuning: Tuning | None, callbacks: Sequence[Callback]) -> Run:
         """Train."""
@@ -207,7 +214,7 @@ class Fitting:
         watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
         try:
             loop = Loop(backend, self._schedule(), watching, self._meta(plan, programs, tuning))
-            run.state = loop.run(before.arrays if before else None, started, past)
+            run.state = loop.run(self.first, started, past)
         finally:
             if log is not None:
                 log.close()

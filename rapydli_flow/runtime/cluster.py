@@ -178,7 +178,7 @@ class Cluster(Backend):
         if not now and time.monotonic() - self.looked < 1.0:
             return
         self.looked = time.monotonic()
-        present = self.client.scheduler_info(n_workers=-1)["workers"]
+        present = self._present()
         for number, address in enumerate(self.addresses):
             if address not in present:
                 self._give_up()
@@ -187,11 +187,22 @@ class Cluster(Backend):
                     "with fit(..., resume=True)."
                 )
 
+    def _present(self) -> set[str]:
+        """Addresses of the workers that are there; of a scheduler that does not answer, nothing is believed.
+
+        Not ``client.scheduler_info``: what it returns may be that of the client's own refresh, which asks for no
+        workers at all.
+        """
+        try:
+            return set(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
+        except (OSError, AttributeError):  # an AttributeError where the client has no scheduler any more
+            return set(self.addresses)
+
     def _give_up(self) -> None:
         self._on_workers(tasks.give_up)
 
     def _on_workers(self, function: Callable[[str], None]) -> None:
-        present = self.client.scheduler_info(n_workers=-1)["workers"]
+        present = self._present()
         alive = [address for address in self.addresses if address in present]
         if alive:
             told = {"workers": alive, "on_error": "ignore", "callback_timeout": ANSWER_S}

@@ -8,10 +8,11 @@ from itertools import pairwise
 import numpy as np
 
 from ..data import Dataset, check_labels
-from ..errors import SettingError
+from ..errors import DTypeError, SettingError
 from ..graph import Graph, predicting, with_batch
+from ..ops import Leaf
 from ..scheduler import Plan, Program, compile_program
-from ..spec import Array, even_bounds
+from ..spec import Array, Block, even_bounds
 from ..tuner import Tuning
 from .feeding import label_classes
 from .rank import Rank
@@ -68,6 +69,30 @@ def check_state(graph: Graph, state: Mapping[str, Array]) -> None:
         if np.shape(state[leaf.name]) != leaf.spec.shape:
             given = np.shape(state[leaf.name])
             raise SettingError(f"state {leaf.name!r} has shape {given} but the network expects {leaf.spec.shape}.")
+
+
+def complete_state(step: Graph, arrays: Mapping[str, Array], seed: int) -> dict[str, Array]:
+    """The state of a training step to begin with: what is given, and optimizer state that is not from its first value.
+
+    Raises SettingError for names that the training step does not have, for missing parameters and for other
+    shapes; DTypeError for values that cannot be cast.
+    """
+    assert step.network is not None
+    leaves = step.leaves("param", "state")
+    unknown = sorted(set(map(str, arrays)) - {leaf.name for leaf in leaves})
+    if unknown:
+        raise SettingError(f"the training step has no {', '.join(unknown[:5])}. Is the state another network's?")
+    check_state(step.network, arrays)
+    out: dict[str, Array] = {}
+    for leaf in leaves:
+        op = step.nodes[leaf.node].op
+        assert isinstance(op, Leaf)
+        given = arrays.get(leaf.name)
+        out[leaf.name] = op.start(seed, Block.all(leaf.shape)) if given is None else np.asarray(given)
+        if not np.can_cast(out[leaf.name].dtype, leaf.dtype, "same_kind"):
+            raise DTypeError(f"state {leaf.name!r} is {out[leaf.name].dtype}, not {leaf.dtype}. Cast it first.")
+    check_state(step, out)
+    return out
 
 
 def batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

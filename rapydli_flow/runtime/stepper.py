@@ -24,9 +24,8 @@ from distributed import Client
 from cpu_kernels.compile import host
 
 from ..config import settings
-from ..errors import DTypeError, NonFinite, RunLost, SettingError
+from ..errors import NonFinite, RunLost, SettingError
 from ..graph import Graph
-from ..ops import Leaf
 from ..scheduler import Plan, compile_program, data_parallel
 from ..spec import Array, Block
 from ..tuner import Tuning
@@ -34,7 +33,7 @@ from . import stepping
 from . import tuning as tuner
 from .backend import divided, whole_state
 from .cluster import Cluster, place, ready_workers
-from .evaluate import check_state
+from .evaluate import complete_state
 from .feeding import fed_arrays
 from .local import Local
 from .own import bring, defined_outside
@@ -173,7 +172,7 @@ class Stepper:
         """
         if arrays is not None:
             known = arrays.step if isinstance(arrays, State) else 0
-            return State(self._complete(arrays), known if step is None else step)
+            return State(complete_state(self.graph, arrays, self.seed), known if step is None else step)
         with self._lock:
             self._usable()
             self._forget()
@@ -287,34 +286,10 @@ class Stepper:
             self._forget()
             self._ranks.each(stepping.back, [None] * self.plan.ranks)
         else:
-            arrays = self._complete(state)
+            arrays = complete_state(self.graph, state, self.seed)
             self._forget()
             self._ranks.load(arrays)
         self._now = weakref.ref(state) if isinstance(state, State) else _nobody
-
-    def _complete(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """All that the ranks need: what is given, and optimizer state that is not from its first value."""
-        assert self.graph.network is not None
-        unknown = [str(name) for name in arrays if name not in self.names]
-        if unknown:
-            raise SettingError(
-                f"step: the training step has no {', '.join(unknown[:5])}. Is the state another network's?"
-            )
-        check_state(self.graph.network, arrays)
-        out: dict[str, Array] = {}
-        for leaf in self.graph.leaves("param", "state"):
-            op = self.graph.nodes[leaf.node].op
-            assert isinstance(op, Leaf)
-            if leaf.name in arrays:
-                out[leaf.name] = np.asarray(arrays[leaf.name])
-            else:
-                out[leaf.name] = op.start(self.seed, Block.all(leaf.shape))
-            if not np.can_cast(out[leaf.name].dtype, leaf.dtype, "same_kind"):
-                raise DTypeError(
-                    f"step: state {leaf.name!r} is {out[leaf.name].dtype}, not {leaf.dtype}. Cast it first."
-                )
-        check_state(self.graph, out)
-        return out
 
 
 def _nobody() -> None:

@@ -9,6 +9,7 @@ from distributed import Client
 
 from cpu_kernels.compile import host
 
+from .. import markup
 from ..config import settings
 from ..graph import Graph
 from ..ops import Leaf
@@ -27,11 +28,20 @@ class TuningReport:
     requests: int
     tuning: Tuning
 
-    def __str__(self) -> str:
-        rows = [("kernel", "default", "best", "gain", "config")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
         for request, best, default in self.found:
             gain = (default.time_s or 0.0) / best.time_s if best.time_s else 0.0
             rows.append((str(request)[:60], _ms(default), _ms(best), f"{gain:.2f}x", str(best.choice)))
+        return rows
+
+    def _repr_html_(self) -> str:
+        rows = [(kernel, config, default, best, gain) for kernel, default, best, gain, config in self._rows()]
+        head = markup.title("Tuning", f"{len(rows):,} of {self.requests:,} kernels tuned")
+        return head + markup.table(("kernel", "best template and config", "default", "best", "gain"), rows, right=3)
+
+    def __str__(self) -> str:
+        rows = [("kernel", "default", "best", "gain", "config"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([*(line.rstrip() for line in lines), f"{len(self.found)} of {self.requests} kernels tuned"])

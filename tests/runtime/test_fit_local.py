@@ -8,6 +8,7 @@ from small_runs import deviation, many, records, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow.data import Feed
+from rapydli_flow.errors import SettingError
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -102,3 +103,35 @@ def test_nothing_runs_on_after_a_fit(step, data, tmp_path):
     rf.fit(step, data["train"], steps=4, plan=many(step, 2), run_dir=tmp_path / "run")
     left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("rapydli")]
     assert left == []
+
+
+def test_a_run_begins_with_a_state_that_is_given(step, data):
+    first = rf.fit(step, data["train"], steps=6)
+    head = rf.init(step, seed=3)["dense_1/w"]
+    begin = {leaf.name: first.state[leaf.name] for leaf in step.network.leaves("param", "state")} | {"dense_1/w": head}
+    again = rf.fit(step, data["train"], steps=1, state=begin)  # momentum, which is not given, starts anew
+    with rf.stepper(step) as one:
+        state = one.init(begin)
+        assert np.array_equal(state["dense_1/w"], head)
+        assert not state["dense_1/w/momentum"].any()
+    assert again.scalars["loss"][0] != first.scalars["loss"][0]
+    moved = {name: np.abs(again.state[name] - begin[name]).max() for name in begin}
+    assert 0 < moved["conv_1/w"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"dense_7/w": s["dense_1/w"]}, r"has no dense_7/w\. Is the state another network's"),
+        (lambda s: {k: v for k, v in s.items() if k != "dense_1/b"}, r"the state has no 'dense_1/b'"),
+        (lambda s: s | {"dense_1/b": np.zeros(3)}, r"state 'dense_1/b' has shape \(3,\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(step, data, change, message):
+    with pytest.raises(SettingError, match=message):
+        rf.fit(step, data["train"], steps=1, state=change(rf.init(step)))
+
+
+def test_a_state_and_resume_exclude_each_other(step, data, tmp_path):
+    with pytest.raises(SettingError, match="give state or resume, not both"):
+        rf.fit(step, data["train"], steps=1, state=rf.init(step), resume=True, run_dir=tmp_path)

@@ -188,7 +188,7 @@ def test_states_that_do_not_fit(step, batches):
             (
                 state | {"conv_9/w": 0},
                 SettingError,
-                "step: the training step has no conv_9/w. Is the state another network's",
+                "the training step has no conv_9/w. Is the state another network's",
             ),
             (state | {"dense_1/b": np.zeros(3)}, SettingError, r"state 'dense_1/b' has shape \(3,\)"),
             (
