@@ -9,8 +9,10 @@ Names are imported when they are first used: `import rapydli_flow` loads neither
 from __future__ import annotations
 
 import importlib
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from .arguments import spelled
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -24,21 +26,32 @@ if TYPE_CHECKING:
     from .api import compile as compile
     from .api import evaluate as evaluate
     from .api import fit as fit
+    from .api import gradients as gradients
     from .api import init as init
     from .api import load_model as load_model
     from .api import plan as plan
     from .api import predict as predict
+    from .api import probe as probe
     from .api import save_model as save_model
+    from .api import stepper as stepper
+    from .callbacks import BestSnapshot as BestSnapshot
+    from .callbacks import EarlyStopping as EarlyStopping
+    from .callbacks import PlateauRate as PlateauRate
     from .config import settings as settings
     from .data import ingest as ingest
     from .data import load as load
     from .graph import trace as trace
     from .graph import train_step as train_step
+    from .logbook import runs as runs
     from .progress import ProgressBar as ProgressBar
     from .runtime.events import Callback as Callback
+    from .runtime.events import Save as Save
+    from .runtime.events import SetFactor as SetFactor
+    from .runtime.events import Stop as Stop
     from .scheduler import Plan as Plan
     from .spec import Block as Block
     from .spec import Spec as Spec
+    from .testing.ops import check as check
 
 _HOMES = {
     "api": (
@@ -49,19 +62,25 @@ _HOMES = {
         "compile",
         "evaluate",
         "fit",
+        "gradients",
         "init",
         "load_model",
         "plan",
         "predict",
+        "probe",
         "save_model",
+        "stepper",
     ),
+    "callbacks": ("BestSnapshot", "EarlyStopping", "PlateauRate"),
     "config": ("settings",),
     "data": ("ingest", "load"),
     "graph": ("trace", "train_step"),
+    "logbook": ("runs",),
     "progress": ("ProgressBar",),
-    "runtime.events": ("Callback",),
+    "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),
     "scheduler": ("Plan",),
     "spec": ("Block", "Spec"),
+    "testing.ops": ("check",),
 }
 _MODULES = ("errors", "nn", "optim")
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
@@ -74,6 +93,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _WHERE:
         value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+        value = spelled(value, name) if isinstance(value, FunctionType) else value
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A progress bar for a terminal; plain lines, few of them, where there is none.
+"""A progress bar for a terminal; a picture in a notebook; plain lines, few of them, where there is neither.
 
 epoch 3/30  step 66  loss 0.3551  accuracy 0.8876  3,266 records/s ━━━━━━╸━━━━  10% 0:00:12 0:01:40
 """
@@ -10,16 +10,22 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .notebook import NotebookProgress
 from .runtime.events import Callback, Ended, Event, Started, Stepped, Validated
 
 LINES = 10  # at least, of a whole run, where there is no terminal
 
 
 class ProgressBar(Callback):
-    """Shows the plan of a run and how far it is: ``rf.fit(..., callbacks=[ProgressBar()])``."""
+    """Shows the plan of a run and how far it is: ``rf.fit(..., callbacks=[ProgressBar()])``.
+
+    It finds out where it is: in a notebook it draws a bar and curves, in a terminal a bar, elsewhere it prints
+    lines. With a ``console`` it writes there.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
+        self.notebook = NotebookProgress() if self.console.is_jupyter else None
         self.started = Started(0, 1, 1, 1, 1, 1, "")
         self.bar: Progress | None = None
         self.task = TaskID(0)
@@ -28,7 +34,9 @@ class ProgressBar(Callback):
         self.validates = False
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Started):
+        if self.notebook is not None:
+            self.notebook.on_event(event)
+        elif isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Stepped):
             self._step(event)

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from rapydli_flow import errors
+import rapydli_flow as rf
+from rapydli_flow import errors, nn, optim
 from rapydli_flow.cli import main as cli
 from rapydli_flow.config import settings
 
@@ -248,6 +249,13 @@ def test_every_error_setting_and_command_is_in_the_manual() -> None:
     for command in cli.commands.values():
         options = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
         assert [name for name in options if name.startswith("--") and name not in told] == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    told = set(re.findall(r"\w+", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")))
+    shown_by_module = {"__version__", "settings", "BestSnapshot", "EarlyStopping", "PlateauRate"}
+    for package in (nn, optim, rf):
+        assert [name for name in package.__all__ if name not in told | shown_by_module] == []
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs rapydli-flow[docs]")

@@ -209,15 +209,16 @@ def test_smoothing_leaves_out_what_is_not_a_number() -> None:
 
 
 def test_the_loss_has_a_log_axis_where_that_helps(tmp_path: Path) -> None:
-    log(tmp_path, STARTED, stepped(0, 200, loss=4.0, accuracy=1.0, gap=-1.0))
+    log(tmp_path, STARTED, stepped(0, 200, loss=4.0, error=1.0, accuracy=1.0, gap=-1.0))
     axes = {name: type(figure.yaxis[0]).__name__ for name, figure in curves(read_numbers(tmp_path))}
-    assert axes == {"loss": "LogAxis", "accuracy": "LogAxis", "gap": "LinearAxis", "records a second": "LinearAxis"}
+    linear = dict.fromkeys(("accuracy", "gap", "records a second", "time of a step"), "LinearAxis")
+    assert axes == {"loss": "LogAxis", "error": "LogAxis"} | linear
 
 
 def test_numbers_that_no_line_shows_are_points(tmp_path: Path) -> None:
     loss = (1.0, 2.0, float("nan"), 4.0, float("inf"))
     log(tmp_path, STARTED, Stepped(0, 5, {"loss": loss}, 0.5, 0.0), Validated(5, 1, {"loss": float("inf")}))
-    ((_, figure), _) = curves(read_numbers(tmp_path))
+    ((_, figure), *_) = curves(read_numbers(tmp_path))
     train, held_out = figure.renderers[0].data_source.data, figure.renderers[-1].data_source.data
     assert np.isfinite(train["alone"]).tolist() == [False, False, False, True, False]
     assert np.isfinite(train["raw"]).tolist() == [True, True, False, True, False]  # a range has no room for inf

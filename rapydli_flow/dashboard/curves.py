@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
+from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, HoverTool, NumeralTickFormatter, Range1d
 from bokeh.plotting import figure
 
 from ..errors import ShapeError
+from ..markup import spans
 from ..spec import Array
-from .numbers import Numbers, Series, smooth
+from .numbers import Numbers, smooth
 
 TRAIN, HELD_OUT, WRONG, RIGHT = "#4a83cf", "#dd7420", "#c8324f", "#7f9a86"
 INK, PALE = "#5b6776", "#e6eaef"
@@ -48,16 +50,43 @@ class Predictions:
 
 
 def curves(numbers: Numbers) -> list[tuple[str, Any]]:
-    """A title and a figure for loss, each metric, and the speed."""
+    """A title and a figure for loss, each metric, and the speed. Their sources are named as in `columns`."""
     out: list[tuple[str, Any]] = []
     shared: Any = None
+    sources = {name: ColumnDataSource(data, name=name) for name, data in columns(numbers).items()}
     for name in numbers.names:
-        plot = _metric(name, numbers.train.get(name), numbers.held_out.get(name), shared)
+        plot = _metric(name, sources, _spread(numbers, name), shared)
         shared = shared or plot.x_range
         out.append((name, plot))
     if numbers.step_s is not None:
-        out.append(("records a second" if numbers.batch else "steps a second", _speed(numbers, shared)))
+        out.append(("records a second" if numbers.batch else "steps a second", _speed(sources["speed"], shared)))
+        if "time" in sources:
+            out.append(("time of a step", _parts(sources["time"], shared)))
     return out
+
+
+def columns(numbers: Numbers) -> dict[str, dict[str, Array]]:
+    """What the sources of the figures hold, by their names; of a run that goes on, ever more of it."""
+    out: dict[str, dict[str, Array]] = {}
+    for name, series in numbers.train.items():
+        raw = np.where(np.isfinite(series.value), series.value, np.nan)
+        smoothed = smooth(raw, max(1, len(raw) // 40))
+        out[f"training {name}"] = {"step": series.step, "raw": raw, "smooth": smoothed, "alone": _alone(raw)}
+    for name, series in numbers.held_out.items():
+        value = np.where(np.isfinite(series.value), series.value, np.nan)
+        out[f"validation {name}"] = {"step": series.step, "value": value}
+    if numbers.step_s is not None:
+        step, step_s = numbers.step_s.step, numbers.step_s.value
+        out["speed"] = {"step": step, "speed": (numbers.batch or 1) / step_s, "ms": 1e3 * step_s}
+        if numbers.feed_s is not None and len(numbers.feed_s.step) == len(step):
+            wait = 1e3 * numbers.feed_s.value
+            out["time"] = {"step": step, "wait": wait, "work": 1e3 * step_s - wait, "all": 1e3 * step_s}
+    return out
+
+
+def form(numbers: Numbers) -> tuple[Any, ...]:
+    """Equal for numbers that figures of the same form show: then their sources are all that changes."""
+    return tuple(columns(numbers)), tuple(_spread(numbers, name) for name in numbers.names), numbers.batch is None
 
 
 def _figure(shared: Any, **options: Any) -> Any:
@@ -85,36 +114,46 @@ def _figure(shared: Any, **options: Any) -> Any:
     return plot
 
 
-def _metric(name: str, train: Series | None, held_out: Series | None, shared: Any) -> Any:
-    values = np.concatenate([s.value for s in (train, held_out) if s is not None])
+def _spread(numbers: Numbers, name: str) -> float:
+    """Decades that the values span if a logarithmic axis helps, in steps of 2; else 0."""
+    series = [s.value for s in (numbers.train.get(name), numbers.held_out.get(name)) if s is not None]
+    values = np.concatenate(series)
     known = values[np.isfinite(values)]
-    log = len(known) > 0 and known.min() > 0 and known.max() > 20 * known.min()
-    plot = _figure(shared, y_axis_type="log" if log else "linear")
-    if log:
+    if len(known) == 0 or not spans(name, known.min(), known.max()):
+        return 0
+    return 2 * math.ceil(math.log10(known.max() / known.min()) / 2)
+
+
+def _metric(name: str, sources: Mapping[str, Any], decades: float, shared: Any) -> Any:
+    plot = _figure(shared, y_axis_type="log" if decades else "linear")
+    if decades:
         plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]")
-    if train is not None:
-        raw = np.where(np.isfinite(train.value), train.value, np.nan)
-        smoothed = smooth(raw, max(1, len(raw) // 40))
-        source = ColumnDataSource({"step": train.step, "raw": raw, "smooth": smoothed, "alone": _alone(raw)})
+    if 0 < decades <= 2:  # where Bokeh would put its ticks at equal distances
+        plot.yaxis.ticker = FixedTicker(ticks=[m * 10.0**e for e in range(-9, 7) for m in (1, 2, 5)])
+    source = sources.get(f"training {name}")
+    if source is not None:
         plot.line("step", "raw", source=source, color=TRAIN, alpha=0.3, width=1)
         plot.scatter("step", "alone", source=source, color=TRAIN, size=6)
         line = plot.line("step", "smooth", source=source, color=TRAIN, width=2.2, legend_label="training")
         tips = [("step", "@step{0}"), (name, "@raw{0.0000}"), ("smoothed", "@smooth{0.0000}")]
         plot.add_tools(HoverTool(renderers=[line], tooltips=tips, mode="vline"))
-    if held_out is not None:
-        value = np.where(np.isfinite(held_out.value), held_out.value, np.nan)
-        source = ColumnDataSource({"step": held_out.step, "value": value})
+    source = sources.get(f"validation {name}")
+    if source is not None:
         plot.line("step", "value", source=source, color=HELD_OUT, width=1.6, legend_label="validation")
         marks = plot.scatter(
             "step", "value", source=source, size=7, color=HELD_OUT, line_color="white", legend_label="validation"
         )
         plot.add_tools(HoverTool(renderers=[marks], tooltips=[("step", "@step{0}"), ("validation", "@value{0.0000}")]))
-    plot.legend.location = "top_right" if name == "loss" else "bottom_right"
+    _legend(plot, "top_right" if name == "loss" else "bottom_right")
+    return plot
+
+
+def _legend(plot: Any, location: str) -> None:
+    plot.legend.location = location
     plot.legend.border_line_color = None
     plot.legend.background_fill_alpha = 0.8
     plot.legend.label_text_font_size = "11px"
     plot.legend.label_text_color = INK
-    return plot
 
 
 def _alone(values: Array) -> Array:
@@ -123,17 +162,31 @@ def _alone(values: Array) -> Array:
     return np.where(known[:-2] | known[2:], np.nan, values)
 
 
-def _speed(numbers: Numbers, shared: Any) -> Any:
-    assert numbers.step_s is not None
-    speed = (numbers.batch or 1) / numbers.step_s.value
-    source = ColumnDataSource({"step": numbers.step_s.step, "speed": speed, "ms": 1e3 * numbers.step_s.value})
-    plot = _figure(shared, y_range=Range1d(start=0.0, end=1.12 * float(speed.max())))
+def _speed(source: Any, shared: Any) -> Any:
+    plot = _figure(shared, y_range=DataRange1d(start=0.0, range_padding=0.12))
     plot.varea("step", 0, "speed", source=source, color=RIGHT, alpha=0.15)
     plot.line("step", "speed", source=source, color=RIGHT, width=2)
     marks = plot.scatter("step", "speed", source=source, color=RIGHT, size=5)
     tips = [("step", "@step{0}"), ("a second", "@speed{0,0}"), ("ms a step", "@ms{0.00}")]
     plot.add_tools(HoverTool(renderers=[marks], tooltips=tips, mode="vline"))
     plot.yaxis.formatter = NumeralTickFormatter(format="0,0.[0]")
+    return plot
+
+
+def _parts(source: Any, shared: Any) -> Any:
+    """Milliseconds of a step: working, and on top of that waiting for records."""
+    plot = _figure(shared, y_range=DataRange1d(start=0.0, range_padding=0.12))
+    plot.varea("step", 0, "work", source=source, color=TRAIN, alpha=0.25, legend_label="working")
+    plot.varea("step", "work", "all", source=source, color=HELD_OUT, alpha=0.6, legend_label="waiting for data")
+    plot.line("step", "work", source=source, color=TRAIN, width=1.5)
+    line = plot.line("step", "all", source=source, color=HELD_OUT, width=1.5)
+    tips = [("step", "@step{0}"), ("working", "@work{0.00} ms"), ("waiting", "@wait{0.00} ms")]
+    plot.add_tools(HoverTool(renderers=[line], tooltips=tips, mode="vline"))
+    plot.yaxis.formatter = NumeralTickFormatter(format="0.[00] ")
+    plot.yaxis.axis_label = "ms"
+    plot.yaxis.axis_label_text_color = INK
+    plot.yaxis.axis_label_text_font_style = "normal"
+    _legend(plot, "bottom_right")
     return plot
 
 

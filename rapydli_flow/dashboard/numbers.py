@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SettingError
-from ..runtime.events import read_log
+from ..runtime.events import read_log, session
 from ..spec import Array
 
 PLACE = ("kind", "step", "epoch")
@@ -30,7 +30,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A run as its log tells it. ``train`` and ``held_out`` hold a series for each scalar and metric."""
+    """A run as its log tells it. ``train`` and ``held_out`` hold a series for each scalar and metric.
+
+    ``step_s``: seconds a step, ``feed_s``: how much of it records were waited for, where that is known.
+    """
 
     started: dict[str, Any]
     outcome: str
@@ -39,6 +42,7 @@ class Numbers:
     train: dict[str, Series] = field(default_factory=dict)
     held_out: dict[str, Series] = field(default_factory=dict)
     step_s: Series | None = None
+    feed_s: Series | None = None
     feed_share: float | None = None
     ops_s: dict[str, float] = field(default_factory=dict)
     events: tuple[dict[str, Any], ...] = ()
@@ -65,20 +69,24 @@ def read_numbers(run_dir: Path) -> Numbers:
     if not lines:
         what = "is empty" if path.exists() else "does not exist"
         raise SettingError(f"report: {path} {what}. Train with rf.fit(..., run_dir={str(run_dir)!r}) first.")
+    return numbers_of(lines)
+
+
+def numbers_of(lines: Sequence[dict[str, Any]]) -> Numbers:
+    """The numbers of the lines of a log."""
     steps = [line for line in lines if line.get("kind") == "step"]
     segments = [line for line in lines if line.get("kind") == "segment" and line.get("steps") and line.get("time_s")]
-    starts = [i for i, line in enumerate(lines) if line.get("kind") == "started"]
-    ends = [line for line in lines[starts[-1] if starts else 0 :] if line.get("kind") == "ended"]
-    ended = ends[-1] if ends else {}
+    started, ended = session(lines)
     warm = segments[1:] or segments  # the first segment also loads code and data
     return Numbers(
-        started=lines[starts[-1]] if starts else {},
+        started=dict(started),
         outcome=str(ended.get("outcome", "")) or "unfinished",
         time_s=ended.get("time_s"),
         steps=max((int(line.get("step", -1)) + 1 for line in steps), default=0),
         train=_series(steps),
         held_out=_series([line for line in lines if line.get("kind") == "validated"]),
-        step_s=_step_s(warm),
+        step_s=_step_s(warm, "time_s"),
+        feed_s=_step_s([s for s in warm if _number(s.get("feed_s"))], "feed_s"),
         feed_share=_share(warm),
         ops_s=_ops(warm),
         events=tuple(line for line in lines if line.get("kind") not in ("step", "segment")),
@@ -109,12 +117,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _step_s(segments: Sequence[dict[str, Any]]) -> Series | None:
+def _step_s(segments: Sequence[dict[str, Any]], name: str) -> Series | None:
     """Seconds a step, at the middle of each segment."""
     if not segments:
         return None
     middle = [s.get("step", 0) + (s["steps"] - 1) / 2 for s in segments]
-    return Series(np.array(middle, float), np.array([s["time_s"] / s["steps"] for s in segments], float))
+    return Series(np.array(middle, float), np.array([s[name] / s["steps"] for s in segments], float))
 
 
 def _share(segments: Sequence[dict[str, Any]]) -> float | None:

@@ -186,8 +186,8 @@ class Dataset:
     def _repr_html_(self) -> str:
         """Fields, records and chunks, or those of each split."""
         if self.contents.readers:
-            head = ("field", "record", "of dtype", "records a chunk", "bytes a record")
-            return markup.title(f"{self._count()} records", self.address) + markup.table(head, self._fields(), right=2)
+            names = ("field", "record", "dtype", "records a chunk", "bytes a record")
+            return markup.title(f"{self._count()} records", self.address) + markup.table(names, self._fields(), right=2)
         rows = [(name, *self[name]._summary()) for name in self.splits]
         head = ("split", "fields", "records", "bytes")
         return markup.title("Dataset", self.address) + markup.table(head, rows, right=2)
@@ -196,7 +196,7 @@ class Dataset:
         return [
             (
                 name,
-                "scalar" if not reader.record_shape else " \N{MULTIPLICATION SIGN} ".join(map(str, reader.record_shape)),
+                "scalar" if not reader.record_shape else "\N{MULTIPLICATION SIGN}".join(map(str, reader.record_shape)),
                 reader.dtype.name,
                 f"{reader.chunk_records:,}",
                 f"{reader.record_bytes:,}",

@@ -1,8 +1,8 @@
 """Where in the user's code a node was made, and the nodes that led to an error.
 
-    conv: x has 3 channels but w expects 6 (x f32[32,28,28,3], w f32[5,5,6,16]). x is N,*space,C and ...
-      at net.py:14: y = nn.conv(y, 16, 5)
-      after  x f32[32,28,28,1] -> conv_1 f32[32,24,24,3] (net.py:12) -> relu_1 f32[32,24,24,3] (net.py:12)
+conv: x has 3 channels but w expects 6 (x f32[32,28,28,3], w f32[5,5,6,16]). x is N,*space,C and ...
+  at net.py:14: y = nn.conv(y, 16, 5)
+  after  x f32[32,28,28,1] -> conv_1 f32[32,24,24,3] (net.py:12) -> relu_1 f32[32,24,24,3] (net.py:12)
 """
 
 from __future__ import annotations

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from .. import markup
 from ..errors import ShapeError
 from ..graph import Graph, checked, fuse, merge_equal
 from ..spec import Block, even_bounds
+from ..template import Device
+from ..tuner import Tuning
 from .bucket import bucket
 from .collective import AllReduce, Exchange
+from .program import compile_program
 from .split import Layout, split
+
+ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Number of ranks, threads of each, and how leaves lie on them (leaves not named are whole on each)."""
+    """Number of ranks, threads of each, and how leaves lie on them (leaves not named are whole on each).
+
+    ``graph`` is what the plan was made for, if it is known; a notebook then shows bytes, too.
+    """
 
     ranks: int = 1
     threads: int = 1
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    graph: Graph | None = field(default=None, repr=False, compare=False)
 
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
         """Equal nodes merged, split, then the passes on rank graphs: collectives bucketed, tails fused.
@@ -44,6 +55,38 @@ class Plan:
         lines.append(f"  {len(meetings)} collectives and {size_bytes:,} bytes a step")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """A row for each rank: its blocks, and what it holds and needs."""
+        many = f"{self.ranks} ranks" if self.ranks > 1 else "1 rank"
+        head = markup.title(f"Plan: {many}", f"{self.threads} thread{'s' * (self.threads > 1)} each")
+        blocks = ["  ".join(f"{name} {layout[r]}" for name, layout in self.layouts.items()) for r in range(self.ranks)]
+        rows = [(f"rank {rank}", held or "everything") for rank, held in enumerate(blocks)]
+        if self.graph is None:
+            return head + markup.table(("", "holds"), rows)
+        sizes = [tuple(map(markup.size, size)) for size in self._sizes]
+        names = ("", "holds", "inputs", "parameters", "state", "sent a step", "memory")
+        table = markup.table(names, [(*a, *b) for a, b in zip(rows, sizes, strict=True)], right=5)
+        return (
+            head
+            + table
+            + markup.small("Memory: all arrays of a step, with the workspace of kernels that are not tuned.")
+        )
+
+    @cached_property
+    def _sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Bytes of each rank: inputs, parameters, state, what it sends in a step, its whole arena."""
+        assert self.graph is not None
+        out = []
+        planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
+        for graph in self.rank_graphs(self.graph):
+            held = [sum(leaf.spec.size_bytes for leaf in graph.leaves(kind)) for kind in ("batch", "param", "state")]
+            sent = sum(s.size_bytes for n in graph if isinstance(n.op, AllReduce | Exchange) for s in n.specs)
+            key = tuple(str(node.specs) for node in graph)
+            if key not in planned:
+                planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
+            out.append((*held, sent, planned[key]))
+        return tuple(out)
+
 
 def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
     """Divide every input that is fed along its first axis; the first ranks get the larger parts."""
@@ -56,4 +99,4 @@ def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
                 "Use a larger batch or fewer ranks."
             )
         layouts[leaf.name] = Block.along(shape, 0, even_bounds(shape[0], ranks))
-    return Plan(ranks, threads, layouts if ranks > 1 else {})
+    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph)

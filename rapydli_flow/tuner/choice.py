@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from .. import markup
 from ..errors import TemplateError
 from ..graph import parts
 from ..ops import Op
@@ -113,6 +114,11 @@ class Tuning:
             return ()
         template = choice.find(request, self.device)
         return tuple(template.workspace(request.op, request.ins, request.outs, **dict(choice.config)))
+
+    def _repr_html_(self) -> str:
+        rows = [(key.rpartition("-")[0], str(choice)) for key, choice in self.choices.items()]
+        head = markup.title("Tuning", f"{len(rows):,} kernels for {self.device.key}")
+        return head + (markup.table(("kernel of", "template and config"), sorted(rows)) if rows else "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.choices)

@@ -44,7 +44,7 @@ def test_a_dataset_says_what_one_record_is(data):
     assert data.chunk_records == 10
     assert data.splits == ()
     assert repr(data) == f"Dataset('{data.url}', 57 records: label int64[], x uint8[4,3])"
-    assert "<td>x</td><td>uint8[4,3]</td><td>10</td>" in data._repr_html_()
+    assert ">4\u00d73</td>" in data._repr_html_()
 
 
 @settings(max_examples=60, deadline=None)
@@ -223,7 +223,7 @@ def test_splits(tmp_path):
     assert data.splits == ("test", "train")
     assert len(data["test"]) == 9
     assert repr(data) == f"Dataset('{tmp_path}/s', splits: test, train)"
-    assert "<li>train</li>" in data._repr_html_()
+    assert ">train</td>" in data._repr_html_()
     with pytest.raises(DatasetError, match=r'splits \(test, train\) and no records of its own.*data\["test"\]'):
         len(data)
     with pytest.raises(DatasetError, match=r"there is no split 'val'\. Splits here: test, train; fields: none"):
