@@ -1,5 +1,6 @@
 # make demo    set up an environment of its own and train on real data
 # make test    the test suite, in the same environment
+# make papers  train the networks of three papers, examples/papers, on small data
 # make peers   compare operators, losses and optimizers with PyTorch, in an environment with it
 # make cubins  compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-exhaustive lint types floors bench cubins peers gpu-check docs wheel clean
+.PHONY: demo test test-exhaustive papers lint types floors bench cubins peers gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,9 @@ test: $(VENV)/.installed
 
 test-exhaustive: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m exhaustive
+
+papers: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m papers tests/test_papers.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

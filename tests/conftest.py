@@ -1,12 +1,11 @@
-"""Exhaustive tests run only where they are asked for by name: ``pytest -m exhaustive``."""
+"""Long tests run only where they are asked for by name: ``pytest -m exhaustive``, ``pytest -m papers``."""
 
 import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "exhaustive" in config.getoption("markexpr"):
-        return
-    dropped = [item for item in items if item.get_closest_marker("exhaustive")]
+    left_out = [mark for mark in ("exhaustive", "papers") if mark not in config.getoption("markexpr")]
+    dropped = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if item not in dropped]

@@ -59,6 +59,12 @@ def test_convolution_over_1_and_3_axes(sizes: tuple[int, ...]) -> None:
     assert shape(lambda x: nn.max_pool(x, 3, stride=1, padding=1), spec) == spec.shape
 
 
+def test_along_one_axis_a_pair_of_padding_may_stand_alone() -> None:
+    spec = Spec((2, 8, 3))
+    for padding in ((3, 4), ((3, 4),)):
+        assert shape(lambda x, padding=padding: nn.conv(x, 5, 8, padding=padding), spec) == (2, 8, 5)
+
+
 def test_parameters_have_scoped_names() -> None:
     @nn.block
     def pair(x: Any) -> Any:

@@ -31,7 +31,7 @@ def plain_errors() -> Iterator[None]:
 def main() -> None:
     """Deep learning as Dask task graphs of Numba kernels.
 
-    A RECIPE is a Python file with step(), data(url) and EPOCHS; see examples/digits.py.
+    A RECIPE is a Python file with step(), data(url), EPOCHS and CALLBACKS; see examples/digits.py.
     """
 
 
@@ -40,6 +40,7 @@ def main() -> None:
 @click.option("--workers", default=2, show_default=True, help="Workers of a local Dask cluster; 0: in this process.")
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler, instead of a local cluster.")
 @click.option("--epochs", type=float, default=None, help="Epochs to train [default: what the recipe says].")
+@click.option("--steps", type=int, default=None, help="Steps to train, instead of epochs.")
 @click.option("--granularity", type=click.Choice(api.GRANULARITIES), default="segment", show_default=True)
 @click.option("--run-dir", default=None, help="Where the run is kept [default: runs/<recipe>].")
 @click.option("--data", "data_url", default=None, help="Where the dataset is [default: beside the run].")
@@ -52,6 +53,7 @@ def train(
     workers: int,
     scheduler: str | None,
     epochs: float | None,
+    steps: int | None,
     granularity: str,
     run_dir: str | None,
     data_url: str | None,
@@ -66,7 +68,7 @@ def train(
 
         chosen = Recipe(recipe)
         folder = Path(run_dir or f"runs/{chosen.name}").absolute()
-        step = chosen.step()
+        step, callbacks = chosen.step(), chosen.callbacks
         data = chosen.data(data_url or str(folder.parent / f"{chosen.name}.zarr"))
         click.echo(step.network)
         click.echo("")
@@ -76,14 +78,15 @@ def train(
                 step,
                 data["train"],
                 validation=data["test"],
-                epochs=chosen.epochs if epochs is None else epochs,
+                epochs=chosen.epochs if epochs is None and steps is None else epochs,
+                steps=steps,
                 client=client,
                 granularity=granularity,
                 seed=seed,
                 run_dir=folder,
                 resume=resume,
                 overwrite=overwrite,
-                callbacks=[bar],
+                callbacks=[bar, *callbacks],
             )
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
             click.echo(f"test: {numbers}")

@@ -3,6 +3,7 @@
 step()       the training step: rf.train_step(rf.trace(network, spec), loss=..., optimizer=...)
 data(url)    a dataset with splits 'train' and 'test', written to url if it is not there yet
 EPOCHS       how long to train
+CALLBACKS    what watches the run or decides how it goes on, if anything does: [rf.EarlyStopping(...), ...]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from ..data import Dataset
 from ..errors import SettingError
 from ..graph import Graph
+from ..runtime.events import Callback
 
 
 class Recipe:
@@ -29,12 +31,20 @@ class Recipe:
         if missing:
             raise SettingError(
                 f"{path} has no function {' and '.join(f'{name}()' for name in missing)}. A recipe defines step() and "
-                "data(url), and may set EPOCHS; see examples/digits.py."
+                "data(url), and may set EPOCHS and CALLBACKS; see examples/digits.py."
             )
 
     @property
     def epochs(self) -> float:
         return float(getattr(self.module, "EPOCHS", 10))
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        given = list(getattr(self.module, "CALLBACKS", ()))
+        for callback in given:
+            if not isinstance(callback, Callback):
+                raise SettingError(f"{self.path}: CALLBACKS holds {callback!r}, which is no rf.Callback.")
+        return given
 
     def step(self) -> Graph:
         made: Any = self.module.step()

@@ -119,13 +119,13 @@ class Dataset:
             f"fields: {', '.join(self.contents.readers) or 'none'}."
         )
 
-    def read(self, indices: Any, fields: Iterable[str] | None = None) -> dict[str, Array]:
-        """The records ``indices`` (0..len-1, any order, repeats allowed) as one array a field, in this order.
+    def read(self, indices: Any = None, fields: Iterable[str] | None = None) -> dict[str, Array]:
+        """The records ``indices`` (0..len-1, any order, repeats allowed; all, if none are given), one array a field.
 
         Arrays have shape (len(indices), *record). Each chunk that is touched is read once. Raises
         DatasetError for indices that are not there, CorruptChunk for a chunk that cannot be decoded.
         """
-        rows = checked_rows(indices, len(self))
+        rows = checked_rows(np.arange(len(self)) if indices is None else indices, len(self))
         if self.subset is not None:
             rows = self.subset[rows]
         result = {}

@@ -71,11 +71,14 @@ def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:
 
 
 def pairs(layer: str, value: Padding, space: int) -> tuple[tuple[int, int], ...]:
-    """A (low, high) pair for each spatial axis."""
-    each = tuple(value) if isinstance(value, Sequence) else (value,) * space
+    """A (low, high) pair for each spatial axis; along one axis a pair may stand alone."""
+    each: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * space
+    if space == 1 and len(each) == 2 and all(isinstance(v, int) for v in each):
+        each = (each,)
     out = tuple((v[0], v[1]) if isinstance(v, Sequence) and len(v) == 2 else (v, v) for v in each)
     if len(out) != space or any(not isinstance(v, int) or v < 0 for pair in out for v in pair):
         raise SettingError(
-            f"{layer}: padding={value} is not 0 or more, or a (low, high) pair for each of {space} axes."
+            f"{layer}: padding={value} is not 0 or more, or a (low, high) pair for each of {space} axes, such as "
+            f"{((1, 2),) * space}."
         )
     return out

@@ -28,7 +28,10 @@ def conv(
     bias: bool = True,
     init: Initial | None = None,
 ) -> Any:
-    """Convolution over the 1 to 3 spatial axes of x. Padding is a number or a (low, high) pair for each axis."""
+    """Convolution over the 1 to 3 spatial axes of x. Padding is a number or a (low, high) pair for each axis.
+
+    Filters start as ``init`` says, by default `he`; the bias starts at 0.
+    """
     space = _space("conv", x)
     extents = sizes("conv", "window", window, space)
     channels = x.shape[-1] // max(1, groups)
@@ -117,7 +120,7 @@ def local_conv(
 
 @layer("dense")
 def dense(x: Tensor, units: int, *, bias: bool = True, init: Initial | None = None) -> Any:
-    """y = x w + b on records of one axis (others are flattened)."""
+    """y = x w + b on records of one axis (others are flattened). w starts as ``init`` says, by default `he`; b at 0."""
     if len(x.shape) > 2:
         x = flatten(x)
     if len(x.shape) != 2:

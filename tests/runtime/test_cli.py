@@ -150,3 +150,15 @@ def test_the_example_in_a_process_of_its_own(digits, tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith("Error: fit: ")
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_callbacks_and_steps_of_a_recipe(recipe, tmp_path):
+    recipe.write_text(f'{RECIPE}\nCALLBACKS = [rf.BestSnapshot("accuracy")]\n')
+    how = ("--workers", 0, "--no-report", "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr")
+    result = call("train", recipe, *how, "--steps", 9)
+    assert result.exit_code == 0, result.output
+    assert latest(tmp_path / "run" / "snapshots").name == "step-00000009"
+    assert rf.load_model(tmp_path / "run" / "best").graph.parameters
+    assert "give either epochs or steps" in error_of("train", recipe, *how, "--overwrite", "--steps", 9, "--epochs", 1)
+    recipe.write_text(f"{RECIPE}\nCALLBACKS = [print]\n")
+    assert "CALLBACKS holds <built-in function print>, which is no rf.Callback" in error_of("train", recipe, *how)
