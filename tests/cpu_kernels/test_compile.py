@@ -93,7 +93,7 @@ def test_generated_text_is_readable(first):
     folder, made = first
     text = (folder / "kernels" / f"{made['module']}.py").read_text()
     assert text.startswith('"""pointwise/rows(grain=16384)')
-    assert "def multiply(task, in_0, in_1, out_0, extras, at):" in text
+    assert "def multiply_loop(task, in_0, in_1, out_0, extras, at):" in text
     assert "in_1 = flat(buffers, 1, 4, numpy.float32)" in text
     assert text.splitlines()[-1].startswith("# end ")
 
