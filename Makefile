@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/rapydli train examples/digits.py --workers 2 --run-dir runs/digits --overwrite
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/python tests/coverage_floors.py
 
 test-exhaustive: $(VENV)/.installed

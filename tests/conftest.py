@@ -1,6 +1,29 @@
-"""Long tests run only where they are asked for by name: ``pytest -m exhaustive``, ``pytest -m papers``."""
+"""Long tests run only where they are asked for by name: ``pytest -m exhaustive``, ``pytest -m papers``.
+
+Coverage does not look into the compiler: Numba under a trace function takes twice as long, and none of what it
+runs is ours.
+"""
+
+import sys
+from typing import Any
 
 import pytest
+
+import cpu_kernels.compile
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    load = cpu_kernels.compile._load
+
+    def untraced(*args: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return load(*args)
+        finally:
+            sys.settrace(trace)
+
+    cpu_kernels.compile._load = untraced
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
