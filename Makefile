@@ -1,14 +1,15 @@
-# make demo    set up an environment of its own and train on real data
-# make test    the test suite, in the same environment
-# make papers  train the networks of three papers, examples/papers, on small data
-# make peers   compare operators, losses and optimizers with PyTorch, in an environment with it
-# make cubins  compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
+# make demo       set up an environment of its own and train on real data
+# make test       the test suite, in the same environment
+# make test-slow  run the pages of the manual and the notebook, and kernel templates at random configs
+# make papers     train the networks of three papers, examples/papers, on small data
+# make peers      compare operators, losses and optimizers with PyTorch, in an environment with it
+# make cubins     compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-exhaustive papers lint types floors bench cubins peers gpu-check docs wheel clean
+.PHONY: demo test test-slow test-exhaustive papers lint types floors bench cubins peers gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/python tests/coverage_floors.py
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-exhaustive: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m exhaustive
@@ -40,6 +44,7 @@ floors: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 bench: .peers/.installed
+	.peers/bin/python benchmarks/tracing.py
 	.peers/bin/python benchmarks/train_step.py --tune 60
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py

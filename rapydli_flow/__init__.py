@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from . import nn as nn
     from . import optim as optim
     from .api import Compiled as Compiled
+    from .api import ConfusionMatrix as ConfusionMatrix
     from .api import Model as Model
     from .api import Run as Run
     from .api import autotune as autotune
     from .api import compile as compile
+    from .api import confusion_matrix as confusion_matrix
     from .api import evaluate as evaluate
     from .api import fit as fit
     from .api import gradients as gradients
@@ -56,10 +58,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": (
         "Compiled",
+        "ConfusionMatrix",
         "Model",
         "Run",
         "autotune",
         "compile",
+        "confusion_matrix",
         "evaluate",
         "fit",
         "gradients",

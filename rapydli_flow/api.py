@@ -14,6 +14,7 @@ from distributed import Client
 from cpu_kernels.compile import host
 
 from .config import settings
+from .confusion import ConfusionMatrix, confusion_matrix
 from .data import Dataset, SnapshotWriter, ingest, latest, load, read_snapshot
 from .errors import SettingError, SnapshotError
 from .fitting import GRANULARITIES, Fitting, Options, Run, as_dataset
@@ -37,6 +38,7 @@ from .tuner import Tuning
 __all__ = [
     "GRANULARITIES",
     "Compiled",
+    "ConfusionMatrix",
     "Model",
     "Plan",
     "Run",
@@ -44,6 +46,7 @@ __all__ = [
     "Stepper",
     "autotune",
     "compile",
+    "confusion_matrix",
     "evaluate",
     "fit",
     "gradients",

@@ -16,19 +16,29 @@ WIDTH, HEIGHT, LEFT, TOP, FOOT = 460.0, 150.0, 52.0, 8.0, 20.0
 Points = Sequence[tuple[float, float]]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, right: int = 0) -> str:
-    """A table; the last ``right`` columns hold numbers. Of many rows the first `MOST_ROWS`."""
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    right: int = 0,
+    colors: Mapping[tuple[int, int], str] | None = None,
+) -> str:
+    """A table; the last ``right`` columns hold numbers. Of many rows the first `MOST_ROWS`.
+
+    ``colors``: the background of the cell in a row and column, counted from 0 below the header.
+    """
     first = len(head) - right
 
-    def row(cells: Sequence[object], tag: str) -> str:
-        style = "text-align:{};padding:1px 12px;font-variant-numeric:tabular-nums;vertical-align:top"
-        each = (
-            f'<{tag} style="{style.format("left" if i < first else "right")}">{escape(str(cell))}</{tag}>'
-            for i, cell in enumerate(cells)
-        )
+    def row(cells: Sequence[object], tag: str, at: int = -1) -> str:
+        style = "text-align:{};padding:1px 12px;font-variant-numeric:tabular-nums;vertical-align:top{}"
+        each = []
+        for i, cell in enumerate(cells):
+            color = (colors or {}).get((at, i))
+            words = style.format("left" if i < first else "right", f";background:{color}" if color else "")
+            each.append(f'<{tag} style="{words}">{escape(str(cell))}</{tag}>')
         return f"<tr>{''.join(each)}</tr>"
 
-    body = "".join(row(cells, "td") for cells in rows[:MOST_ROWS])
+    body = "".join(row(cells, "td", at) for at, cells in enumerate(rows[:MOST_ROWS]))
     shown = f'<table style="font-size:12px;border-collapse:collapse"><thead>{row(head, "th")}</thead>{body}</table>'
     return shown + (small(f"and {len(rows) - MOST_ROWS:,} more") if len(rows) > MOST_ROWS else "")
 

@@ -1,4 +1,4 @@
-"""Long tests run only where they are asked for by name: ``pytest -m exhaustive``, ``pytest -m papers``.
+"""Long tests run only where they are asked for by name: ``pytest -m slow``, ``-m papers``, ``-m exhaustive``.
 
 Coverage does not look into the compiler: Numba under a trace function takes twice as long, and none of what it
 runs is ours.
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [mark for mark in ("exhaustive", "papers") if mark not in config.getoption("markexpr")]
+    left_out = [mark for mark in ("exhaustive", "papers", "slow") if mark not in config.getoption("markexpr")]
     dropped = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)

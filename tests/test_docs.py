@@ -179,6 +179,7 @@ def pages() -> list[Path]:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.slow
 def test_page(page: Path, tmp_path: Path) -> None:
     todo = steps(page.read_text(encoding="utf-8"))
     for step, printed in zip(todo, run(todo, tmp_path), strict=True):

@@ -11,8 +11,11 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "examples" / "digits.ipynb"
 
-# the kernel's own sockets are closed late, which is not ours to mend
-pytestmark = pytest.mark.filterwarnings("default::ResourceWarning", "default::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # the kernel's own sockets are closed late, which is not ours to mend
+    pytest.mark.filterwarnings("default::ResourceWarning", "default::DeprecationWarning"),
+]
 
 
 def executed(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -32,7 +32,8 @@ def kernel_cases() -> list[Any]:
 
 each_class = pytest.mark.parametrize("op", CLASSES, ids=lambda op: op.name)
 each_sample = pytest.mark.parametrize("sample", CASES)
-each_kernel = pytest.mark.parametrize(("sample", "dtype", "random_configs"), kernel_cases())
+KERNELS = kernel_cases()
+each_kernel = pytest.mark.parametrize(("sample", "dtype", "random_configs"), KERNELS)
 
 
 @each_sample
@@ -63,8 +64,13 @@ def test_has_template(op: type[Op]) -> None:
 
 @each_kernel
 def test_templates(sample: Sample, dtype: str, random_configs: int) -> None:
-    corner = dtype == "float32"
-    assert kernels.check_templates(sample, dtype, random_configs=random_configs, corner=corner) > 0
+    assert kernels.check_templates(sample, dtype, random_configs=0, corner=dtype == "float32") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sample", "dtype", "random_configs"), [case for case in KERNELS if case.values[2]])
+def test_random_configs(sample: Sample, dtype: str, random_configs: int) -> None:
+    kernels.check_templates(sample, dtype, random_configs=random_configs, corner=False)
 
 
 @pytest.mark.exhaustive

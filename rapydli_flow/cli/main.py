@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from .. import api
+from ..data import Dataset
 from ..errors import RapydliError
+from ..graph import Graph
 from ..runtime.events import Callback
+from ..runtime.feeding import label_classes
 from ..version import __version__
 from .recipe import Recipe
 
@@ -95,17 +97,30 @@ def train(
         click.echo(f"run: {folder}")
 
 
-def _report(run: api.Run, test: Any) -> Path:
-    """Predict the test set, and write the report."""
-    from ..dashboard.report import Predictions
-    from ..dashboard.report import report as write
+def _report(run: api.Run, test: Dataset) -> Path:
+    """Write the report; of a classifier with what it says of the test set."""
+    from ..dashboard.report import Predictions, report
 
     assert run.path is not None
-    scores = api.predict(run.graph, run.state, test).compute(scheduler="sync")
-    records = test.read(np.arange(len(test)))
-    images = records["x"] if records["x"].ndim == 4 else None
-    shown = Predictions(images, records["label"], scores.argmax(1)) if images is not None else None
-    return write(run.path, predictions=shown)
+    label, classes = _labels(run.graph)
+    if label is None:
+        return report(run.path)
+    said = api.predict(run.graph, run.state, test).argmax(-1).compute()
+    labels = test.read(fields=[label])[label]
+    shown, fields = None, [leaf.name for leaf in run.graph.leaves("batch") if leaf.name != label]
+    if labels.ndim == 1 and len(fields) == 1 and len(test.specs[fields[0]].shape) == 3:
+        shown = Predictions(test.read(fields=fields)[fields[0]], labels, said)
+    return report(run.path, predictions=shown, confusion=api.ConfusionMatrix.of(labels, said, classes))
+
+
+def _labels(network: Graph) -> tuple[str | None, int]:
+    """The field with the labels of the network's scores and the number of classes, if all it does is classify."""
+    shapes = {name: network.spec(value).shape for name, value in network.outputs.items()}
+    if [name for name, shape in shapes.items() if shape] == ["y"]:  # the others are loss and metrics
+        for name, classes in label_classes(network).items():
+            if shapes["y"] == (*network.find(name).shape, classes):
+                return name, classes
+    return None, 0
 
 
 @main.command()

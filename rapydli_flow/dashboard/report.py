@@ -13,6 +13,7 @@ from pathlib import Path
 from bokeh.embed import components
 from bokeh.resources import Resources
 
+from ..confusion import ConfusionMatrix
 from ..data import latest, read_snapshot
 from ..errors import RapydliError
 from ..graph import Graph, from_json
@@ -26,11 +27,16 @@ __all__ = ["Predictions", "report"]
 
 
 def report(
-    run_dir: str | os.PathLike[str], *, predictions: Predictions | None = None, title: str | None = None
+    run_dir: str | os.PathLike[str],
+    *,
+    predictions: Predictions | None = None,
+    confusion: ConfusionMatrix | None = None,
+    title: str | None = None,
 ) -> Path:
     """Write ``report.html`` into the folder of a run; where it is.
 
-    ``predictions``: test images with what the network said of them. SettingError where nothing was logged.
+    ``predictions``: test images with what the network said of them; ``confusion``: how often it took which class for
+    which. SettingError where nothing was logged.
     """
     folder = Path(run_dir)
     numbers = read_numbers(folder)
@@ -49,6 +55,8 @@ def report(
     ]
     if predictions is not None and shown is not None:
         body.append(_images(predictions, boxes["test images"], shown[1], shown[2]))
+    if confusion is not None:
+        body.append(card("confusion", f'<div class="scroll">{confusion.table()}</div>', confusion.words, wide=True))
     body += [plan(numbers), _graph(folder), events(numbers)]
     scripts = Resources(mode="inline", components=["bokeh"]).render() if drawn else ""
     page = (

@@ -28,11 +28,12 @@ def network(x):
     return nn.dense(x, CLASSES)
 
 
-def make_step(rate=0.05, net=network, dtype="float64"):
+def make_step(rate=0.05, net=network, dtype="float64", label="label"):
     """Its training step; ``rate`` may be a schedule."""
     graph = rf.trace(net, rf.Spec((BATCH, 6, 6, 2), dtype))
     optimizer = optim.sgd(rate, momentum=0.9)
-    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, metrics={"accuracy": nn.accuracy})
+    metrics = {"accuracy": nn.accuracy}
+    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, metrics=metrics, label=label)
 
 
 def records(count=61, seed=0, dtype="float64"):

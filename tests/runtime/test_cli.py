@@ -96,6 +96,44 @@ def test_train_on_a_cluster_of_its_own(recipe, tmp_path):
     assert "dashboard: http://" in result.output
 
 
+AUTOENCODER = """
+import numpy as np
+import rapydli_flow as rf
+from rapydli_flow import nn, optim
+
+def step():
+    graph = rf.trace(lambda signal: nn.project(signal, 4), rf.Spec((8, 5, 4)))
+    return rf.train_step(graph, loss=nn.mean_squared_error, optimizer=optim.sgd(0.1), label="signal")
+
+def data(url):
+    x = np.random.default_rng(0).normal(size=(24, 5, 4)).astype(np.float32)
+    return rf.ingest({"train": {"signal": x}, "test": {"signal": x}}, url)
+"""
+
+
+@pytest.mark.parametrize("label", ["label", "kind"])
+def test_the_report_of_a_classifier_shows_what_it_confuses(recipe, tmp_path, label):
+    text = RECIPE.replace("return make_step()", f"return make_step(label={label!r})")
+    for call_ in ("records()", "records(13, seed=1)"):
+        text = text.replace(call_, f"{{{label!r}: {call_}['label'], 'x': {call_}['x']}}")
+    recipe.write_text(text)
+    result = call("train", recipe, "--workers", 0, "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert re.search(r"% of 13 labels right; labels by row", page)
+    assert "of 13 right" in page  # the images
+
+
+def test_the_report_of_what_is_no_classifier(tmp_path):
+    path = tmp_path / "folded.py"
+    path.write_text(AUTOENCODER)
+    result = call(
+        "train", path, "--workers", 0, "--epochs", 1, "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr"
+    )
+    assert result.exit_code == 0, result.output
+    assert "labels right" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_show(recipe):
     network = call("show", recipe)
     assert network.exit_code == 0
