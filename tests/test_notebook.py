@@ -51,6 +51,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "rank 1</td>" in text  # the plan
     accuracy = float(re.search(r"test accuracy: ([\d.]+)", text)[1])  # type: ignore[index]
     assert accuracy > 0.95
+    assert f"{accuracy:.2%} of 360 labels right" in text  # the confusion matrix
     (progress,) = (cell for cell in notebook.cells if "ProgressBar" in cell.source)
     assert len(progress.outputs) == 1  # drawn anew in the same place
     assert "stderr" not in {output.get("name") for cell in notebook.cells for output in cell.get("outputs", ())}
