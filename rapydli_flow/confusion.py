@@ -149,10 +149,19 @@ def confusion_matrix(
         raise ShapeError(
             f"confusion_matrix: {output!r} is {scores.dtype}{list(scores.shape)}, not scores N,...,classes."
         )
-    if not isinstance(data, Dataset):
-        if not isinstance(data, Mapping) or label not in data:
-            raise DatasetError(f"confusion_matrix: the data has no field {label!r}. Give a dict with it, or label=.")
+    if isinstance(data, Dataset):
+        data.readers_of([label])
+        shape = (len(data), *data.specs[label].shape)
+    elif isinstance(data, Mapping) and label in data:
         data = {label: np.asarray(data[label])}
+        shape = data[label].shape
+    else:
+        raise DatasetError(f"confusion_matrix: the data has no field {label!r}. Give a dict with it, or label=.")
+    if shape != scores.shape[:-1]:
+        raise ShapeError(
+            f"confusion_matrix: labels {label!r} have shape {shape} where scores have {scores.shape}. "
+            "There is one label for every row of scores."
+        )
     bounds = np.cumsum([0, *scores.chunks[0]]).tolist()
     parts = scores.to_delayed().reshape(-1)  # a chunk is a batch, whole along all other axes
     counted = dask.delayed(_counted, pure=False)
@@ -167,11 +176,6 @@ def _counted(scores: Array, given: Any, label: str, lo: int, hi: int) -> Array:
     """The counts of one batch: where it was predicted."""
     inside = isinstance(given, Dataset)
     labels = given.read(np.arange(lo, hi), [label])[label] if inside else given
-    if labels.shape != scores.shape[:-1]:
-        raise ShapeError(
-            f"confusion_matrix: labels {label!r} have shape {labels.shape} where scores have {scores.shape}. "
-            "There is one label for every row of scores."
-        )
     check_labels(labels, scores.shape[-1], label, given.records[lo:hi] if inside else lo)
     return _count(labels, scores.argmax(-1), scores.shape[-1])
 

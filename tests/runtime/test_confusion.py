@@ -95,7 +95,7 @@ def test_wrong_arguments(run, data):
         rf.confusion_matrix(run.graph, run.state, data["test"], label="class")
     with pytest.raises(DatasetError, match=r"label 5 at record 11 of 'label' is outside 0\.\.4"):
         rf.confusion_matrix(run.graph, run.state, {**fed, "label": np.where(np.arange(13) == 11, CLASSES, 0)})
-    with pytest.raises(ShapeError, match=r"labels 'label' have shape \(7, 2\) where scores have \(7, 5\)"):
+    with pytest.raises(ShapeError, match=r"labels 'label' have shape \(13, 2\) where scores have \(13, 5\)"):
         rf.confusion_matrix(run.graph, run.state, {**fed, "label": np.zeros((13, 2), int)})
     with pytest.raises(DTypeError, match="class numbers are integers"):
         rf.confusion_matrix(run.graph, run.state, {**fed, "label": np.zeros(13)})
