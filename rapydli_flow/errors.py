@@ -48,6 +48,10 @@ class TemplateError(RapydliError, ValueError):
     """A kernel template was asked for what it does not fit, or gave wrong numbers."""
 
 
+class SpaceError(RapydliError, ValueError):
+    """A tuning space that is empty or contradicts itself, or an expression that it does not allow."""
+
+
 class MissingDependency(RapydliError, ImportError):
     """An optional package, device or server is not there; the message names what to install."""
 

@@ -1,0 +1,10 @@
+"""Tuning spaces: parameters, derived values and constraints; counted, indexed, sampled and listed by propagation.
+
+May import errors only. Knows nothing of kernels: any space of any program can be written down here.
+"""
+
+from .expression import Node, parse
+from .files import read_spaces
+from .space import Point, Rule, Space
+
+__all__ = ["Node", "Point", "Rule", "Space", "parse", "read_spaces"]
