@@ -37,6 +37,7 @@ from rapydli_flow.template import Device, Epilogue, Template
 
 from .driver import Kernel, run_kernel
 from .text import digest, module_text
+from .tile import registers
 
 __all__ = ["Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
 
@@ -55,7 +56,22 @@ def host() -> Device:
         cores=len(os.sched_getaffinity(0)),
         vector_bytes=lanes * 4 if lanes else vector,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        vector_registers=registers(lanes * 4 if lanes else vector),
+        **_caches(),
     )
+
+
+def _caches() -> dict[str, int]:
+    """Bytes of a core's first and second level of data cache, as Linux tells them; nothing where it does not."""
+    found = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if level in ("1", "2") and kind != "Instruction" and size.endswith("K"):
+            found[f"l{level}_bytes"] = int(size[:-1]) << 10
+    return found
 
 
 def _cpu_name() -> str:

@@ -20,21 +20,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate, product
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .conv_geometry import Axis, Geometry, Sizes, backward, forward, geometry, padding
+from .conv_geometry import Axis, Geometry, Sizes, backward, forward, geometry, padding, something
 from .conv_overlap import BUFFER_BYTES, Overlap, overlapping, overlaps
 from .tile import balanced, holds, local, natural, outer, step_cost, store, zeros
 
-TASKS = 64  # enough to share out evenly among the cores of a rank
-CHUNK_BYTES = 1 << 18  # what a task reads of the source stays in the second-level cache from panel to panel
-SPACE: dict[str, tuple[Any, ...]] = {"rows": (14, 12, 8, 6, 4), "vectors": (2, 1, 3, 4), "lanes": (16, 8, 4, 2)}
+SPACE: dict[str, tuple[Any, ...]] = {
+    "rows": (14, 12, 10, 8, 7, 6, 5, 4),
+    "vectors": (2, 1, 3, 4),
+    "lanes": (16, 8, 4, 2),
+    "tasks": (64, 16, 256, 1024),  # at least, if there are tiles: enough to share out evenly among the cores of a rank
+    "chunk": (256, 64, 1024),  # KiB of the source that a task reads: they stay in a cache from panel to panel
+}
+FIRST_RUN = {"tasks": SPACE["tasks"][0], "chunk": SPACE["chunk"][0]}
+RUNS = [*product(SPACE["tasks"], SPACE["chunk"])]
 GRAD_SPACE: dict[str, tuple[Any, ...]] = {**SPACE, "overlap": (False, True)}
 Slide = Callable[[Sizes], Axis]
 
@@ -55,11 +63,14 @@ class Blocking:
     lines: int
     rows: int
     width: int
+    tasks: int
+    chunk: int
     itemsize: int
 
     @classmethod
-    def of(cls, g: Geometry, dtype: str, *, rows: int, vectors: int, lanes: int) -> Blocking:
-        return cls(g, *tile_shape(g, rows), vectors * lanes, np.dtype(dtype).itemsize)
+    def of(cls, g: Geometry, dtype: str, config: Mapping[str, Any]) -> Blocking:
+        width, itemsize = config["vectors"] * config["lanes"], np.dtype(dtype).itemsize
+        return cls(g, *tile_shape(g, config["rows"]), width, config["tasks"], config["chunk"], itemsize)
 
     @property
     def panels(self) -> int:
@@ -81,8 +92,8 @@ class Blocking:
         """Tiles of a task."""
         columns = self.panels * self.g.groups * self.g.phases
         pixel_bytes = self.g.inner * self.g.groups * self.itemsize * self.g.axes[1].step * self.g.axes[2].step
-        fitting = CHUNK_BYTES // max(1, self.lines * self.rows * pixel_bytes)
-        return max(1, min(self.tiles * columns // TASKS, fitting, self.tiles))
+        fitting = (self.chunk << 10) // max(1, self.lines * self.rows * pixel_bytes)
+        return max(1, min(self.tiles * columns // self.tasks, fitting, self.tiles))
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -96,24 +107,59 @@ class Blocking:
         return self.g.groups > 1 or self.panels > 1 or self.width != self.g.outer
 
 
+@lru_cache(maxsize=512)  # rules ask again and again
+def _geometry(op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], slide: Slide) -> Geometry:
+    return geometry(op, ins, outs, slide=slide).flat()
+
+
 def _tiling(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], config: Mapping[str, Any], slide: Slide) -> Blocking:
-    sizes = {name: config[name] for name in ("rows", "vectors", "lanes")}
-    return Blocking.of(geometry(op, ins, outs, slide=slide).flat(), outs[0].dtype, **sizes)
+    return Blocking.of(_geometry(op, tuple(ins), tuple(outs), slide), outs[0].dtype, config)
 
 
-def _fits_tiles(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any], slide: Slide
+def _registers(
+    slide: Slide,
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
 ) -> bool:
-    if outs[0].size == 0 or ins[0].size == 0 or ins[1].size == 0:
-        return False
-    b, rows, vectors, lanes = _tiling(op, ins, outs, config, slide), config["rows"], config["vectors"], config["lanes"]
-    shape = b.lines, b.rows
-    return (
-        holds(b.lines * b.rows, vectors, lanes, b.itemsize, device.vector_bytes)
-        and (vectors - 1) * lanes < b.g.outer
-        # a smaller `rows` means the same tile
-        and not any(r < rows and tile_shape(b.g, r) == shape for r in SPACE["rows"])
-    )
+    shape = tile_shape(_geometry(op, tuple(ins), tuple(outs), slide), rows)
+    return holds(prod(shape), vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+
+
+def _columns(
+    slide: Slide, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int
+) -> bool:
+    return (vectors - 1) * lanes < _geometry(op, tuple(ins), tuple(outs), slide).outer
+
+
+def _tile_once(slide: Slide, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
+    """No smaller ``rows`` means the same tile."""
+    g = _geometry(op, tuple(ins), tuple(outs), slide)
+    return not any(r < rows and tile_shape(g, r) == tile_shape(g, rows) for r in SPACE["rows"])
+
+
+def _run_once(slide: Slide, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    """No earlier pair of ``tasks`` and ``chunk`` means the same run of tiles."""
+
+    def run(tasks: int, chunk: int) -> int:
+        return _tiling(op, ins, outs, {**config, "tasks": tasks, "chunk": chunk}, slide).run
+
+    pair = config["tasks"], config["chunk"]
+    return all(run(*earlier) != run(*pair) for earlier in RUNS[: RUNS.index(pair)])
+
+
+RULES = {
+    "something to compute": something,
+    "a tile once": partial(_tile_once, forward),
+    "no vector without a filter": partial(_columns, forward),
+    "tile in registers": partial(_registers, forward),
+    "a run once": partial(_run_once, forward),
+}
 
 
 def _workspace_tiles(
@@ -130,30 +176,37 @@ def _tile_cost(b: Blocking, vectors: int) -> float:
     return b.tiles * b.panels * b.g.groups * weights * step_cost(b.lines * b.rows, vectors)
 
 
-def _fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    return _fits_tiles(op, ins, outs, device, config, forward)
-
-
 def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
     return _workspace_tiles(op, ins, outs, config, forward)
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
     lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
-    configs = [{"rows": r, "vectors": v, "lanes": lanes} for r, v in product(SPACE["rows"], SPACE["vectors"])]
+    first = {"lanes": lanes, **FIRST_RUN}
+    configs = [{"rows": r, "vectors": v, **first} for r, v in product(SPACE["rows"], SPACE["vectors"])]
     return min(
-        (config for config in configs if _fits(op, ins, outs, device, **config)),
+        (config for config in configs if broken(RULES, op, ins, outs, device, config) is None),
         key=lambda config: _tile_cost(_tiling(op, ins, outs, config, forward), config["vectors"]),
         default=configs[0],
     )
 
 
-@template("conv", "cpu", space=SPACE, fits=_fits, workspace=_workspace, prefer=_prefer)
+@template("conv", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer)
 def tiles(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, rows: int, vectors: int, lanes: int
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+    chunk: int,
 ) -> Loop:
     """Direct convolution: pixels by filters."""
-    b = Blocking.of(geometry(op, ins, outs).flat(), outs[0].dtype, rows=rows, vectors=vectors, lanes=lanes)
+    config = {"rows": rows, "vectors": vectors, "lanes": lanes, "tasks": tasks, "chunk": chunk}
+    b = _tiling(op, ins, outs, config, forward)
     return _loop(b, ins[1].shape, epilogue, vectors=vectors, lanes=lanes, reverse=False)
 
 
@@ -161,24 +214,68 @@ def _overlap(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], config: Mapping
     return Overlap.of(op, ins, outs, rows=config["rows"], width=config["vectors"] * config["lanes"])
 
 
-def _fits_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    if not config["overlap"]:
-        return _fits_tiles(op, ins, outs, device, config, backward)
-    if outs[0].size == 0 or ins[0].size == 0 or ins[1].size == 0 or not overlaps(op):
-        return False
-    rows, vectors, lanes, itemsize = (
-        config["rows"],
-        config["vectors"],
-        config["lanes"],
-        np.dtype(outs[0].dtype).itemsize,
-    )
-    g = _overlap(op, ins, outs, config)
-    return (
-        holds(g.rows, vectors, lanes, itemsize, device.vector_bytes)
-        and (vectors - 1) * lanes < g.length
-        and g.buffer_size * itemsize <= BUFFER_BYTES
-        and not any(r < rows and balanced(g.axes[2].y, r) == g.rows for r in SPACE["rows"])
-    )
+def _can_overlap(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, overlap: bool) -> bool:
+    return not overlap or overlaps(op)
+
+
+def _registers_grad(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    overlap: bool,
+    rows: int,
+    vectors: int,
+    lanes: int,
+) -> bool:
+    if not overlap:
+        return _registers(backward, op, ins, outs, device, rows=rows, vectors=vectors, lanes=lanes)
+    used = balanced(_overlap(op, ins, outs, {"rows": rows, "vectors": vectors, "lanes": lanes}).axes[2].y, rows)
+    return holds(used, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+
+
+def _columns_grad(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, overlap: bool, vectors: int, lanes: int
+) -> bool:
+    if not overlap:
+        return _columns(backward, op, ins, outs, device, vectors=vectors, lanes=lanes)
+    return (vectors - 1) * lanes < _overlap(op, ins, outs, {"rows": 1, "vectors": vectors, "lanes": lanes}).length
+
+
+def _tile_once_grad(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, overlap: bool, rows: int
+) -> bool:
+    if not overlap:
+        return _tile_once(backward, op, ins, outs, device, rows=rows)
+    across = _overlap(op, ins, outs, {"rows": rows, "vectors": 1, "lanes": 1}).axes[2].y
+    return not any(r < rows and balanced(across, r) == balanced(across, rows) for r in SPACE["rows"])
+
+
+def _buffer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    itemsize = np.dtype(outs[0].dtype).itemsize
+    return not config["overlap"] or _overlap(op, ins, outs, config).buffer_size * itemsize <= BUFFER_BYTES
+
+
+def _run_once_grad(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, overlap: bool, **config: Any
+) -> bool:
+    if not overlap:
+        return _run_once(backward, op, ins, outs, device, **config)
+    g, tasks = _overlap(op, ins, outs, config), SPACE["tasks"]
+    earlier = tasks[: tasks.index(config["tasks"])]
+    return config["chunk"] == SPACE["chunk"][0] and all(g.run(t) != g.run(config["tasks"]) for t in earlier)
+
+
+GRAD_RULES = {
+    "something to compute": something,
+    "filters overlap": _can_overlap,
+    "a tile once": _tile_once_grad,
+    "no vector without a filter": _columns_grad,
+    "tile in registers": _registers_grad,
+    "buffer in cache": _buffer,
+    "a run once": _run_once_grad,
+}
 
 
 def _workspace_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
@@ -191,7 +288,7 @@ def _workspace_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config
 def _prefer_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
     lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
     configs = [
-        {"rows": rows, "vectors": vectors, "lanes": lanes, "overlap": overlap}
+        {"rows": rows, "vectors": vectors, "lanes": lanes, **FIRST_RUN, "overlap": overlap}
         for overlap, rows, vectors in product(GRAD_SPACE["overlap"], SPACE["rows"], SPACE["vectors"])
     ]
 
@@ -203,11 +300,11 @@ def _prefer_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
         adding = 0.5 * outs[0].size * g.axes[2].window / lanes
         return g.multiplies * step_cost(g.rows, config["vectors"]) + adding
 
-    fitting = (config for config in configs if _fits_grad(op, ins, outs, device, **config))
+    fitting = (config for config in configs if broken(GRAD_RULES, op, ins, outs, device, config) is None)
     return min(fitting, key=cost, default=configs[0])
 
 
-@template("conv_input_grad", "cpu", space=GRAD_SPACE, fits=_fits_grad, workspace=_workspace_grad, prefer=_prefer_grad)
+@template("conv_input_grad", "cpu", space=GRAD_SPACE, fits=GRAD_RULES, workspace=_workspace_grad, prefer=_prefer_grad)
 def reversed_tiles(
     op: Any,
     ins: Sequence[Spec],
@@ -217,14 +314,16 @@ def reversed_tiles(
     rows: int,
     vectors: int,
     lanes: int,
+    tasks: int,
+    chunk: int,
     overlap: bool,
 ) -> Loop:
     """The convolution of dy with reversed filters, phase by phase; or overlapping rows (`conv_overlap`)."""
     if overlap:
         rows_of_dx = Overlap.of(op, ins, outs, rows=rows, width=vectors * lanes)
-        return overlapping(rows_of_dx, epilogue, vectors=vectors, lanes=lanes)
-    g = geometry(op, ins, outs, slide=backward).flat()
-    b = Blocking.of(g, outs[0].dtype, rows=rows, vectors=vectors, lanes=lanes)
+        return overlapping(rows_of_dx, epilogue, vectors=vectors, lanes=lanes, tasks=tasks)
+    config = {"rows": rows, "vectors": vectors, "lanes": lanes, "tasks": tasks, "chunk": chunk}
+    b = _tiling(op, ins, outs, config, backward)
     return _loop(b, ins[1].shape, epilogue, vectors=vectors, lanes=lanes, reverse=True)
 
 

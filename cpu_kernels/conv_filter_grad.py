@@ -22,15 +22,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from typing import Any
 
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .conv_geometry import Geometry, forward, padding, sizes
+from .conv_geometry import Geometry, forward, padding, sizes, something
 from .tile import balanced, holds, load, local, natural, outer, step_cost, store, zeros
 
 CHUNK = 1024  # most pixels between two visits of the partial sums
@@ -38,10 +37,10 @@ TASKS = 16  # fewer tasks than that are split
 SUMS = 1 << 20  # most partial sums
 COPY_BYTES = 1 << 17  # most of dy that may lie on a stack
 SPACE: dict[str, tuple[Any, ...]] = {
-    "rows": (14, 12, 10, 6),
+    "rows": (14, 12, 10, 8, 7, 6, 5, 4),
     "vectors": (2, 1, 3, 4),
     "lanes": (16, 8, 4, 2),
-    "split": (1, 8, 32),
+    "split": (1, 2, 4, 8, 16, 32),
 }
 
 
@@ -105,33 +104,39 @@ def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
     return Geometry(x[0], (d, h, w), dw[-2], dw[-1] // op.groups, op.groups)
 
 
-def _fits(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    *,
-    rows: int,
-    vectors: int,
-    lanes: int,
-    split: int,
+def _registers(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int
 ) -> bool:
-    if outs[0].size == 0 or ins[0].size == 0 or ins[1].size == 0:
-        return False
+    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=vectors, lanes=lanes, split=1)
+    return holds(b.lines * b.rows, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+
+
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
+    return (vectors - 1) * lanes < _geometry(op, ins, outs).outer
+
+
+def _tile_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
+    """No smaller ``rows`` means the same tile."""
     g = _geometry(op, ins, outs)
 
     def tile(rows: int) -> tuple[int, int]:
-        b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split)
+        b = Blocking.of(g, rows=rows, vectors=1, lanes=1, split=1)
         return b.lines, b.rows
 
-    shape = tile(rows)
-    return (
-        holds(prod(shape), vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
-        and (vectors - 1) * lanes < g.outer
-        and split <= g.n
-        # a smaller `rows` means the same tile
-        and not any(r < rows and tile(r) == shape for r in SPACE["rows"])
-    )
+    return not any(r < rows and tile(r) == tile(rows) for r in SPACE["rows"])
+
+
+def _images(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, split: int) -> bool:
+    return split <= ins[0].shape[0]
+
+
+RULES = {
+    "something to compute": something,
+    "an image for each part": _images,
+    "a tile once": _tile_once,
+    "no vector without a filter": _columns,
+    "tile in registers": _registers,
+}
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
             for split in reversed(SPACE["split"]):
                 config["split"] = split
                 useful = split == 1 or (b.pieces < TASKS and size * split <= SUMS)
-                if useful and _fits(op, ins, outs, device, **config):
+                if useful and broken(RULES, op, ins, outs, device, config) is None:
                     yield config
                     break
 
@@ -163,7 +168,7 @@ def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any
     return Spec((sums,), outs[0].dtype), Spec((padded,), outs[0].dtype)
 
 
-@template("conv_filter_grad", "cpu", space=SPACE, fits=_fits, workspace=_workspace, prefer=_prefer)
+@template("conv_filter_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer)
 def tiles(
     op: Any,
     ins: Sequence[Spec],

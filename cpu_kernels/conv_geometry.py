@@ -25,6 +25,7 @@ from math import prod
 from typing import Any
 
 from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device
 
 from .tile import natural
 
@@ -200,3 +201,8 @@ def padding(g: Geometry) -> tuple[Callable[..., None], int]:
                 padded[begin + i] = 0
 
     return pad, g.n * depth * height if g.pads else 0
+
+
+def something(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    """There are elements to read and to write."""
+    return all(spec.size for spec in (*ins, *outs))

@@ -26,7 +26,6 @@ from rapydli_flow.template import Epilogue, Loop
 from .conv_geometry import Sizes, sizes
 from .tile import balanced, local, natural, outer, store, zeros
 
-TASKS = 64  # enough to share out evenly among the cores of a rank
 BUFFER_BYTES = 1 << 16  # longest row that may lie on a stack
 
 
@@ -67,6 +66,10 @@ class Overlap:
         reach = (w.y - 1) * w.stride + w.window
         return (max(0, -w.low) + max(reach, w.x + max(0, w.low))) * self.channels
 
+    def run(self, tasks: int) -> int:
+        """Rows of dx of each of about so many tasks."""
+        return max(1, self.n * self.axes[0].x * self.axes[1].x // tasks)
+
     @property
     def multiplies(self) -> int:
         """Calls of `outer`, about."""
@@ -80,7 +83,7 @@ def overlaps(op: Any) -> bool:
     return op.groups == 1 and op.dilation[-1] == 1
 
 
-def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> Loop:
+def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tasks: int) -> Loop:
     """The kernel; its workspace is the packed filters, [q][r][panel][filter][column]."""
     d, h, w_axis = g.axes
     panels, width, length, filters, channels = g.panels, g.width, g.length, g.filters, g.channels
@@ -95,7 +98,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
     # dx[0] within the row buffer, and the first tap's pixel 0
     zero, origin = max(0, w_axis.low) * channels, max(0, -w_axis.low) * channels
     total = g.n * d.x * h.x
-    run = max(1, total // TASKS)
+    run = g.run(tasks)
 
     def before(task, dy, w, dx, packed, unused, extras, at):  # type: ignore[no-untyped-def]
         taps, panel = task // panels, task % panels
@@ -143,5 +146,4 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int) -> 
                     value = buffer[zero + pixel * channels + c]
                     dx[o + c] = epilogue(value, extras, o + c, c, at)
 
-    tasks = -(-total // run)
-    return Loop(body, tasks, before=before, before_tasks=window_d * window_h * panels)
+    return Loop(body, -(-total // run), before=before, before_tasks=window_d * window_h * panels)

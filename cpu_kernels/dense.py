@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .tile import balanced, holds, load, local, natural, outer, step_cost, store, transpose, zeros
 
@@ -92,27 +92,38 @@ def _sizes(op: Any, a: Spec) -> tuple[int, int]:
     return (a.shape[-1], a.shape[-2]) if op.ta else (a.shape[-2], a.shape[-1])
 
 
-def _fits(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    *,
-    rows: int,
-    vectors: int,
-    lanes: int,
-    pack: bool,
+def _elements(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    return outs[0].size > 0
+
+
+def _registers(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int
 ) -> bool:
-    (m, k), itemsize = outs[0].shape[-2:], np.dtype(outs[0].dtype).itemsize
-    used = balanced(m, rows) if m else rows
-    same = (r for r in SPACE["rows"] if r < rows and m and balanced(m, r) == used)
-    return (
-        outs[0].size > 0
-        and holds(used, vectors, lanes, itemsize, device.vector_bytes)
-        and (vectors - 1) * lanes < k
-        and (pack or not op.tb)
-        and not any(same)  # a smaller `rows` means the same tile
-    )
+    m, itemsize = outs[0].shape[-2], np.dtype(outs[0].dtype).itemsize
+    return holds(balanced(m, rows) if m else rows, vectors, lanes, itemsize, device.vector_bytes)
+
+
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
+    return (vectors - 1) * lanes < outs[0].shape[-1]
+
+
+def _tile_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
+    """No smaller ``rows`` means the same tile."""
+    m = outs[0].shape[-2]
+    return not any(r < rows and m and balanced(m, r) == balanced(m, rows) for r in SPACE["rows"])
+
+
+def _packs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, pack: bool) -> bool:
+    return bool(pack or not op.tb)
+
+
+RULES = {
+    "something to compute": _elements,
+    "packed where transposed": _packs,
+    "a tile once": _tile_once,
+    "no vector without a column": _columns,
+    "tile in registers": _registers,
+}
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
             pack = op.tb or -(-m // rows) > 2
             config = {"rows": rows, "vectors": vectors, "lanes": lanes, "pack": pack}
-            if _fits(op, ins, outs, device, **config):
+            if broken(RULES, op, ins, outs, device, config) is None:
                 yield config
 
     def cost(config: dict[str, Any]) -> float:
@@ -132,8 +143,8 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes, "pack": True})
 
 
-@template("batch_matmul", "cpu", space=SPACE, fits=_fits, prefer=_prefer)
-@template("matmul", "cpu", space=SPACE, fits=_fits, prefer=_prefer)
+@template("batch_matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+@template("matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
 def tiles(
     op: Any,
     ins: Sequence[Spec],

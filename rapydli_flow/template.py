@@ -7,7 +7,11 @@ family name only:
     @template("max_pool", "cpu", space={"rows": (4, 1, 8)})
     def direct(op, ins, outs, epilogue, *, rows): ...
 
-The first value of every parameter is the default, unless the template names a `default` function.
+The first value of every parameter is the default, unless the template names a function that prefers another.
+What a config must keep to is said by named rules, each a function of op, specs, device and the parameters that
+it names, or an expression over parameters and the limits of the device:
+
+    fits={"registers": "rows * vectors + vectors < vector_registers", "columns": no_empty_column}
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
 from .errors import TemplateError
+from .space import Space, calling, parse
+from .space.expression import scalar
 from .spec import Spec
 
 Config = Mapping[str, Any]
@@ -38,6 +44,21 @@ class Device:
     cores: int = 1
     vector_bytes: int = 32
     memory_bytes: int = 0
+    vector_registers: int = 16
+    l1_bytes: int = 32 << 10
+    l2_bytes: int = 256 << 10
+    threads: int = 1024  # of a block
+    registers: int = 65536  # of a multiprocessor
+    shared_bytes: int = 48 << 10  # of a block, without asking for more
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What constraints may name: of the processor's cores and caches, or of the card's blocks."""
+        names = {
+            "cpu": ("cores", "vector_bytes", "vector_registers", "l1_bytes", "l2_bytes"),
+            "cuda": ("cores", "threads", "registers", "shared_bytes"),
+        }
+        return {name: getattr(self, name) for name in names.get(self.kind, ())}
 
     @property
     def key(self) -> str:
@@ -112,8 +133,21 @@ def _no_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: 
     return ()
 
 
-def _always(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    return True
+Rule = str | Callable[..., bool]
+
+
+def broken(
+    rules: Mapping[str, Rule], op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config
+) -> str | None:
+    """The name of the first rule that a config breaks, or None."""
+    for name, rule in rules.items():
+        if isinstance(rule, str):
+            kept = scalar(parse(rule), {**device.limits, **config})
+        else:
+            kept = rule(op, ins, outs, device, **{n: config[n] for n in _parameters(rule, tuple(config))})
+        if not kept:
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -124,7 +158,7 @@ class Template:
     kind: str
     build: Callable[..., Any]
     space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    fits: Callable[..., bool] = _always
+    rules: Mapping[str, Rule] = field(default_factory=dict)
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace
     prefer: Callable[..., Config] | None = None
 
@@ -132,16 +166,30 @@ class Template:
     def name(self) -> str:
         return self.build.__name__
 
+    def space_of(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Space:
+        """The configs that this op on these specs allows on a device; the template's rules are the hard constraints."""
+        hard: dict[str, Any] = {}
+        for name, rule in self.rules.items():
+            if not isinstance(rule, str):
+                hard[name] = calling(partial(rule, op, ins, outs, device), _parameters(rule, tuple(self.space)))
+            else:
+                hard[name] = rule
+        return Space(self.space, hard=hard, given=device.limits)
+
+    def broken(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> str | None:
+        """The first rule that a config breaks."""
+        return broken(self.rules, op, ins, outs, device, config)
+
+    def fits(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+        """Does a config keep all rules?"""
+        return self.broken(op, ins, outs, device, config) is None
+
     def configs(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Iterator[dict[str, Any]]:
         """Every point of the space that fits, the default first."""
         first = self.default(op, ins, outs, device)
-        if first is None:
-            return
-        yield first
-        for values in product(*self.space.values()):
-            config = dict(zip(self.space, values, strict=True))
-            if config != first and self.fits(op, ins, outs, device, **config):
-                yield config
+        if first is not None:
+            yield first
+            yield from (config for config in self.space_of(op, ins, outs, device) if config != first)
 
     def default(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any] | None:
         """The config to use untuned: the preferred one, else the first that fits, else None."""
@@ -162,15 +210,23 @@ class Template:
                 f"template {self.family}/{self.name} has parameters {sorted(self.space)} "
                 f"but the config names {sorted(config)}. Give every parameter once."
             )
-        if not self.fits(op, ins, outs, device, **config):
+        broken = self.broken(op, ins, outs, device, config)
+        if broken is not None:
             raise TemplateError(
-                f"template {self.family}/{self.name} does not fit {', '.join(map(str, ins))} with {dict(config)}. "
-                "List what fits with Template.configs."
+                f"template {self.family}/{self.name} does not fit {', '.join(map(str, ins))} with {dict(config)}: "
+                f"it breaks the rule {broken!r}. List what fits with Template.configs."
             )
 
     def source(self) -> str:
         """The source text of the module that defines the template: part of a kernel's key."""
         return _source(self.build)
+
+
+@cache
+def _parameters(rule: Callable[..., bool], space: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of a space that a rule names after op, specs and device: all of them, if it takes any."""
+    named = list(inspect.signature(rule).parameters.values())[4:]
+    return tuple(space) if any(p.kind is p.VAR_KEYWORD for p in named) else tuple(p.name for p in named)
 
 
 @cache  # by function: a module that is imported again, or a cell that is run again, defines another one
@@ -189,14 +245,18 @@ def template(
     kind: str,
     *,
     space: Mapping[str, tuple[Any, ...]] | None = None,
-    fits: Callable[..., bool] = _always,
+    fits: Mapping[str, Rule] | Callable[..., bool] | None = None,
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace,
     prefer: Callable[..., Config] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a template for a family of ops on a kind of device ('cpu' or 'cuda')."""
+    """Register a template for a family of ops on a kind of device ('cpu' or 'cuda').
+
+    ``fits``: rules by name, or one function that is a rule of its own.
+    """
+    rules = fits if isinstance(fits, Mapping) else {"fits": fits} if fits is not None else {}
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        made = Template(family, kind, build, dict(space or {}), fits, workspace, prefer)
+        made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer)
         known = _templates.setdefault((family, kind), [])
         known[:] = [t for t in known if t.name != made.name] + [made]
         return build

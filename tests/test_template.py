@@ -18,7 +18,8 @@ def build(op: Any, ins: Any, outs: Any, epilogue: Any, **config: Any) -> Loop:
 
 
 def made(space: dict[str, tuple[Any, ...]], **options: Any) -> Template:
-    return Template("test_family", "cpu", build, space, **options)
+    fits = options.pop("fits", None)
+    return Template("test_family", "cpu", build, space, {"small": fits} if fits else {}, **options)
 
 
 def small(op: Any, ins: Any, outs: Any, device: Any, *, rows: int, wide: bool) -> bool:
@@ -67,7 +68,10 @@ def test_check_refuses() -> None:
     message = r"template test_family/build has parameters \['rows', 'wide'\] but the config names \['rows'\]"
     with pytest.raises(TemplateError, match=message):
         one.check(Relu(), (X,), (X,), DEVICE, {"rows": 2})
-    message = r"template test_family/build does not fit f32\[4,6\] with {'rows': 8, 'wide': True}. List what fits"
+    message = (
+        r"template test_family/build does not fit f32\[4,6\] with {'rows': 8, 'wide': True}: "
+        "it breaks the rule 'small'. List what fits"
+    )
     with pytest.raises(TemplateError, match=message):
         one.check(Relu(), (X,), (X,), DEVICE, {"rows": 8, "wide": True})
 

@@ -3,8 +3,8 @@
 May import errors only. Knows nothing of kernels: any space of any program can be written down here.
 """
 
-from .expression import Node, parse
+from .expression import Node, calling, parse
 from .files import read_spaces
 from .space import Point, Rule, Space
 
-__all__ = ["Node", "Point", "Rule", "Space", "parse", "read_spaces"]
+__all__ = ["Node", "Point", "Rule", "Space", "calling", "parse", "read_spaces"]

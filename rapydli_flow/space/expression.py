@@ -14,7 +14,7 @@ import ast
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,9 +169,16 @@ def of_function(function: Callable[..., Any], owner: str) -> Node:
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
             raise SpaceError(f"{owner}: the function takes {p}; name every parameter that it needs.")
     keywords = tuple(p.name if p.kind is p.KEYWORD_ONLY else "" for p in parameters)
-    return Node(
-        "call", (Called(function, keywords), *(name(p.name) for p in parameters)), frozenset(p.name for p in parameters)
-    )
+    return _call(Called(function, keywords), [p.name for p in parameters])
+
+
+def calling(function: Callable[..., Any], names: Sequence[str]) -> Node:
+    """A call of a function that takes these names as keywords."""
+    return _call(Called(function, tuple(names)), names)
+
+
+def _call(called: Called, names: Sequence[str]) -> Node:
+    return Node("call", (called, *map(name, names)), frozenset(names))
 
 
 @dataclass(frozen=True)

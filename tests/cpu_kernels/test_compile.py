@@ -338,7 +338,7 @@ def test_a_config_must_fit(cache_dir):
     template = templates("pointwise", "cpu")[0]
     with pytest.raises(TemplateError, match=r"has parameters \['grain'\] but the config names \['size'\]"):
         compiler.compile_kernel(template, Relu(), (Spec((3,)),), (Spec((3,)),), None, {"size": 1})
-    never = Template("conv", "cpu", lambda *args: None, {"a": (1,)}, fits=lambda *args, **config: False)
+    never = Template("conv", "cpu", lambda *args: None, {"a": (1,)}, {"never": lambda *args, **config: False})
     op = Conv(stride=(1,), padding=((0, 0),), dilation=(1,))
     with pytest.raises(TemplateError, match="does not fit f32"):
         compiler.compile_kernel(never, op, (Spec((1, 4, 1)),), (Spec((1, 4, 1)),))
