@@ -219,7 +219,7 @@ class Template:
 
     def source(self) -> str:
         """The source text of the module that defines the template: part of a kernel's key."""
-        return _source(self.build)
+        return _sources.get(self.build) or _source(self.build)
 
 
 @cache
@@ -237,6 +237,7 @@ def _source(build: Callable[..., Any]) -> str:
         return inspect.getsource(build)
 
 
+_sources: dict[Callable[..., Any], str] = {}  # of templates that came from another process
 _templates: dict[tuple[str, str], list[Template]] = {}
 
 
@@ -257,11 +258,21 @@ def template(
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
         made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer)
-        known = _templates.setdefault((family, kind), [])
-        known[:] = [t for t in known if t.name != made.name] + [made]
+        _register(made)
         return build
 
     return register
+
+
+def _register(made: Template) -> None:
+    known = _templates.setdefault((made.family, made.kind), [])
+    known[:] = [t for t in known if t.name != made.name] + [made]
+
+
+def adopt(made: Template, source: str) -> None:
+    """Register a template that came from another process, with the source text that it has there."""
+    _sources[made.build] = source
+    _register(made)
 
 
 @cache

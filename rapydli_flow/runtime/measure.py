@@ -1,4 +1,11 @@
-"""Measuring kernels on this host: checked against the reference, then timed in interleaved rounds."""
+"""Measuring kernels in this process: each checked against the reference, then timed in interleaved rounds.
+
+    for each round:   against  A  B  C         all in turn, so that a busy moment of the machine meets all of them
+                      against  A     C         what is clearly slower than `against` is not timed further
+
+Samples are ratios to `against` (or to the first that works) in the same round, times its median: what changes the
+speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from cpu_kernels.driver import run_kernel
+from cpu_kernels.driver import CallList, address_of
 
 from ..errors import RapydliError
 from ..ops import Sample
@@ -18,55 +25,119 @@ from ..tuner import Choice, Request, Trial, Tuning
 from .rank import at_array, kernel_of
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
-ROUNDS = 7
-ROUND_S = 0.004
+ROUNDS, THOROUGH = 7, 21
+ROUND_S, LIST_S = 0.004, 0.0003
+MOST_CALLS = 256
+REJECT = {2: 1.30, 3: 1.15, 5: 1.06}  # after so many rounds: slower than this, even at its best, is out
+OUT_OF_TIME_S = 2.0  # rounds of one choice take no longer, but for the first three
+Say = Callable[[int], None]
 
 
 class Measure:
-    """The `measure` callable of the tuner for the CPU of this process."""
+    """The tuner's `Measure` for the CPU, without containment. What it draws and computes for a request it keeps."""
 
     def __init__(self, device: Device, *, threads: int, seed: int = 0) -> None:
         self.device, self.threads, self.seed = device, threads, seed
+        self._request: Request | None = None
 
-    def __call__(self, request: Request, choices: Sequence[Choice]) -> list[Trial]:
-        """Seconds of one call for each choice, or why there are none."""
-        rng = np.random.default_rng(self.seed)
-        ins = Sample(request.op, request.ins, _ranges(request)).draw(rng)
-        channels = {i: (0.5, 2.0) for i, s in enumerate(request.epilogue.extras) if s.floating and len(s.shape) == 1}
-        extras = Sample(request.op, request.epilogue.extras, channels).draw(rng)
-        whole = request.whole or (request.op if request.epilogue.identity else None)
-        wanted = whole.run(*ins, *extras) if whole and max(s.size for s in request.outs) < 2_000_000 else None
+    def __call__(
+        self,
+        request: Request,
+        choices: Sequence[Choice],
+        *,
+        against: Choice | None = None,
+        thorough: bool = False,
+        say: Say = lambda place: None,
+    ) -> list[Trial]:
+        """A trial for each choice, that of ``against`` first. ``say`` is told which one is run for the first time."""
+        everyone = [*([against] if against is not None else []), *choices]
+        self._take(request)
         trials: dict[int, Trial] = {}
-        ready = {}
-        for i, choice in enumerate(choices):
+        ready: dict[int, Callable[[], float]] = {}
+        for i, choice in enumerate(everyone):
+            say(i)
             try:
-                run, outs = self._prepare(request, choice, ins, extras)
-                run()
-                error = _deviation(outs, wanted) if wanted is not None else 0.0
-                if not error <= TOLERANCE.get(request.outs[0].dtype, 0.0):
-                    raise RapydliError(f"deviates from the reference by {error:.1e}")
-                ready[i] = run
+                run = self._prepare(request, choice)
             except Exception as failure:  # templates are open to all: whatever one does, the others are tried
-                trials[i] = Trial(choice, error=f"{type(failure).__name__}: {failure}")
-        times: dict[int, list[float]] = {i: [] for i in ready}
-        for _ in range(ROUNDS):
-            for i, run in ready.items():
-                times[i].append(_time(run))
-        trials |= {i: Trial(choices[i], median(values)) for i, values in times.items()}
-        return [trials[i] for i in range(len(choices))]
+                trials[i] = Trial.failed(choice, "compile", f"{type(failure).__name__}: {failure}")
+                continue
+            try:
+                ready[i] = self._checked(request, run)
+            except Exception as failure:
+                trials[i] = Trial.failed(choice, "check", f"{type(failure).__name__}: {failure}")
+        say(-1)
+        for i, samples in self._rounds(ready, thorough).items():
+            trials[i] = Trial.timed(everyone[i], samples)
+        return [trials[i] for i in range(len(everyone))]
 
-    def _prepare(
-        self, request: Request, choice: Choice, ins: Sequence[Array], extras: Sequence[Array]
-    ) -> tuple[Callable[[], None], list[Array]]:
+    # inputs and reference ---------------------------------------------------------------------------
+
+    def _take(self, request: Request) -> None:
+        """Draw operands and compute what is right, once for a request."""
+        if request == self._request:
+            return
+        rng = np.random.default_rng(self.seed)
+        self._ins = [np.asarray(a, order="C") for a in Sample(request.op, request.ins, _ranges(request)).draw(rng)]
+        extras = request.epilogue.extras
+        channels = {i: (0.5, 2.0) for i, s in enumerate(extras) if s.floating and len(s.shape) == 1}
+        self._extras = [np.asarray(a, order="C") for a in Sample(request.op, extras, channels).draw(rng)]
+        whole = request.whole or (request.op if request.epilogue.identity else None)
+        self._wanted = whole.run(*self._ins, *self._extras) if whole else None
+        self._request = request
+
+    def _prepare(self, request: Request, choice: Choice) -> tuple[CallList, list[Array], list[Array]]:
         kernel = kernel_of(request, choice, self.device)
         outs = [_unwritten(s) for s in request.outs]
         work = [np.empty(s.shape, s.dtype) for s in Tuning(self.device).workspace(request, choice)]
         at = at_array(Block.all(request.outs[0].shape))
+        buffers = [*self._ins, *outs, *work, *self._extras, at]
+        call = (kernel, [address_of(b) for b in buffers])
+        once = CallList([call])
+        begin = time.perf_counter()
+        once.run(threads=self.threads)
+        spent = max(time.perf_counter() - begin, 1e-7)
+        calls = 1 if spent > LIST_S else min(MOST_CALLS, round(LIST_S / spent) + 1)
+        return (CallList([call] * calls) if calls > 1 else once), outs, buffers
 
-        def run() -> None:
-            run_kernel(kernel, ins, outs, work=work, extras=extras, at=at, threads=self.threads)
+    def _checked(self, request: Request, prepared: tuple[CallList, list[Array], list[Array]]) -> Callable[[], float]:
+        """Seconds of one call, as a function; raises if the first results were wrong."""
+        calls, outs, buffers = prepared
+        error = _deviation(outs, self._wanted) if self._wanted is not None else 0.0
+        if not error <= TOLERANCE.get(request.outs[0].dtype, 0.0):
+            raise RapydliError(f"deviates from the reference by {error:.1e}")
 
-        return run, outs
+        def seconds(buffers: list[Array] = buffers) -> float:  # the list knows addresses only: keep what they name
+            begin, done = time.perf_counter(), 0
+            while True:
+                calls.run(threads=self.threads)
+                done += 1
+                spent = time.perf_counter() - begin
+                if spent > ROUND_S:
+                    return spent / (done * len(calls))
+
+        return seconds
+
+    # rounds -----------------------------------------------------------------------------------------
+
+    def _rounds(self, ready: dict[int, Callable[[], float]], thorough: bool) -> dict[int, list[float]]:
+        """Samples of each: in seconds, as ratios to the first in the same round, times its median."""
+        if not ready:
+            return {}
+        base, samples = min(ready), {i: [] for i in ready}  # type: dict[int, list[float]]
+        spent = dict.fromkeys(ready, 0.0)
+        running = list(ready)
+        for r in range(THOROUGH if thorough else ROUNDS):
+            for i in [*running[r % len(running) :], *running[: r % len(running)]]:
+                begin = time.perf_counter()
+                samples[i].append(ready[i]())
+                spent[i] += time.perf_counter() - begin
+            if r + 1 in REJECT and not thorough:
+                limit = REJECT[r + 1] * median(samples[base])
+                running = [i for i in running if i == base or min(samples[i]) <= limit]
+            if r >= 2 and max(spent.values()) > OUT_OF_TIME_S * (4 if thorough else 1):
+                break
+        middle = median(samples[base])
+        return {i: [t / b * middle for t, b in zip(mine, samples[base], strict=False)] for i, mine in samples.items()}
 
 
 def _ranges(request: Request) -> dict[int, tuple[float, float]]:
@@ -89,17 +160,6 @@ def _deviation(outs: Sequence[Array], wanted: Sequence[Array]) -> float:
         off = float(np.abs(out.astype(np.float64) - want).max(initial=0.0)) / scale
         worst = off if not off <= worst else worst  # NaN stays
     return worst
-
-
-def _time(run: Callable[[], None]) -> float:
-    """Seconds of one call: as many calls as fit in a round."""
-    begin, calls = time.perf_counter(), 0
-    while True:
-        run()
-        calls += 1
-        spent = time.perf_counter() - begin
-        if spent > ROUND_S:
-            return spent / calls
 
 
 def distinct(requests: Sequence[Request], device: Device) -> list[Request]:

@@ -1,19 +1,24 @@
-"""Operators and kernels of a user's own: the modules that define them must be there on a cluster too."""
+"""Operators and kernels of a user's own: other processes need the modules that define them, or the code itself."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import linecache
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import cloudpickle
 from distributed import Client
 
 from ..errors import MissingDependency
 from ..graph import Graph
 from ..ops import Op
 from ..scheduler import Program
-from ..template import Device
+from ..template import Device, Template, adopt
+from ..tuner import Request
 
 OURS = ("rapydli_flow.", "cpu_kernels.", "gpu_kernels.")
 
@@ -85,3 +90,53 @@ def missing(names: Mapping[str, str]) -> dict[str, str]:
         except Exception as error:  # whatever a module of the user's does here
             errors[module] = f"{type(error).__name__}: {error}"
     return errors
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A request with the templates of a user's own that may serve it, for another process of this machine.
+
+    ``sources``: by template the text that is part of its kernels' keys; ``lines``: files that only this process has.
+    """
+
+    request: Request
+    templates: tuple[Template, ...]
+    sources: tuple[str, ...]
+    lines: Mapping[str, tuple[str, ...]]
+
+
+def carry(request: Request, device: Device) -> bytes:
+    """The request as bytes. What the other process could not import is in them by value."""
+    found = [t for t in request.templates(device) if not t.build.__module__.startswith(OURS)]
+    files = {t.build.__code__.co_filename for t in found}
+    lines = {file: tuple(linecache.getlines(file)) for file in files}
+    carried = Carried(request, tuple(found), tuple(t.source() for t in found), lines)
+    modules = {t.build.__module__ for t in found} | {type(op).__module__ for op in _ops(request.whole or request.op)}
+    shipped = [sys.modules[m] for m in modules if not m.startswith(OURS) and m != "__main__" and not _importable(m)]
+    for module in shipped:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(carried))
+    finally:
+        for module in shipped:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def unpack(data: bytes) -> Request:
+    """In the other process: the request, its templates registered."""
+    carried: Carried = cloudpickle.loads(data)
+    for file, lines in carried.lines.items():
+        if file not in linecache.cache:
+            linecache.cache[file] = (sum(map(len, lines)), None, list(lines), file)
+    for template, source in zip(carried.templates, carried.sources, strict=True):
+        adopt(template, source)
+    return carried.request
+
+
+def _importable(module: str) -> bool:
+    """Would another process find the same file under this name?"""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin == getattr(sys.modules[module], "__file__", None)

@@ -94,6 +94,16 @@ class Publisher(Callback):
                 self.sent.set()
 
 
+def show_page(client: Client) -> bool:
+    """Put the page onto the scheduler's dashboard if it is not there; False where that cannot be."""
+    try:
+        client.register_plugin(Page())
+    except Exception as error:  # no right to install plugins, another version: the run itself can do without
+        log.info("there is no page of this run on the dashboard: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
 def publishing(
     client: Client | None, name: str, programs: Sequence[Program], *, addresses: Sequence[str], granularity: str
 ) -> tuple[Callback, ...]:
@@ -101,12 +111,7 @@ def publishing(
 
     ``addresses``: the worker of each rank, where ranks stay on workers.
     """
-    if client is None:
-        return ()
-    try:
-        client.register_plugin(Page())
-    except Exception as error:  # no right to install plugins, another version: the run itself can do without
-        log.info("there is no page of this run on the dashboard: %s: %s", type(error).__name__, error)
+    if client is None or not show_page(client):
         return ()
     about = {
         "name": name,

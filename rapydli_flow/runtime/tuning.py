@@ -1,59 +1,44 @@
-"""Tuning the kernels of rank graphs, here or on a worker, and remembering what was found."""
+"""Tuning the kernels of rank graphs, here or on workers, and remembering what was found.
+
+On a cluster one worker of each kind of device tunes, all kinds at once; what they say on the way and what they
+found goes to the client, to the page on the scheduler's dashboard, and into the cache of every host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
-from distributed import Client
+from distributed import Client, get_worker
+from distributed import Event as DaskEvent
 
 from cpu_kernels.compile import host
 
-from .. import markup
 from ..config import settings
+from ..errors import RunLost, SettingError
 from ..graph import Graph
 from ..ops import Leaf
+from ..space import Rules, as_rules
 from ..template import Device
-from ..tuner import Request, Trial, Tuning, TuningCache, tune
-from .measure import Measure, distinct
+from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
+from .cluster import ready_workers
+from .own import carry, unpack
+from .publish import show_page
+from .session import Job, Options, Progress, Session, tune_all
+from .tuning_report import TuningReport
 
-Found = list[tuple[Request, Trial, Trial]]
-
-
-@dataclass(frozen=True)
-class TuningReport:
-    """What tuning found: (request, best trial, trial of the default) for each kernel that was reached."""
-
-    found: Found
-    requests: int
-    tuning: Tuning
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows = []
-        for request, best, default in self.found:
-            gain = (default.time_s or 0.0) / best.time_s if best.time_s else 0.0
-            rows.append((str(request)[:60], _ms(default), _ms(best), f"{gain:.2f}x", str(best.choice)))
-        return rows
-
-    def _repr_html_(self) -> str:
-        rows = [(kernel, config, default, best, gain) for kernel, default, best, gain, config in self._rows()]
-        head = markup.title("Tuning", f"{len(rows):,} of {self.requests:,} kernels tuned")
-        return head + markup.table(("kernel", "best template and config", "default", "best", "gain"), rows, right=3)
-
-    def __str__(self) -> str:
-        rows = [("kernel", "default", "best", "gain", "config"), *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*(line.rstrip() for line in lines), f"{len(self.found)} of {self.requests} kernels tuned"])
-
-
-def _ms(trial: Trial) -> str:
-    return "failed" if trial.time_s is None else f"{trial.time_s * 1e3:.3f} ms"
+TOPIC = "rapydli-tuning"
+START_S, POLL_S, GONE_S = 30.0, 0.2, 3.0
+EXHAUSTED = "nothing left to try"
+SIMILAR = 3  # winners of similar shapes that a search starts with
 
 
 def cache() -> TuningCache:
     """The tuning results of this user on this host."""
-    return TuningCache(settings().cache_dir / "tuning.jsonl")
+    return TuningCache(settings().cache_dir / "tuning.sqlite")
 
 
 def known(device: Device) -> Tuning:
@@ -61,22 +46,58 @@ def known(device: Device) -> Tuning:
     return cache().tuning(device)
 
 
-def requests_of(graphs: Sequence[Graph], device: Device) -> list[Request]:
-    """The distinct kernels of rank graphs, the largest first."""
+def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:
+    """The distinct kernels of rank graphs that have a template, and how often the largest share of ranks calls each."""
     tuning = Tuning(device)
-    found: list[tuple[int, Request]] = []
+    first: dict[str, Request] = {}
+    most: dict[str, int] = {}
     for graph in graphs:
+        calls: dict[str, int] = {}
         for node in graph:
             if not isinstance(node.op, Leaf) and not node.op.collective and not node.op.view:
-                specs = [graph.spec(v) for v in node.inputs]
-                found.append((node.op.flops(*specs), tuning.serve(node.op, specs)[0]))
-    return distinct([request for _, request in sorted(found, key=lambda pair: -pair[0])], device)
+                request = tuning.serve(node.op, [graph.spec(v) for v in node.inputs])[0]
+                key = request.key(device)
+                calls[key] = calls.get(key, 0) + 1
+                if key not in first and request.templates(device):
+                    first[key] = request
+        most = {key: max(most.get(key, 0), n) for key, n in {**most, **calls}.items()}
+    return {request: most[key] for key, request in first.items()}
 
 
-def tune_here(requests: Sequence[Request], threads: int, budget_s: float) -> Found:
-    """Tune on this host; also the body of a task."""
-    device = host()
-    return tune(requests, device, Measure(device, threads=threads), budget_s=budget_s)
+def jobs_of(graphs: Sequence[Graph], device: Device) -> list[Job]:
+    """What is to be tuned, with what is known of it."""
+    store = cache()
+    return [
+        Job(request, calls, tuple(store.trials(device, request)), similar(store, device, request))
+        for request, calls in requests_of(graphs, device).items()
+    ]
+
+
+def similar(store: TuningCache, device: Device, request: Request) -> tuple[Choice, ...]:
+    """What won for the nearest shapes of the same family."""
+    return nearest(request, store.winners(device, request.op.family))[:SIMILAR]
+
+
+def check_soft(soft: Rules, requests: Sequence[Request], device: Device) -> None:
+    """Refuse constraints of the user's that no template could keep to, before anything is measured."""
+    rules = as_rules(soft)
+    if not rules:
+        return
+    spaces = [t.space_of(r.op, r.ins, r.outs, device) for r in requests for t in r.templates(device)]
+    for name, tree in rules.items():
+        if not any(tree.names <= space.vocabulary for space in spaces):
+            names = sorted(set().union(*(space.vocabulary for space in spaces)))
+            raise SettingError(
+                f"autotune: the constraint {name!r} names {', '.join(sorted(tree.names))}, but no template of this "
+                f"step has all of them. Its parameters are {', '.join(names)}."
+            )
+
+
+def remember(store: TuningCache, device: Device, found: Found) -> None:
+    """Keep what was found for one kernel. A choice needs more than the default's time, or nothing else to try."""
+    store.record(device, found.request, found.trials)
+    if found.best.time_s is not None and (len(found.trials) > 1 or found.ended == EXHAUSTED):
+        store.add(device, found.request, found.best, found.default, found.ties)
 
 
 def autotune(
@@ -85,22 +106,121 @@ def autotune(
     client: Client | None,
     *,
     budget_s: float,
-    watch: Callable[[str], None] | None = None,
+    trials: int | None = None,
+    strategy: str = "guided",
+    soft: Rules = (),
+    seed: int = 0,
+    watch: Callable[[Progress], None] | None = None,
 ) -> TuningReport:
     """Tune every distinct kernel of rank graphs and keep the results."""
+    options = Options(threads, budget_s, trials, strategy, soft, seed)
+    tell = watch or (lambda progress: None)
     if client is None:
         device = host()
-        requests = requests_of(graphs, device)
-
-        def tell(request: Request, best: Trial, trials: int) -> None:
-            if watch is not None:
-                watch(f"{request}: {_ms(best)} with {best.choice} ({trials} tried)")
-
-        found = tune(requests, device, Measure(device, threads=threads), budget_s=budget_s, watch=tell)
+        jobs = jobs_of(graphs, device)
+        check_soft(soft, [job.request for job in jobs], device)
+        keep = partial(remember, cache(), device)
+        sessions, lost = [tune_all(jobs, device, options, graph=graphs[0], tell=tell, keep=keep)], ()
     else:
-        worker = min(client.scheduler_info(n_workers=-1)["workers"])
-        device = client.submit(host, workers=[worker], pure=False).result()
-        requests = requests_of(graphs, device)
-        found = client.submit(tune_here, requests, threads, budget_s, workers=[worker], pure=False).result()
-    cache().add(device, [(request, best.choice, best.time_s or 0.0) for request, best, _ in found])
-    return TuningReport(found, len(requests), known(device))
+        sessions, lost = _on_workers(graphs, client, options, tell)
+    return TuningReport(tuple(sessions), known(sessions[0].device), lost)
+
+
+# on a cluster --------------------------------------------------------------------------------------------
+
+
+def _on_workers(
+    graphs: Sequence[Graph], client: Client, options: Options, tell: Callable[[Progress], None]
+) -> tuple[list[Session], tuple[str, ...]]:
+    """The sessions of all kinds of device, and the kinds whose worker was lost."""
+    workers = ready_workers(client, None, START_S)
+    kinds: dict[str, tuple[Device, str]] = {}  # devices with equal keys run the same kernels equally fast
+    for address in sorted(workers):
+        device = workers[address]["device"]
+        kinds.setdefault(device.key, (device, address))
+    show_page(client)
+    session = f"rapydli-tuning-{uuid.uuid4().hex[:10]}"
+    stop, futures = DaskEvent(session, client=client), {}
+    client.subscribe_topic(session, lambda event: tell(Progress(**event[1])))
+    try:
+        for device, address in kinds.values():
+            jobs = jobs_of(graphs, device)
+            check_soft(options.soft, [job.request for job in jobs], device)
+            packed = [(carry(job.request, device), job.calls, job.known, job.similar) for job in jobs]
+            there = {"workers": [address], "pure": False, "retries": 0}
+            futures[address] = client.submit(tune_there, packed, device, options, graphs[0], session, **there)
+        try:
+            done, lost = _gathered(client, futures)
+        except KeyboardInterrupt:
+            stop.set()
+            done, lost = _gathered(client, futures)
+    finally:
+        client.unsubscribe_topic(session)
+    if not done:
+        raise RunLost(
+            f"autotune: {', '.join(lost)} disappeared while tuning. What was found until then is in the cache there; "
+            "start the worker again and repeat the call."
+        )
+    for each in done:
+        for found in each.found:
+            remember(cache(), each.device, found)
+    _share(client, [each.device for each in done])
+    return done, lost
+
+
+def _gathered(client: Client, futures: Mapping[str, Any]) -> tuple[list[Session], tuple[str, ...]]:
+    """The results that come, and the workers that are gone, which are not waited for."""
+    waiting, missed = dict(futures), dict.fromkeys(futures, 0.0)
+    done: list[Session] = []
+    lost: list[str] = []
+    while waiting:
+        there = client.scheduler_info(n_workers=-1)["workers"]
+        for address, future in list(waiting.items()):
+            missed[address] = 0.0 if address in there else missed[address] or time.monotonic()
+            if future.done():
+                done.append(waiting.pop(address).result())
+            elif missed[address] and time.monotonic() - missed[address] > GONE_S:
+                waiting.pop(address).cancel()
+                lost.append(f"worker {address}")
+        time.sleep(POLL_S)
+    return done, tuple(lost)
+
+
+def tune_there(
+    packed: Sequence[tuple[bytes, int, tuple[Trial, ...], tuple[Choice, ...]]],
+    device: Device,
+    options: Options,
+    graph: Graph,
+    session: str,
+) -> Session:
+    """The task: tune on this worker, tell what happens, keep what is found in this host's cache too."""
+    worker, stop = get_worker(), DaskEvent(session)
+    jobs = [Job(unpack(data), *rest) for data, *rest in packed]
+    asked = [0.0]
+
+    def tell(progress: Progress) -> None:
+        said = progress.to_json()
+        worker.log_event([session, TOPIC], {**said, "session": session})
+
+    def stopped() -> bool:  # the scheduler is asked once a second at most
+        if time.monotonic() - asked[0] < 1.0:
+            return False
+        asked[0] = time.monotonic()
+        return bool(stop.is_set())
+
+    keep = partial(remember, cache(), device)
+    return tune_all(jobs, device, options, graph=graph, tell=tell, stop=stopped, keep=keep)
+
+
+def _share(client: Client, devices: Sequence[Device]) -> None:
+    """Put what is known of these devices into the cache of every host of the cluster."""
+    text = "".join(cache().lines(device.key) for device in devices)
+    hosts: dict[str, str] = {}
+    for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
+        hosts.setdefault(worker["host"], address)
+    client.run(take, text, workers=sorted(hosts.values()))
+
+
+def take(text: str) -> None:
+    """On a worker: merge results into this host's cache."""
+    cache().merge_lines(text)

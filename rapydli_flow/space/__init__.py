@@ -5,6 +5,6 @@ May import errors only. Knows nothing of kernels: any space of any program can b
 
 from .expression import Node, calling, parse
 from .files import read_spaces
-from .space import Point, Rule, Space
+from .space import Point, Rule, Rules, Space, as_rules
 
-__all__ = ["Node", "Point", "Rule", "Space", "calling", "parse", "read_spaces"]
+__all__ = ["Node", "Point", "Rule", "Rules", "Space", "as_rules", "calling", "parse", "read_spaces"]

@@ -138,6 +138,11 @@ class Space:
     def names(self) -> tuple[str, ...]:
         return tuple(self._declared)
 
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """All that constraints may name."""
+        return frozenset((*self._declared, *self._derived, *self._given))
+
     # the diagrams -----------------------------------------------------------------------------------
 
     @cached_property
@@ -373,6 +378,11 @@ def _as_node(owner: str, expression: Expression) -> Node:
     if callable(expression):
         return of_function(expression, owner)
     raise SpaceError(f"{owner} is {expression!r}, not an expression or a function.")
+
+
+def as_rules(rules: Rules) -> dict[str, Node]:
+    """Constraints by name, read."""
+    return {name: _as_node(f"the constraint {name!r}", rule) for name, rule in _named(rules).items()}
 
 
 def _named(rules: Rules) -> dict[str, Expression]:

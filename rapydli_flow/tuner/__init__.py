@@ -1,10 +1,28 @@
 """The autotuner: what can be asked for, what was chosen, how choices are searched, measured and kept.
 
-May import floors 0 to 3. It is given a `measure` callable and never runs a kernel itself.
+May import floors 0 to 3. It is given a `Measure` and never runs a kernel itself.
 """
 
 from .cache import TuningCache
 from .choice import REFERENCE, Choice, Request, Tuning
-from .search import Trial, exhaustive, tune
+from .funnel import Funnel
+from .search import Budget, Found, Measure, Tuner
+from .similar import nearest
+from .strategies import STRATEGIES
+from .trial import Trial
 
-__all__ = ["REFERENCE", "Choice", "Request", "Trial", "Tuning", "TuningCache", "exhaustive", "tune"]
+__all__ = [
+    "REFERENCE",
+    "STRATEGIES",
+    "Budget",
+    "Choice",
+    "Found",
+    "Funnel",
+    "Measure",
+    "Request",
+    "Trial",
+    "Tuner",
+    "Tuning",
+    "TuningCache",
+    "nearest",
+]

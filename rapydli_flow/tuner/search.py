@@ -1,71 +1,281 @@
-"""Search: which config of which template is fastest for a request. First form: every one of them."""
+"""Searching for the fastest config of one request: strategies ask, a harness measures, budgets end it.
+
+    candidates of each template -> strategy asks for a batch -> measured beside the best so far -> told back
+                        ... until the budget is spent, nothing is left, or nothing has improved for long
+    the few best and the default -> measured once more, for longer -> ties -> one of them, by rule
+
+The harness is given: a `Measure` compiles, checks and times choices, and times them *against* a choice in the
+same rounds. All that is compared is thereby relative to something that ran at the same moment.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Protocol
 
-from ..template import Device
-from .choice import Choice, Request
+import numpy as np
+
+from ..errors import SettingError
+from ..space import Rules, Space, as_rules
+from ..template import Device, Template
+from .choice import Choice, Request, Tuning
+from .funnel import Funnel
+from .strategies import Strategy, named
+from .trial import Trial
+
+TIE = 0.02  # times this near to the best are ties
+FINALISTS, NEAR = 5, 0.06
+PATIENCE = 0.15  # of the space, tried without an improvement: enough
+LEAST_PATIENCE = 24
+DROPPED = 1.5  # a template whose best is so much slower, after two batches, is not tried further
+
+
+class Measure(Protocol):
+    """What compiles, checks and times: a trial for each choice, in their order.
+
+    ``against`` is timed in the same rounds, and its own trial comes first. ``thorough``: many rounds, and none is
+    rejected early.
+    """
+
+    def __call__(
+        self, request: Request, choices: Sequence[Choice], *, against: Choice | None = None, thorough: bool = False
+    ) -> list[Trial]: ...
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One measurement: seconds of a call, or the reason why there is none."""
+class Budget:
+    """When to stop: seconds, or trials, or both."""
 
-    choice: Choice
-    time_s: float | None = None
-    error: str = ""
+    seconds: float = inf
+    trials: int | None = None
 
-
-Measure = Callable[[Request, Sequence[Choice]], list[Trial]]
-
-
-def exhaustive(request: Request, device: Device) -> Iterator[Choice]:
-    """Every config of every template, the defaults first."""
-    found = request.templates(device)
-    configs = [t.configs(request.op, request.ins, request.outs, device) for t in found]
-    firsts = [Choice.of(t, next(c)) for t, c in zip(found, configs, strict=True)]
-    yield from firsts
-    for template, rest in zip(found, configs, strict=True):
-        for config in rest:
-            yield Choice.of(template, config)
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0 or (self.trials is not None and self.trials < 1):
+            raise SettingError(f"tuning: a budget of {self.seconds} seconds and {self.trials} trials cannot be kept.")
 
 
-def tune(
-    requests: Iterable[Request],
-    device: Device,
-    measure: Measure,
-    *,
-    budget_s: float,
-    watch: Callable[[Request, Trial, int], None] = lambda request, best, trials: None,
-) -> list[tuple[Request, Trial, Trial]]:
-    """(request, best trial, trial of the default) for each request that the budget reaches.
+@dataclass(frozen=True)
+class Found:
+    """What tuning one request found.
 
-    ``measure`` checks every choice against the reference before it times it, and answers with a
-    reason where a choice fails. The default stays unless another is faster by more than 2 %. A request
-    of which every choice fails is left out; ``watch`` gets its default's trial, without a time.
+    ``best`` is the choice to use, ``ties`` those that are as fast within 2 %. ``history``: trials, seconds and
+    the best time so far, whenever it improved. ``ended`` says why the search stopped.
     """
-    end = time.monotonic() + budget_s
-    out = []
-    for request in requests:
-        if time.monotonic() > end:
-            break
-        trials: list[Trial] = []
-        pending = list(exhaustive(request, device))
-        while pending and (not trials or time.monotonic() < end):
-            trials += measure(request, pending[:8])
-            pending = pending[8:]
-        good = [t for t in trials if t.time_s is not None]
-        if not good:
-            if trials:
-                watch(request, trials[0], len(trials))
-            continue
-        default = trials[0]
-        best = min(good, key=lambda t: t.time_s or 0.0)
-        if default.time_s is not None and best.time_s is not None and best.time_s > 0.98 * default.time_s:
-            best = default
-        watch(request, best, len(trials))
-        out.append((request, best, default))
-    return out
+
+    request: Request
+    default: Trial
+    best: Trial
+    ties: tuple[Choice, ...]
+    trials: tuple[Trial, ...]
+    funnel: Funnel
+    history: tuple[tuple[int, float, float], ...]
+    ended: str
+    strategy: str
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the default; 1 where one of them has no time."""
+        return self.default.time_s / self.best.time_s if self.default.time_s and self.best.time_s else 1.0
+
+
+Watch = Callable[[Request, Sequence[Trial]], None]
+
+
+@dataclass
+class _Race:
+    """The search in one template's space."""
+
+    template: Template
+    space: Space
+    search: Any
+    waiting: list[Choice] | None = None
+    best: float = inf
+    batches: int = 0
+
+
+@dataclass
+class Tuner:
+    """Searches one request. ``soft`` adds constraints of the user's own, where they name a template's parameters."""
+
+    request: Request
+    device: Device
+    measure: Measure
+    strategy: str | Strategy = "guided"
+    budget: Budget = field(default_factory=Budget)
+    soft: Rules = ()
+    known: Sequence[Trial] = ()
+    similar: Sequence[Choice] = ()
+    batch: int = 4
+    seed: int = 0
+    watch: Watch = lambda request, trials: None
+
+    def run(self) -> Found:
+        """Search until the budget ends. An interrupt (Ctrl-C) ends it too; what was learnt is returned.
+
+        Raises SpaceError if the constraints of ``soft`` leave no config.
+        """
+        self._begun = time.monotonic()
+        self._trials: dict[Choice, Trial] = {}
+        self._history: list[tuple[int, float, float]] = []
+        self._since, self.interrupted = 0, False
+        self._races = self._begin()
+        first = Tuning(self.device).choose(self.request)
+        self._allowed = any(
+            race.template.name == first.template and dict(first.config) in race.space for race in self._races
+        )
+        self._default = Trial.failed(first, "time", "interrupted")
+        try:
+            self._default = self._time([first])[0]
+            ended = self._search()
+        except KeyboardInterrupt:
+            self.interrupted, ended = True, "interrupted"
+        return self._found(ended)
+
+    # spaces -----------------------------------------------------------------------------------------
+
+    def spaces(self) -> list[tuple[Template, Space]]:
+        """The space of each template that has a config for this request, with the user's constraints."""
+        r, out = self.request, []
+        for template in r.templates(self.device):
+            space = template.space_of(r.op, r.ins, r.outs, self.device)
+            out.append((template, space.restricted(_applying(self.soft, space))))
+        return out
+
+    def _begin(self) -> list[_Race]:
+        r, strategy, races = self.request, self.strategy, []
+        function = named(strategy) if isinstance(strategy, str) else strategy
+        for template, space in self.spaces():
+            default = template.default(r.op, r.ins, r.outs, self.device)
+            start = [default, *(dict(c.config) for c in self.similar if c.template == template.name)]
+            rng = np.random.default_rng(self.seed)
+            search = function(space, [p for p in start if p is not None], rng, batch=self.batch)
+            race = _Race(template, space, search)
+            race.waiting = self._ask(race, None) if space.count() else None
+            races.append(race)
+        if all(race.waiting is None for race in races):
+            for race in races:
+                race.space.check()  # says which constraints leave nothing
+            raise SettingError(f"tuning: no template serves {r} on {self.device.kind}.")
+        return [race for race in races if race.waiting is not None]
+
+    def _ask(self, race: _Race, told: list[float] | None) -> list[Choice] | None:
+        try:
+            points = next(race.search) if told is None else race.search.send(told)
+        except StopIteration:
+            return None
+        return [Choice.of(race.template, point) for point in points]
+
+    # searching --------------------------------------------------------------------------------------
+
+    def _search(self) -> str:
+        size = sum(race.space.count() for race in self._races)
+        patience = max(LEAST_PATIENCE, round(PATIENCE * size))
+        while True:
+            race = self._next()
+            if race is None:
+                return "nothing left to try"
+            if self._spent():
+                return "budget spent"
+            if self._since >= patience and isinstance(self.strategy, str) and self.strategy != "exhaustive":
+                return f"no improvement in {self._since} trials"
+            assert race.waiting is not None
+            room = len(race.waiting) if self.budget.trials is None else self.budget.trials - len(self._trials)
+            asked = race.waiting[: max(1, room)]
+            told = [t.time_s or inf for t in self._time(asked)]
+            race.best, race.batches = min([race.best, *told]), race.batches + 1
+            race.waiting = self._ask(race, [*told, *[inf] * (len(race.waiting) - len(asked))])
+
+    def _next(self) -> _Race | None:
+        """The template whose turn it is: in turns, without those that are far behind."""
+        open_ = [race for race in self._races if race.waiting is not None]
+        best = min((race.best for race in self._races), default=inf)
+        fair = [race for race in open_ if race.batches < 2 or race.best <= DROPPED * best] or open_
+        return min(fair, key=lambda race: race.batches, default=None)
+
+    def _spent(self) -> bool:
+        trials = self.budget.trials
+        return time.monotonic() - self._begun >= self.budget.seconds or (
+            trials is not None and len(self._trials) >= trials
+        )
+
+    def _time(self, choices: Sequence[Choice]) -> list[Trial]:
+        """Measure those that are not known, on the scale of the default's time."""
+        known = {t.choice: t for t in self.known}
+        fresh = [c for c in choices if c not in self._trials and c not in known]
+        before, best = len(self._trials), self._best()
+        for choice in choices:
+            if choice in known and choice not in self._trials:
+                self._trials[choice] = known[choice].checked()
+        if fresh:
+            against = best.choice if best is not None else None
+            measured = [t.checked() for t in self.measure(self.request, fresh, against=against)]
+            if against is not None and best is not None:
+                beside, measured = measured[0], measured[1:]
+                if beside.time_s and best.time_s:
+                    measured = [t.scaled(best.time_s / beside.time_s) for t in measured]
+            self._trials.update((t.choice, t) for t in measured)
+        new = self._best()
+        if new is not None and (best is None or (new.time_s or inf) < (best.time_s or inf)):
+            improved = best is None or (new.time_s or inf) < 0.99 * (best.time_s or inf)
+            self._since = 0 if improved else self._since + len(self._trials) - before
+            self._history.append((len(self._trials), time.monotonic() - self._begun, new.time_s or inf))
+        else:
+            self._since += len(self._trials) - before
+        self.watch(self.request, list(self._trials.values()))
+        return [self._trials[c] for c in choices]
+
+    def _best(self) -> Trial | None:
+        good = [t for t in self._trials.values() if t.time_s is not None]
+        return min(good, key=lambda t: t.time_s or inf, default=None)
+
+    # deciding ---------------------------------------------------------------------------------------
+
+    def _found(self, ended: str) -> Found:
+        default, chosen = self._default, self._ranked()
+        best = chosen[0] if chosen else default
+        ties: tuple[Choice, ...] = (best.choice,)
+        near = [t for t in chosen if (t.time_s or inf) <= (1 + NEAR) * (best.time_s or inf)][:FINALISTS]
+        final = [t.choice for t in near]
+        if default.time_s is not None and default.choice not in final:
+            final.append(default.choice)
+        if len(final) > 1 and not self.interrupted:
+            best, ties = self._decide(final)
+        trials = tuple(self._trials.values())
+        names = [race.template.name for race in self._races]
+        tried = {name: [t for t in trials if t.choice.template == name] for name in names}
+        funnel = sum((Funnel.of(race.space, tried[race.template.name]) for race in self._races), Funnel.empty())
+        strategy = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "own")
+        default = self._trials.get(default.choice, default)
+        return Found(self.request, default, best, ties, trials, funnel, tuple(self._history), ended, strategy)
+
+    def _ranked(self) -> list[Trial]:
+        """What may be chosen, the fastest first."""
+        good = [t for t in self._trials.values() if t.time_s is not None]
+        if not self._allowed and len(good) > 1:
+            good = [t for t in good if t.choice != self._default.choice]
+        return sorted(good, key=lambda t: t.time_s or inf)
+
+    def _decide(self, final: Sequence[Choice]) -> tuple[Trial, tuple[Choice, ...]]:
+        """Measure the few best for longer. Of those that tie the default, else the first by template and config."""
+        try:
+            timed = [t.checked() for t in self.measure(self.request, final, thorough=True)]
+        except KeyboardInterrupt:
+            self.interrupted = True
+            timed = []
+        good = [t for t in timed if t.time_s is not None]
+        self._trials.update((t.choice, t) for t in good)
+        best = self._ranked()[0]
+        good = [t for t in good if self._allowed or t.choice != self._default.choice] or [best]
+        least = min(t.time_s or inf for t in good)
+        ties = sorted((t for t in good if (t.time_s or inf) <= (1 + TIE) * least), key=lambda t: str(t.choice))
+        chosen = min(ties, key=lambda t: t.choice != self._default.choice)
+        return chosen, tuple(t.choice for t in ties)
+
+
+def _applying(soft: Rules, space: Space) -> Mapping[str, Any]:
+    """The user's constraints that name nothing but what this space has."""
+    names = space.vocabulary
+    return {name: rule for name, rule in as_rules(soft).items() if rule.names <= names}

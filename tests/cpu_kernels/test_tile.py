@@ -140,7 +140,7 @@ def test_negative_padding_crops(stride, padding):
     grad = ConvInputGrad(size=(11, 12), **geometry)
     check(Conv(**geometry), (x, w), "float32", 32)
     for overlap in (False, True):
-        config = {"rows": 4, "vectors": 1, "lanes": 8, "overlap": overlap}
+        config = {"rows": 4, "vectors": 1, "lanes": 8, "tasks": 64, "chunk": 256, "overlap": overlap}
         check(grad, (y, w), "float32", 32, config)
     config = {"rows": 6, "vectors": 1, "lanes": 8, "split": 1}
     check(ConvFilterGrad(window=(3, 2), **geometry), (x, y), "float32", 32, config)
