@@ -93,7 +93,8 @@ def replay(
     times = dict(zip(recording.points, recording.times, strict=True))
     function = named(strategy) if isinstance(strategy, str) else strategy
     search = function(recording.space, [recording.default], np.random.default_rng(seed), batch=batch)
-    best, curve = inf, []
+    best = inf
+    curve: list[float] = []
     most = trials or len(recording.points)
     try:
         asked = next(search)

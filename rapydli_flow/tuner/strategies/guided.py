@@ -2,7 +2,8 @@
 
 The model (scikit-learn's `ExtraTreesRegressor`, as in SMAC: Hutter, Hoos, Leyton-Brown 2011) predicts the logarithm of
 the time from the values of parameters. Points are asked by expected improvement over the best so far, where the spread
-of the trees stands for what the model does not know. Candidates are all points of a small space; of a large one a
+of the trees stands for what the model does not know, and half of them next to the best, for trees are blunt where a
+slope is gentle. Candidates are all points of a small space; of a large one a
 sample, and the neighbours of the best. Points without a time count as slow as the slowest, so that
 regions that fail are left.
 """
@@ -51,7 +52,7 @@ def guided(
                 table = features(space, candidates)
                 each = np.stack([tree.predict(table) for tree in forest.estimators_])
                 gain = _improvement(each.mean(0), each.std(0), float(target.min()))
-                candidates = [candidates[i] for i in np.argsort(-gain, kind="stable")[:batch]]
+                candidates = _chosen(space, asking, candidates, gain, each.mean(0), batch)
         if not candidates:
             return
         yield from asking.ask(candidates)
@@ -84,6 +85,19 @@ def _spread(space: Space, asking: Asking, n: int, rng: np.random.Generator) -> l
         chosen.append(int(far.argmax()))
         far = np.minimum(far, np.linalg.norm(table - table[chosen[-1]], axis=1))
     return [pool[i] for i in chosen]
+
+
+def _chosen(
+    space: Space, asking: Asking, candidates: list[Point], gain: NDArray[Any], mean: NDArray[Any], batch: int
+) -> list[Point]:
+    """The most expected improvement; every other one a neighbour of the best, so that no slope is left half-way."""
+    (_, best) = asking.best()[0]
+    near = set(space.numbers(space.neighbours(best, reach=1)))
+    close = np.array([number in near for number in space.numbers(candidates)])
+    order = np.argsort(-gain, kind="stable").tolist()
+    beside = [i for i in np.argsort(mean, kind="stable").tolist() if close[i]][: batch // 2]
+    wanted = list(dict.fromkeys([*beside, *order]))[:batch]
+    return [candidates[i] for i in wanted]
 
 
 def _candidates(space: Space, asking: Asking, rng: np.random.Generator) -> list[Point]:
