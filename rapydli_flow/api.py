@@ -118,7 +118,8 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
         records = as_dataset(data, scratch, "data")
         check_fields(step, records)
-        predictor = Predictor(scored(step), state, tuning or tuner.known(host()), threads=settings().threads)
+        tuning = tuner.known(host()) if tuning is None else tuning
+        predictor = Predictor(scored(step), state, tuning, threads=settings().threads)
         return mean_scores([score(predictor, records, 0, len(records))])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distributed import Client
 
@@ -11,6 +11,7 @@ from cpu_kernels.compile import host
 
 from .. import markup
 from ..config import settings
+from ..errors import SettingError
 from ..graph import Graph
 from ..ops import Leaf
 from ..template import Device
@@ -53,12 +54,22 @@ def _ms(trial: Trial) -> str:
 
 def cache() -> TuningCache:
     """The tuning results of this user on this host."""
-    return TuningCache(settings().cache_dir / "tuning.jsonl")
+    return TuningCache(settings().cache_dir / "tuning.sqlite")
 
 
 def known(device: Device) -> Tuning:
-    """What is known for a device."""
-    return cache().tuning(device)
+    """What is known for a device, as far as RAPYDLI_TUNING lets it be used."""
+    how = settings().tuning
+    if how == "off":
+        return Tuning(device)
+    return replace(cache().tuning(device), strict=how == "strict")
+
+
+def check_allowed() -> None:
+    """Raise SettingError where RAPYDLI_TUNING says that nothing is tuned."""
+    how = settings().tuning
+    if how != "on":
+        raise SettingError(f"autotune: nothing is tuned with RAPYDLI_TUNING={how}. Set it to 'on', or leave it out.")
 
 
 def requests_of(graphs: Sequence[Graph], device: Device) -> list[Request]:
@@ -88,6 +99,7 @@ def autotune(
     watch: Callable[[str], None] | None = None,
 ) -> TuningReport:
     """Tune every distinct kernel of rank graphs and keep the results."""
+    check_allowed()
     if client is None:
         device = host()
         requests = requests_of(graphs, device)
@@ -102,5 +114,7 @@ def autotune(
         device = client.submit(host, workers=[worker], pure=False).result()
         requests = requests_of(graphs, device)
         found = client.submit(tune_here, requests, threads, budget_s, workers=[worker], pure=False).result()
-    cache().add(device, [(request, best.choice, best.time_s or 0.0) for request, best, _ in found])
+    for request, best, default in found:
+        cache().record(device, request, [default, best])
+        cache().add(device, request, best, default)
     return TuningReport(found, len(requests), known(device))

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from ..template import Device
 from .choice import Choice, Request
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One measurement: seconds of a call, or the reason why there is none."""
-
-    choice: Choice
-    time_s: float | None = None
-    error: str = ""
-
+from .trial import Trial
 
 Measure = Callable[[Request, Sequence[Choice]], list[Trial]]
 
@@ -55,7 +45,7 @@ def tune(
         trials: list[Trial] = []
         pending = list(exhaustive(request, device))
         while pending and (not trials or time.monotonic() < end):
-            trials += measure(request, pending[:8])
+            trials += [trial.checked() for trial in measure(request, pending[:8])]
             pending = pending[8:]
         good = [t for t in trials if t.time_s is not None]
         if not good:

@@ -202,7 +202,7 @@ BEST = Choice("straight")
 
 
 def test_a_graph_is_tuned_and_remembered(folder: Path) -> None:
-    assert cache().path == folder / "tuning.jsonl"
+    assert cache().path == folder / "tuning.sqlite"
     before = compile_program(graph(), known(HERE))
     assert {choice.template for _, choice in before.requests} == {"slow"}
     for asked in requests_of([graph()], HERE):  # so that a choice below is one of time, not of failure
@@ -219,7 +219,7 @@ def test_a_graph_is_tuned_and_remembered(folder: Path) -> None:
     assert text.splitlines()[0].split() == ["kernel", "default", "best", "gain", "config"]
     assert text.splitlines()[-1] == "2 of 2 kernels tuned"
     assert "searching+add+relu f32[64,32]" in text
-    assert (folder / "tuning.jsonl").exists()
+    assert (folder / "tuning.sqlite").exists()
 
     after = compile_program(graph(), known(HERE))  # another run
     assert {choice for _, choice in after.requests} == {BEST}

@@ -112,14 +112,14 @@ def test_the_default_stays_unless_another_is_2_percent_faster(time_s: float, kep
 def test_a_default_that_fails_is_replaced_and_shown() -> None:
     ((_, best, default),) = tuned(Clock({DEFAULT: "TemplateError: no", OTHER: 2.0}, 3.0))
     assert best == Trial(OTHER, 2.0)
-    assert default == Trial(DEFAULT, None, "TemplateError: no")
+    assert default == Trial(DEFAULT, error="TemplateError: no")
 
 
 def test_a_request_of_which_everything_fails_is_left_out_but_told() -> None:
     seen: list[Any] = []
     clock = Clock({}, "TemplateError: no")
     assert tuned(clock, watch=lambda *event: seen.append(event)) == []
-    assert seen == [(request(), Trial(DEFAULT, None, "TemplateError: no"), 11)]
+    assert seen == [(request(), Trial(DEFAULT, error="TemplateError: no"), 11)]
     assert tuned(clock, [request(op=Unserved)], watch=lambda *event: seen.append(event)) == []
     assert len(seen) == 1
 
