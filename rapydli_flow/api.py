@@ -29,9 +29,11 @@ from .runtime.events import Callback
 from .runtime.feeding import check_fields
 from .runtime.predict import predict
 from .runtime.probe import gradients, probe
+from .runtime.session import Progress
 from .runtime.stepper import State, Stepper, stepper
-from .runtime.tuning import TuningReport
+from .runtime.tuning_report import TuningReport
 from .scheduler import Plan, data_parallel
+from .space import Rules
 from .spec import Array, Block
 from .tuner import Tuning
 
@@ -100,15 +102,34 @@ def autotune(
     client: Client | None = None,
     *,
     budget_s: float = 60.0,
+    trials: int | None = None,
     plan: Plan | None = None,
-    watch: Callable[[str], None] | None = None,
+    strategy: str = "guided",
+    soft: Rules = (),
+    seed: int = 0,
+    watch: Callable[[Progress], None] | None = None,
 ) -> TuningReport:
     """Find the fastest config of every kernel of a graph, within ``budget_s`` seconds, and remember it.
 
-    With a client one worker is tuned for all workers of its kind. Later runs use what was found.
+    Kernels are tuned in the order of their share of the step's time, for the local shapes of ``plan`` and its threads.
+    ``trials``: at most so many configs of a kernel. ``strategy``: 'guided' (by a model; needs scikit-learn), 'greedy',
+    'evolutionary', 'random', 'transfer' (from similar shapes) or 'exhaustive'. ``soft``: constraints of your own over
+    the parameters of templates, by name or as a list: ``["rows >= 6", "lanes != 4"]``; each applies to the templates
+    that have all its names. ``watch`` is told how it goes. With a client one worker of each kind of device is tuned for
+    all of its kind. Ctrl-C ends it and keeps what was learnt. Later runs use what was found; see `rapydli tune`.
     """
     plan = plan or data_parallel(step, 1, threads=settings().threads)
-    return tuner.autotune(plan.rank_graphs(step), plan.threads, client, budget_s=budget_s, watch=watch)
+    return tuner.autotune(
+        plan.rank_graphs(step),
+        plan.threads,
+        client,
+        budget_s=budget_s,
+        trials=trials,
+        strategy=strategy,
+        soft=soft,
+        seed=seed,
+        watch=watch,
+    )
 
 
 def evaluate(
@@ -118,7 +139,8 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
         records = as_dataset(data, scratch, "data")
         check_fields(step, records)
-        predictor = Predictor(scored(step), state, tuning or tuner.known(host()), threads=settings().threads)
+        tuning = tuner.known(host()) if tuning is None else tuning
+        predictor = Predictor(scored(step), state, tuning, threads=settings().threads)
         return mean_scores([score(predictor, records, 0, len(records))])
 
 

@@ -4,6 +4,8 @@ RAPYDLI_CACHE_DIR   where compiled kernels and tuning results are kept
 RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
 RAPYDLI_LANES       force the number of float32 lanes of CPU kernels (4, 8 or 16)
 RAPYDLI_VERIFY      1: verify every graph after every pass
+RAPYDLI_TUNING      on: use what tuning found; off: defaults only; offline: use it, but do not tune;
+                    strict: as offline, and a kernel for which nothing is known is an error
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 
 from .errors import SettingError
 
+TUNINGS = ("on", "off", "offline", "strict")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -25,6 +29,7 @@ class Settings:
     threads: int
     lanes: int | None
     verify: bool
+    tuning: str = "on"
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -36,7 +41,10 @@ class Settings:
         threads = _integer(environ, "RAPYDLI_THREADS", len(os.sched_getaffinity(0)))
         if threads < 1:
             raise SettingError(f"RAPYDLI_THREADS={threads}: a rank has 1 thread or more.")
-        return cls(Path(folder), threads, lanes or None, environ.get("RAPYDLI_VERIFY", "0") != "0")
+        tuning = environ.get("RAPYDLI_TUNING") or "on"
+        if tuning not in TUNINGS:
+            raise SettingError(f"RAPYDLI_TUNING={tuning!r} is not one of {', '.join(TUNINGS)}.")
+        return cls(Path(folder), threads, lanes or None, environ.get("RAPYDLI_VERIFY", "0") != "0", tuning)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

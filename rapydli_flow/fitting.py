@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +193,10 @@ class Fitting:
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
         device = next(iter(workers.values()))["device"] if workers else host()
-        tuning = frozen(tuning or tuner.known(device), before, plan)
+        tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]
+        tuning = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         backend = self._backend(plan, graphs, programs, tuning, workers)
         started = self._started(plan, tuning)
         for callback in callbacks:
@@ -406,4 +407,4 @@ def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:
         return tuning
     choices = before.meta["choices"].items()
     chosen = {key: Choice(name, tuple((a, b) for a, b in config)) for key, (name, config) in choices}
-    return Tuning(tuning.device, chosen)
+    return Tuning(tuning.device, chosen, pinned=frozenset(chosen))  # one that cannot be kept is told, not hidden

@@ -21,6 +21,7 @@ from ..spec import Array, Block
 from ..tuner import Tuning
 from .lower import Ref, lower, pick
 from .rank import CLOCKS
+from .tuning import known
 
 
 class Compiled(DaskMethodsMixin):  # type: ignore[misc]
@@ -85,14 +86,15 @@ def compile_graph(
     An input that is not fed is an error of the task that reads it, so that a graph can be looked at
     without data.
     """
-    tuning = tuning or Tuning(host())
+    tuning = known(host()) if tuning is None else tuning
     (fused,) = Plan(1, threads).rank_graphs(graph)
     feeds = dict(feeds or {})
     unknown = [name for name in feeds if name not in {x.name for x in graph.leaves("batch")}]
     if unknown:
         inputs = ", ".join(x.name for x in graph.leaves("batch"))
         raise SettingError(f"compile: {', '.join(unknown)} is not an input of the graph; its inputs are {inputs}.")
-    token = tokenize(to_json(graph), feeds, state, seed, step, granularity, tuning.device.key, threads)
+    choices = sorted(tuning.choices.items())
+    token = tokenize(to_json(graph), feeds, state, seed, step, granularity, tuning.device.key, choices, threads)
     tasks: dict[Any, Any] = {}
     leaves: dict[str, Ref] = {}
     for x in fused.leaves():

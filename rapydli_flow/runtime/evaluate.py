@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -51,7 +52,8 @@ class Predictor:
             raise SettingError("predict: there are no records.")
         graph = self.network if size == self.batch_size else with_batch(self.network, size)
         (graph,) = Plan(1, self.threads).rank_graphs(graph)
-        return compile_program(graph, self.tuning)
+        remainder = size != self.batch_size  # is whatever is left: nobody tunes for it
+        return compile_program(graph, replace(self.tuning, strict=False) if remainder else self.tuning)
 
     def _rank(self, size: int) -> Rank:
         if size not in self._ranks:

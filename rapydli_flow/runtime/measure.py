@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -67,7 +68,7 @@ class Measure:
                 trials[i] = Trial.failed(choice, "check", f"{type(failure).__name__}: {failure}")
         say(-1)
         for i, samples in self._rounds(ready, thorough).items():
-            trials[i] = Trial.timed(everyone[i], samples)
+            trials[i] = replace(Trial.timed(everyone[i], samples), threads=self.threads)
         return [trials[i] for i in range(len(everyone))]
 
     # inputs and reference ---------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
 from ..tuner import Tuning
 from .evaluate import Predictor, batches, check_state
+from .tuning import known
 
 
 def predict(
@@ -31,6 +32,7 @@ def predict(
     """Output ``output`` of a network for every record of a dataset, array, or dict of arrays: a Dask array.
 
     Chunks are equal batches, at most as large as the network was traced with; nothing runs before ``compute``.
+    ``tuning``: by default what is known here; a worker with another processor uses what is known there.
     """
     if graph.network is not None:
         raise SettingError("predict: this graph is a training step; give its network, step.network or run.graph.")
@@ -45,11 +47,13 @@ def predict(
     state = {leaf.name: np.asarray(state[leaf.name]) for leaf in network.leaves("param", "state")}
     spec = network.spec(network.outputs[output])
     text = to_json(network)
-    tuning = tuning or Tuning(host())
-    token = tokenize(text, state, records if isinstance(records, dict) else records.__getstate__(), tuning.device.key)
-    held = f"state-{token}"
+    given = tuning is not None
+    tuning = known(host()) if tuning is None else tuning
+    fed = records if isinstance(records, dict) else records.__getstate__()
+    token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given)
+    held, chosen = f"state-{token}", f"tuning-{token}"
     name = f"predict-{token}"
-    tasks: dict[Any, Any] = {held: DataNode(held, state)}
+    tasks: dict[Any, Any] = {held: DataNode(held, state), chosen: DataNode(chosen, (tuning, given))}
     sizes = []
     count = len(records) if isinstance(records, Dataset) else len(next(iter(records.values())))
     if count == 0:
@@ -57,7 +61,7 @@ def predict(
     for i, (lo, hi) in enumerate(batches(0, count, spec.shape[0])):
         key = (name, i, *[0] * (len(spec.shape) - 1))
         part = records if isinstance(records, Dataset) else {k: v[lo:hi] for k, v in records.items()}
-        tasks[key] = Task(key, predict_batch, text, token, TaskRef(held), part, lo, hi, output, tuning)
+        tasks[key] = Task(key, predict_batch, text, token, TaskRef(held), part, lo, hi, output, TaskRef(chosen))
         sizes.append(hi - lo)
     chunks = (tuple(sizes), *((size,) for size in spec.shape[1:]))
     collected = HighLevelGraph.from_collections(name, tasks)
@@ -65,12 +69,22 @@ def predict(
 
 
 def predict_batch(
-    text: str, token: str, state: Mapping[str, Array], part: Any, lo: int, hi: int, output: str, tuning: Tuning
+    text: str,
+    token: str,
+    state: Mapping[str, Array],
+    part: Any,
+    lo: int,
+    hi: int,
+    output: str,
+    chosen: tuple[Tuning, bool],
 ) -> Array:
-    """The body of a task: one batch."""
-    shared = _shared(text, token, tuning.device.key)
+    """The body of a task: one batch. ``chosen``: what the client knows, and whether it is to be used anywhere."""
+    shared = _shared(text, token)
     with shared.lock:  # tasks of several threads meet here; kernels use the cores themselves
         if shared.predictor is None:
+            tuning, given = chosen
+            if not given and tuning.device.key != host().key:
+                tuning = known(host())
             shared.predictor = Predictor(from_json(text), state, tuning, threads=settings().threads)
         feeds = part.read(np.arange(lo, hi), shared.predictor.inputs) if isinstance(part, Dataset) else part
         return shared.predictor(feeds)[output]
@@ -85,7 +99,7 @@ class _Shared:
 
 
 @lru_cache(maxsize=4)
-def _shared(text: str, token: str, device: str) -> _Shared:
+def _shared(text: str, token: str) -> _Shared:
     return _Shared()
 
 

@@ -124,7 +124,8 @@ def stepper(
     workers = ready_workers(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
     threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
     plan = plan or data_parallel(graph, len(workers) or 1, threads=threads)
-    tuning = tuning or tuner.known(next(iter(workers.values()))["device"] if workers else host())
+    if tuning is None:
+        tuning = tuner.known(next(iter(workers.values()))["device"] if workers else host())
     programs = [compile_program(part, tuning) for part in plan.rank_graphs(graph)]
     layouts = [{name: program.layout[name] for name in program.kind("batch")} for program in programs]
     ranks: Ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,8 +43,18 @@ def cache() -> TuningCache:
 
 
 def known(device: Device) -> Tuning:
-    """What is known for a device."""
-    return cache().tuning(device)
+    """What is known for a device, as far as RAPYDLI_TUNING lets it be used."""
+    how = settings().tuning
+    if how == "off":
+        return Tuning(device)
+    return replace(cache().tuning(device), strict=how == "strict")
+
+
+def check_allowed() -> None:
+    """Raise SettingError where RAPYDLI_TUNING says that nothing is tuned."""
+    how = settings().tuning
+    if how != "on":
+        raise SettingError(f"autotune: nothing is tuned with RAPYDLI_TUNING={how}. Set it to 'on', or leave it out.")
 
 
 def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:
@@ -64,13 +75,13 @@ def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:
     return {request: most[key] for key, request in first.items()}
 
 
-def jobs_of(graphs: Sequence[Graph], device: Device) -> list[Job]:
-    """What is to be tuned, with what is known of it."""
-    store = cache()
-    return [
-        Job(request, calls, tuple(store.trials(device, request)), similar(store, device, request))
-        for request, calls in requests_of(graphs, device).items()
-    ]
+def jobs_of(graphs: Sequence[Graph], device: Device, threads: int) -> list[Job]:
+    """What is to be tuned, with what is known of it: failures, and times with as many threads."""
+    store, jobs = cache(), []
+    for request, calls in requests_of(graphs, device).items():
+        known = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
+        jobs.append(Job(request, calls, tuple(known), similar(store, device, request)))
+    return jobs
 
 
 def similar(store: TuningCache, device: Device, request: Request) -> tuple[Choice, ...]:
@@ -113,11 +124,12 @@ def autotune(
     watch: Callable[[Progress], None] | None = None,
 ) -> TuningReport:
     """Tune every distinct kernel of rank graphs and keep the results."""
+    check_allowed()
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
     if client is None:
         device = host()
-        jobs = jobs_of(graphs, device)
+        jobs = jobs_of(graphs, device, options.threads)
         check_soft(soft, [job.request for job in jobs], device)
         keep = partial(remember, cache(), device)
         sessions, lost = [tune_all(jobs, device, options, graph=graphs[0], tell=tell, keep=keep)], ()
@@ -144,7 +156,7 @@ def _on_workers(
     client.subscribe_topic(session, lambda event: tell(Progress(**event[1])))
     try:
         for device, address in kinds.values():
-            jobs = jobs_of(graphs, device)
+            jobs = jobs_of(graphs, device, options.threads)
             check_soft(options.soft, [job.request for job in jobs], device)
             packed = [(carry(job.request, device), job.calls, job.known, job.similar) for job in jobs]
             there = {"workers": [address], "pure": False, "retries": 0}

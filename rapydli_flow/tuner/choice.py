@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from .. import markup
-from ..errors import TemplateError
+from ..errors import SettingError, TemplateError
 from ..graph import parts
 from ..ops import Op
 from ..spec import Spec
@@ -83,21 +85,56 @@ REFERENCE = Choice("reference")
 
 @dataclass(frozen=True)
 class Tuning:
-    """Choices by request key; what is not there gets its first template's default, so starting never waits."""
+    """Choices by request key; what is not there gets its first template's default, so starting never waits.
+
+    ``pinned``: keys of choices that the user insists on. ``strict``: what is not there is an error instead, unless
+    there is one config only.
+    """
 
     device: Device
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
+    strict: bool = False
 
     def choose(self, request: Request) -> Choice:
-        """The tuned choice, else the default of the first template that fits, else the reference."""
-        known = self.choices.get(request.key(self.device))
+        """The tuned choice, else the default of the first template that fits, else the reference.
+
+        A choice whose template is gone, or that does not fit, counts as unknown; RuntimeWarning if it is pinned.
+        """
+        key = request.key(self.device)
+        known = self.choices.get(key)
         if known is not None:
-            return known
+            fault = self._fault(request, known)
+            if not fault:
+                return known
+            if key in self.pinned:
+                message = f"{request} ({key}) is pinned to {known}, and the default runs instead: {fault}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        if self.strict and len(list(islice(self._configs(request), 2))) > 1:
+            raise SettingError(
+                f"RAPYDLI_TUNING=strict, and nothing is known for {request} ({key}) on {self.device.key}. Tune it with "
+                "rf.autotune or `rapydli tune` under RAPYDLI_TUNING=on, or import results with `rapydli tune import`."
+            )
         for template in request.templates(self.device):
             config = template.default(request.op, request.ins, request.outs, self.device)
             if config is not None:
                 return Choice.of(template, config)
         return REFERENCE
+
+    def _fault(self, request: Request, choice: Choice) -> str:
+        """Why a choice cannot serve a request, and '' if it can."""
+        if choice.reference:
+            return ""
+        try:
+            template = choice.find(request, self.device)
+            template.check(request.op, request.ins, request.outs, self.device, dict(choice.config))
+        except TemplateError as error:
+            return str(error)
+        return ""
+
+    def _configs(self, request: Request) -> Iterator[Mapping[str, Any]]:
+        for template in templates(request.op.family, self.device.kind):
+            yield from template.configs(request.op, request.ins, request.outs, self.device)
 
     def serve(self, op: Op, ins: Sequence[Spec]) -> tuple[Request, Choice]:
         """What to run for an op of a graph, with its tail in the epilogue where a template takes it."""

@@ -184,7 +184,7 @@ class Tuner:
             assert race.waiting is not None
             room = len(race.waiting) if self.budget.trials is None else self.budget.trials - len(self._trials)
             asked = race.waiting[: max(1, room)]
-            told = [t.time_s or inf for t in self._time(asked)]
+            told = [t.seconds for t in self._time(asked)]
             race.best, race.batches = min([race.best, *told]), race.batches + 1
             race.waiting = self._ask(race, [*told, *[inf] * (len(race.waiting) - len(asked))])
 
@@ -218,10 +218,10 @@ class Tuner:
                     measured = [t.scaled(best.time_s / beside.time_s) for t in measured]
             self._trials.update((t.choice, t) for t in measured)
         new = self._best()
-        if new is not None and (best is None or (new.time_s or inf) < (best.time_s or inf)):
-            improved = best is None or (new.time_s or inf) < 0.99 * (best.time_s or inf)
+        if new is not None and (best is None or new.seconds < (best.seconds)):
+            improved = best is None or new.seconds < 0.99 * (best.seconds)
             self._since = 0 if improved else self._since + len(self._trials) - before
-            self._history.append((len(self._trials), time.monotonic() - self._begun, new.time_s or inf))
+            self._history.append((len(self._trials), time.monotonic() - self._begun, new.seconds))
         else:
             self._since += len(self._trials) - before
         self.watch(self.request, list(self._trials.values()))
@@ -229,7 +229,7 @@ class Tuner:
 
     def _best(self) -> Trial | None:
         good = [t for t in self._trials.values() if t.time_s is not None]
-        return min(good, key=lambda t: t.time_s or inf, default=None)
+        return min(good, key=lambda t: t.seconds, default=None)
 
     # deciding ---------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class Tuner:
         default, chosen = self._default, self._ranked()
         best = chosen[0] if chosen else default
         ties: tuple[Choice, ...] = (best.choice,)
-        near = [t for t in chosen if (t.time_s or inf) <= (1 + NEAR) * (best.time_s or inf)][:FINALISTS]
+        near = [t for t in chosen if t.seconds <= (1 + NEAR) * (best.seconds)][:FINALISTS]
         final = [t.choice for t in near]
         if default.time_s is not None and default.choice not in final:
             final.append(default.choice)
@@ -256,7 +256,7 @@ class Tuner:
         good = [t for t in self._trials.values() if t.time_s is not None]
         if not self._allowed and len(good) > 1:
             good = [t for t in good if t.choice != self._default.choice]
-        return sorted(good, key=lambda t: t.time_s or inf)
+        return sorted(good, key=lambda t: t.seconds)
 
     def _decide(self, final: Sequence[Choice]) -> tuple[Trial, tuple[Choice, ...]]:
         """Measure the few best for longer. Of those that tie the default, else the first by template and config."""
@@ -269,8 +269,8 @@ class Tuner:
         self._trials.update((t.choice, t) for t in good)
         best = self._ranked()[0]
         good = [t for t in good if self._allowed or t.choice != self._default.choice] or [best]
-        least = min(t.time_s or inf for t in good)
-        ties = sorted((t for t in good if (t.time_s or inf) <= (1 + TIE) * least), key=lambda t: str(t.choice))
+        least = min(t.seconds for t in good)
+        ties = sorted((t for t in good if t.seconds <= (1 + TIE) * least), key=lambda t: str(t.choice))
         chosen = min(ties, key=lambda t: t.choice != self._default.choice)
         return chosen, tuple(t.choice for t in ties)
 

@@ -1,22 +1,24 @@
-"""Trial: one measurement of a choice, or the reason why there is none."""
+"""Trial: what one measurement of a choice gave: seconds of a call, or the reason why there are none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import comb, isfinite
+from math import comb, inf, isfinite
+from statistics import median
 
 from .choice import Choice
 
 STAGES = ("compile", "check", "time")  # where a trial can fail
-SURE = 0.95
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds of one call: the median, and bounds between which it lies in 95 of 100 cases; or an error.
+    """One measurement. A trial without a time is a failure: ``error`` says why, ``stage`` where it was.
 
-    ``stage`` says where a trial failed: 'compile', 'check' (against the reference) or 'time'. ``rounds``: samples.
+    ``time_s``: median seconds of a call; ``low_s``, ``high_s``: the interval that holds the true median in 95 %
+    of cases; ``rounds``: samples taken, with so many ``threads``
+    (0: not told). ``stage``: 'compile', 'check' or 'time', and '' for a success.
     """
 
     choice: Choice
@@ -24,30 +26,25 @@ class Trial:
     low_s: float | None = None
     high_s: float | None = None
     rounds: int = 0
+    threads: int = 0
     error: str = ""
     stage: str = ""
 
     @classmethod
     def timed(cls, choice: Choice, seconds: Sequence[float]) -> Trial:
-        """From samples. What is no time, such as zero or less, fails the trial."""
-        wrong = [s for s in seconds if not (isfinite(s) and s > 0)]
-        if wrong or not seconds:
-            said = f"measured {wrong[0]!r} s, which is no time" if wrong else "was not measured"
-            return cls(choice, error=said, stage="time")
-        ranked, (low, high) = sorted(seconds), bounds(len(seconds))
-        middle = len(ranked) // 2
-        median = ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
-        return cls(choice, median, ranked[low], ranked[high], len(ranked))
+        """The trial that samples make: their median and its interval. A sample that is no time makes it a failure."""
+        if not seconds:
+            return cls(choice, error="measured nothing", stage="time")
+        for value in seconds:
+            if not _is_time(value):
+                return cls(choice, rounds=len(seconds), error=_no_time(value), stage="time")
+        low, high = median_interval(seconds)
+        return cls(choice, median(seconds), low, high, len(seconds))
 
     @classmethod
     def failed(cls, choice: Choice, stage: str, error: str) -> Trial:
+        """A trial that ended at a stage."""
         return cls(choice, error=error, stage=stage)
-
-    def checked(self) -> Trial:
-        """This trial; a failure if what it has is no time."""
-        if self.time_s is None or (isfinite(self.time_s) and self.time_s > 0):
-            return self
-        return Trial.failed(self.choice, "time", f"measured {self.time_s!r} s, which is no time")
 
     def scaled(self, factor: float) -> Trial:
         """The same measurement on a clock that runs ``factor`` times as fast."""
@@ -56,16 +53,35 @@ class Trial:
         low, high = (None if b is None else b * factor for b in (self.low_s, self.high_s))
         return replace(self, time_s=self.time_s * factor, low_s=low, high_s=high)
 
+    @property
+    def seconds(self) -> float:
+        """Its time; infinite for a failure, so that it sorts last."""
+        return inf if self.time_s is None else self.time_s
 
-def bounds(n: int) -> tuple[int, int]:
-    """Places of the samples that enclose the median with 95 % confidence: order statistics of a binomial count.
+    def checked(self) -> Trial:
+        """This trial, or the failure that it is if its time is none: negative, zero or not finite."""
+        if self.time_s is None or _is_time(self.time_s):
+            return self
+        return replace(self, time_s=None, low_s=None, high_s=None, error=_no_time(self.time_s), stage="time")
 
-    Of fewer than 6 samples the least and the greatest, which is less sure.
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The narrowest two samples, as far from one end as from the other, with the median between them in 95 % of cases.
+
+    The number of samples below the median is binomial, whatever their distribution. Fewer than 6 samples give
+    less: their smallest and largest then hold it in 1 - 2**(1 - n) of cases.
     """
-    inside, low = 1.0 - 2.0 * 0.5**n, 0
-    while low + 1 < n // 2:
-        fewer = inside - 2.0 * comb(n, low + 1) * 0.5**n
-        if fewer < SURE:
-            break
-        inside, low = fewer, low + 1
-    return low, n - 1 - low
+    ordered, n = sorted(values), len(values)
+    cut, missed = 0, 2.0 / 2**n  # the chance that the median lies outside ordered[cut], ordered[-1 - cut]
+    while cut + 1 < n - 1 - cut and missed + 2.0 * comb(n, cut + 1) / 2**n <= 0.05:
+        cut += 1
+        missed += 2.0 * comb(n, cut) / 2**n
+    return ordered[cut], ordered[-1 - cut]
+
+
+def _is_time(seconds: float) -> bool:
+    return isfinite(seconds) and seconds > 0
+
+
+def _no_time(seconds: float) -> str:
+    return f"measured {seconds} s, which is no time"

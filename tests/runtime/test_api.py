@@ -117,7 +117,7 @@ def test_autotune_in_a_cache_of_its_own(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "kernels tuned" in done.stdout
-    assert (tmp_path / "cache" / "tuning.jsonl").stat().st_size > 0
+    assert (tmp_path / "cache" / "tuning.sqlite").stat().st_size > 0
 
 
 def test_kernels_are_checked_and_timed_in_the_order_of_the_choices():

@@ -1,5 +1,6 @@
 """Measuring real kernels: checked before they are timed; tuning a graph and remembering it."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from cpu_kernels.compile import host
 from rapydli_flow.config import settings
+from rapydli_flow.errors import SettingError, SpaceError
 from rapydli_flow.graph import Fused, Graph, fuse
 from rapydli_flow.ops import Add, CrossEntropy, Dropout, MaxPool, MaxPoolGrad, Op, Relu, Scale
 from rapydli_flow.runtime.measure import Measure
@@ -201,24 +203,26 @@ BEST = Choice("straight")
 
 
 def test_a_graph_is_tuned_and_remembered(folder: Path) -> None:
-    assert cache().path == folder / "tuning.jsonl"
+    assert cache().path == folder / "tuning.sqlite"
     before = compile_program(graph(), known(HERE))
     assert {choice.template for _, choice in before.requests} == {"slow"}
     for asked in requests_of([graph()], HERE):  # so that a choice below is one of time, not of failure
         assert not [trial.error for trial in measured(asked).values() if trial.error]
-    told: list[str] = []
+    told: list[Any] = []
     report = autotune([graph(), graph()], 1, None, budget_s=60.0, watch=told.append)
     assert isinstance(report, TuningReport)
-    assert [best.choice for _, best, _ in report.found] == [BEST] * 2
-    assert [default.choice.template for *_, default in report.found] == ["slow"] * 2
-    assert len(told) == 2
-    assert " ms with straight (2 tried)" in told[0]
+    assert [found.best.choice for found in report.found] == [BEST] * 2
+    assert [found.default.choice.template for found in report.found] == ["slow"] * 2
+    ended = [str(progress) for progress in told if progress.ended]
+    assert len(ended) == 2
+    assert " after 2 trials (nothing left to try)" in ended[0]
     assert set(report.tuning.choices.values()) == {BEST}
+    assert report.gain is None  # a rank that meets others is not timed alone
     text = str(report)
-    assert text.splitlines()[0].split() == ["kernel", "default", "best", "gain", "config"]
-    assert text.splitlines()[-1] == "2 of 2 kernels tuned"
+    assert text.split()[:7] == ["kernel", "calls", "default", "best", "gain", "GFLOP/s", "of"]
+    assert "2 of 2 kernels, 4 configs" in text.splitlines()[-1]
     assert "searching+add+relu f32[64,32]" in text
-    assert (folder / "tuning.jsonl").exists()
+    assert (folder / "tuning.sqlite").exists()
 
     after = compile_program(graph(), known(HERE))  # another run
     assert {choice for _, choice in after.requests} == {BEST}
@@ -236,20 +240,53 @@ def test_a_graph_is_tuned_and_remembered(folder: Path) -> None:
 
 
 def test_no_time_no_results(folder: Path) -> None:
-    report = autotune([graph()], 1, None, budget_s=-1.0)
-    assert (report.found, report.requests, len(report.tuning)) == ([], 2, 0)
-    assert str(report).endswith("0 of 2 kernels tuned")
-    found = tune_here(requests_of([graph()], HERE)[:1], 1, 60.0)
-    assert [best.choice for _, best, _ in found] == [BEST]
-    failed = TuningReport([(found[0][0], found[0][1], Trial(REFERENCE, error="no"))], 1, Tuning(HERE))
-    assert "failed" in str(failed)
-    autotune([graph()], 1, None, budget_s=60.0)
+    """Defaults are timed, for their share of the step, and kept as trials; nothing is chosen."""
+    report = autotune([graph()], 1, None, budget_s=0.0)
+    assert [len(found.trials) for found in report.found] == [1, 1]
+    assert (report.requests, len(report.tuning)) == (2, 0)
+    (first, _) = requests_of([graph()], HERE)
+    assert [t.choice.template for t in cache().trials(HERE, first)] == ["slow"]
 
 
-def test_requests_are_the_largest_first() -> None:
+def test_each_kernel_is_counted_once_for_each_call() -> None:
     new = Graph()
     small, large = new.leaf("batch", "small", Spec((2, 2))), new.leaf("batch", "large", Spec((200, 2)))
     for x in (small, large, small):
         new.outputs[f"y{len(new.outputs)}"] = Scale(by=2.0)(x).id
-    assert [r.ins[0].shape for r in requests_of([new], HERE)] == [(200, 2), (2, 2)]
+    found = {request.ins[0].shape: calls for request, calls in requests_of([new, new], HERE).items()}
+    assert found == {(2, 2): 2, (200, 2): 1}
     assert [t.name for t in templates("test_searching", "cpu")] == ["slow", "straight"]
+
+
+def test_constraints_that_cannot_be_kept(folder: Path) -> None:
+    new = Graph()
+    new.outputs["y"] = Scale(by=2.0)(new.leaf("batch", "x", X)).id
+    message = "constraint 'flat' names height, but no template of this step has all of them. Its parameters are .*grain"
+    with pytest.raises(SettingError, match=message):
+        autotune([new], 1, None, budget_s=60.0, soft={"flat": "height < 3"})
+    with pytest.raises(SpaceError, match="no point keeps soft 'never'"):
+        autotune([new], 1, None, budget_s=60.0, soft={"never": "grain < 0"})
+
+
+def test_reports_in_every_form(folder: Path) -> None:
+    new = Graph()
+    new.outputs["y"] = Searching()(new.leaf("batch", "x", X)).id
+    report = autotune([new], 1, None, budget_s=60.0)
+    assert report.gain is not None
+    assert report.gain > 1.0
+    page = report.save(folder / "sub" / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "straight" in page
+    assert "<svg" in page
+    form = json.loads(report.save(folder / "report.json").read_text())
+    (session,) = form["sessions"]
+    (kernel,) = session["kernels"]
+    assert kernel["best"]["template"] == "straight"
+    assert kernel["default"]["config"] == {"rounds": 400}
+    assert kernel["ended"] == "nothing left to try"
+    assert session["step"]["tuned_s"] < session["step"]["default_s"]
+    assert session["peak_gflops"] > 1
+    assert form["funnel"][-1] == {"stage": "timed", "left": 2, "lost": {}}
+    assert "straight" in report._repr_html_()
+    with pytest.raises(SettingError, match=r"neither \.html nor \.json"):
+        report.save(folder / "report.pdf")
