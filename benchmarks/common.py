@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,15 +47,22 @@ def hardware() -> dict[str, Any]:
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
-    packages = ("rapydli-flow", "numpy", "numba", "llvmlite", "dask", "distributed", "torch")
+    packages = ("rapydli-flow", "numpy", "numba", "llvmlite", "dask", "distributed", "scikit-learn", "torch")
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: found for name in packages if (found := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:

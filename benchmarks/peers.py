@@ -1,6 +1,7 @@
-"""Make the environment in which peers are measured: `.peers`, with PyTorch (CPU) beside this package.
+"""Make the environments in which peers are measured: `.peers`, with PyTorch (CPU) beside this package, and
+with ``--kernel-tuner`` instead `.kernel-tuner`, with Kernel Tuner alone.
 
-Peers are never dependencies of the package; they live in an environment of their own.
+Peers are never dependencies of the package; they live in environments of their own.
 """
 
 from __future__ import annotations
@@ -12,19 +13,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("torch==2.13.0",)
+KERNEL_TUNER = "kernel_tuner==1.5.0"
 TESTS = ("pytest>=8.3",)  # tests/peers run in there
 
 
-def main() -> None:
-    """Create `.peers` if it is not there, and install what is missing."""
-    folder = ROOT / ".peers"
+def environment(name: str, *packages: str) -> Path:
+    """The Python of an environment with these packages; made if it is not there."""
+    folder = ROOT / name
     if not folder.exists():
         venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, *PEERS, *TESTS], check=True)
-    subprocess.run([*pip, "-e", str(ROOT)], check=True)
-    print(f"peers are in {folder}: {', '.join(PEERS)} ({sys.version.split()[0]})")
+    subprocess.run([*pip, *packages], check=True)
+    return python
+
+
+def main() -> None:
+    """Create an environment if it is not there, and install what is missing."""
+    if sys.argv[1:] == ["--kernel-tuner"]:
+        print(f"Kernel Tuner is in {environment('.kernel-tuner', KERNEL_TUNER)}")
+        return
+    python = environment(".peers", *PEERS, *TESTS)
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-e", str(ROOT)], check=True)
+    print(f"peers are in {python}: {', '.join(PEERS)} ({sys.version.split()[0]})")
 
 
 if __name__ == "__main__":

@@ -58,12 +58,17 @@ class Diagram:
     def __init__(self, domains: Mapping[str, Domain], rules: Sequence[Node]) -> None:
         self.order = ordered(domains, rules)
         self._domains = domains
-        values = {n: d.values for n, d in domains.items()}
-        self._limits = Limits(values)
-        self._columns = {n: column(v) for n, v in values.items()}
-        whole = prod(max(1, len(v)) for v in values.values())
+        whole = prod(max(1, len(d.values)) for d in domains.values())
         self.dtype: Any = np.int64 if whole < 2**62 else object
-        self.layers = self._counted(self._grown(rules))
+        if len(domains) == 1 and not rules and domains[self.order[0]].chosen is None:  # nothing to find out
+            size = len(domains[self.order[0]].values)
+            none = np.zeros(size, np.int64)
+            self.layers = [Layer(self.order[0], np.array([0, size]), np.arange(size), none, np.arange(size + 1))]
+        else:
+            values = {n: d.values for n, d in domains.items()}
+            self._limits = Limits(values)
+            self._columns = {n: column(v) for n, v in values.items()}
+            self.layers = self._counted(self._grown(rules))
         self.count = int(self.layers[0].before[-1])
 
     # building ---------------------------------------------------------------------------------------

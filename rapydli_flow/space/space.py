@@ -303,9 +303,9 @@ class Space:
         for part in reversed(self._parts):
             for n, codes in part.all().items():
                 values = _array(self.domains[n].values)[codes if count else codes[:0]]
-                if count:
-                    values = np.repeat(values, after) if after > 1 else values
-                    values = np.tile(values, count // len(values))
+                if len(values) < count:
+                    before = count // (len(values) * after)
+                    values = np.broadcast_to(values[:, None], (before, len(values), after)).reshape(-1)
                 columns[n] = values
             after *= part.count
         return {n: columns[n] for n in self.names}

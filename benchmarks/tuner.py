@@ -1,0 +1,282 @@
+"""The autotuner, measured.
+
+    python benchmarks/tuner.py spaces        six published spaces, beside Kernel Tuner (make .kernel-tuner first)
+    python benchmarks/tuner.py record        walk spaces of our convolutions and keep the times (about half an hour)
+    python benchmarks/tuner.py strategies    strategies on what was recorded, no kernel runs
+    python benchmarks/tuner.py stability     tune one convolution ten times; is it the same config?
+    python benchmarks/tuner.py step          tune a LeNet step in less than two minutes; what is it worth?
+
+Each prints a table and writes benchmarks/results/tuner_<name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import RESULTS, table, write
+from networks import CASES
+
+import rapydli_flow as rf
+from cpu_kernels.compile import host
+from rapydli_flow import nn, optim
+from rapydli_flow.config import settings
+from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
+from rapydli_flow.runtime.bench import Bench
+from rapydli_flow.space import Space
+from rapydli_flow.spec import Spec
+from rapydli_flow.tuner import Budget, Request, Trial, Tuner, Tuning
+from rapydli_flow.tuner.simulate import Recording, compare
+
+HERE = Path(__file__).resolve().parent
+SPACES = HERE / "search_spaces.json"
+RECORDED = RESULTS / "recorded_spaces.json"
+KERNEL_TUNER = HERE.parent / ".kernel-tuner" / "bin" / "python"
+THEIRS = r"""
+import json, sys, time, warnings
+warnings.simplefilter("ignore")
+import kernel_tuner
+from kernel_tuner.searchspace import Searchspace
+from importlib.metadata import version
+for line in sys.stdin:
+    space = json.loads(line)
+    begin = time.perf_counter()
+    made = Searchspace(space["parameters"], list(space["constraints"]), 1024)
+    spent = time.perf_counter() - begin
+    answer = {"time_s": spent, "count": made.size, "version": version("kernel_tuner")}
+    if space["list"]:
+        answer["points"] = sorted(map(list, made.list))
+    print(json.dumps(answer), flush=True)
+"""
+
+
+# spaces --------------------------------------------------------------------------------------------------
+
+
+class KernelTuner:
+    """Kernel Tuner in a process of its own environment, that constructs spaces when asked."""
+
+    def __init__(self) -> None:
+        if not KERNEL_TUNER.exists():
+            raise SystemExit("there is no .kernel-tuner: python benchmarks/peers.py --kernel-tuner")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([str(KERNEL_TUNER), "-c", THEIRS], text=True, **pipes)  # type: ignore[call-overload]
+
+    def construct(self, form: dict[str, Any], *, points: bool = False) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps({**form, "list": points}) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+
+def construct(form: dict[str, Any]) -> tuple[float, list[tuple[Any, ...]]]:
+    """Seconds to construct a space as a list of tuples, which is what Kernel Tuner makes."""
+    begin = time.perf_counter()
+    rows = Space(form["parameters"], hard=form["constraints"]).rows()
+    return time.perf_counter() - begin, rows
+
+
+def without_listing(form: dict[str, Any], what: Callable[[Space], Any]) -> float:
+    begin = time.perf_counter()
+    what(Space(form["parameters"], hard=form["constraints"]))
+    return time.perf_counter() - begin
+
+
+def spaces(rounds: int) -> None:
+    """Construction in turns with Kernel Tuner; counting and sampling from nothing, without listing."""
+    peer, forms, rows = KernelTuner(), json.loads(SPACES.read_text()), []
+    for name, form in forms.items():
+        theirs = peer.construct(form, points=True)
+        ours = sorted(map(list, construct(form)[1]))
+        same = ours == theirs["points"]
+        times: dict[str, list[float]] = {"ours": [], "theirs": [], "count": [], "sample": []}
+        for _ in range(rounds):
+            times["theirs"].append(peer.construct(form)["time_s"])
+            times["ours"].append(construct(form)[0])
+            times["count"].append(without_listing(form, Space.count))
+            times["sample"].append(without_listing(form, lambda s: s.sample(100, np.random.default_rng(0))))
+        middle = {k: median(v) * 1e3 for k, v in times.items()}
+        rows.append(
+            {
+                "space": name,
+                "cartesian": form["cartesian"],
+                "valid": len(ours),
+                "same set": same,
+                "ours_ms": middle["ours"],
+                "kernel_tuner_ms": middle["theirs"],
+                "speedup": middle["theirs"] / middle["ours"],
+                "count_ms": middle["count"],
+                "sample_100_ms": middle["sample"],
+            }
+        )
+        if not same or len(ours) != form["valid"]:
+            raise SystemExit(f"{name}: the valid sets differ")
+    total = {k: sum(row[k] for row in rows) for k in ("ours_ms", "kernel_tuner_ms")}
+    print(table(rows))
+    print(f"total {total['ours_ms']:.0f} ms, Kernel Tuner {total['kernel_tuner_ms']:.0f} ms")
+    write("tuner_spaces", rows, total=total, rounds=rounds, kernel_tuner=theirs["version"])
+
+
+# recorded spaces -----------------------------------------------------------------------------------------
+
+
+def requests() -> dict[str, Request]:
+    """Convolutions of different character: wide and deep, strided, of many channels, gradients."""
+    same = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    cases = {
+        "conv 28x28x64": (Conv(**same), Spec((8, 28, 28, 64)), Spec((3, 3, 64, 64))),
+        "conv 14x14x128": (Conv(**same), Spec((8, 14, 14, 128)), Spec((3, 3, 128, 128))),
+        "conv 5x5, 32x32x32": (
+            Conv(stride=(1, 1), padding=((2, 2), (2, 2)), dilation=(1, 1)),
+            Spec((16, 32, 32, 32)),
+            Spec((5, 5, 32, 32)),
+        ),
+        "input gradient 28x28x64": (
+            ConvInputGrad(size=(28, 28), **same),
+            Spec((8, 28, 28, 64)),
+            Spec((3, 3, 64, 64)),
+        ),
+        "filter gradient 28x28x64": (
+            ConvFilterGrad(window=(3, 3), **same),
+            Spec((8, 28, 28, 64)),
+            Spec((8, 28, 28, 64)),
+        ),
+    }
+    return {name: Tuning(host()).serve(op, ins)[0] for name, (op, *ins) in cases.items()}
+
+
+def record(threads: int) -> None:
+    """Every config of each space, compiled, checked and timed beside the default."""
+    recordings: list[dict[str, Any]] = []
+    for name, request in requests().items():
+        begin = time.monotonic()
+        with Bench(host(), threads=threads) as bench:
+            budget = Budget()
+            found = Tuner(request, host(), bench, strategy="exhaustive", budget=budget, batch=16).run()
+        trials = [found.default, *(t for t in found.trials if t.choice != found.default.choice)]
+        recording = Recording.of(name, trials)
+        recordings.append(recording.to_json())
+        spent = time.monotonic() - begin
+        print(f"{name}: {len(trials)} configs in {spent:.0f} s; best {found.gain:.2f}x the default", flush=True)
+        RECORDED.write_text(json.dumps(recordings) + "\n")
+
+
+def strategies(repeats: int) -> None:
+    """How much of all configs each strategy needs, and what it has found after some of them."""
+    rows = []
+    for form in json.loads(RECORDED.read_text()):
+        report = compare(Recording.from_json(form), repeats=repeats)
+        print(f"{report}\n", flush=True)
+        told = report.to_json()
+        for name, numbers in told["strategies"].items():
+            rows.append(
+                {
+                    "space": told["recording"],
+                    "points": told["points"],
+                    "strategy": name,
+                    "default": told["default_fraction"],
+                    "share of evaluations to 98 %": numbers["share_of_evaluations_to_98"],
+                    "fraction of optimum after 15 %": numbers["fraction_of_optimum_after"]["0.15"],
+                }
+            )
+    write("tuner_strategies", rows, repeats=repeats)
+
+
+# stability and a step ------------------------------------------------------------------------------------
+
+
+def stability(threads: int, repeats: int) -> None:
+    """Tune the same convolutions again and again, from nothing, and compare winners with the default at the end."""
+    rows = []
+    for name in ("conv 28x28x64", "filter gradient 28x28x64"):
+        request, winners = requests()[name], []
+        with Bench(host(), threads=threads) as bench:
+            for seed in range(repeats):
+                found = Tuner(request, host(), bench, budget=Budget(trials=40), seed=seed).run()
+                winners.append(found.best.choice)
+                print(f"{name} {seed}: {found.best.choice} {found.gain:.3f}x", flush=True)
+            default = found.default.choice
+            different = sorted({*winners, default}, key=str)
+            trials = {t.choice: t for t in bench(request, different, thorough=True)}
+        best = min(_time(trials[c]) for c in winners)
+        rows.append(
+            {
+                "kernel": name,
+                "repeats": repeats,
+                "different winners": len(set(winners)),
+                "slowest winner / best winner": max(_time(trials[c]) for c in winners) / best,
+                "slowest winner / default": max(_time(trials[c]) for c in winners) / _time(trials[default]),
+            }
+        )
+    print(table(rows))
+    write("tuner_stability", rows, threads=threads)
+
+
+def _time(trial: Trial) -> float:
+    assert trial.time_s is not None
+    return trial.time_s
+
+
+def step(threads: int, budget_s: float) -> None:
+    """Tune LeNet's training step from an empty cache of results and kernels."""
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["RAPYDLI_CACHE_DIR"] = folder
+            settings.cache_clear()
+            graph = rf.trace(case.network, rf.Spec((case.batch, *case.record)))
+            training = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.01, momentum=0.9))
+            begin = time.monotonic()
+            report = rf.autotune(training, budget_s=budget_s, plan=rf.Plan(1, threads))
+            spent = time.monotonic() - begin
+        print(report, report.funnel, sep="\n", flush=True)
+        (session,) = report.sessions
+        assert session.step is not None
+        rows.append(
+            {
+                "network": case.name,
+                "batch": case.batch,
+                "seconds": spent,
+                "kernels": len(report.found),
+                "configs tried": sum(len(found.trials) for found in report.found),
+                "default_ms": session.step.default_s * 1e3,
+                "tuned_ms": session.step.tuned_s * 1e3,
+                "gain": session.step.gain,
+            }
+        )
+    print(table(rows))
+    write("tuner_step", rows, threads=threads, budget_s=budget_s)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("spaces", "record", "strategies", "stability", "step"))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=None)
+    parser.add_argument("--budget", type=float, default=100.0)
+    given = parser.parse_args(arguments)
+    if given.what == "spaces":
+        spaces(given.rounds)
+    elif given.what == "record":
+        record(given.threads)
+    elif given.what == "strategies":
+        strategies(given.repeats or 20)
+    elif given.what == "stability":
+        stability(given.threads, given.repeats or 10)
+    else:
+        step(given.threads, given.budget)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
