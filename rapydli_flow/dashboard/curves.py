@@ -99,6 +99,16 @@ def _figure(shared: Any, **options: Any) -> Any:
         toolbar_location="right",
         **options,
     )
+    plain(plot)
+    plot.xaxis.axis_label = "step"
+    plot.xaxis.axis_label_text_color = INK
+    plot.xaxis.axis_label_text_font_style = "normal"
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    return plot
+
+
+def plain(plot: Any) -> None:
+    """The look of all figures: pale grid, thin axes, tools that come when they are wanted."""
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     plot.outline_line_color = None
@@ -107,11 +117,6 @@ def _figure(shared: Any, **options: Any) -> Any:
     plot.axis.minor_tick_line_color = None
     plot.axis.major_label_text_color = INK
     plot.axis.major_label_text_font_size = "11px"
-    plot.xaxis.axis_label = "step"
-    plot.xaxis.axis_label_text_color = INK
-    plot.xaxis.axis_label_text_font_style = "normal"
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
-    return plot
 
 
 def _spread(numbers: Numbers, name: str) -> float:

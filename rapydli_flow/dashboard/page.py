@@ -7,41 +7,25 @@ report. What it shows comes from `rapydli_flow.runtime.publish`, memory from the
 
 from __future__ import annotations
 
-import logging
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from bokeh.layouts import column, row
 from bokeh.models import ColumnDataSource, Div, Select
-from bokeh.server.tornado import BokehTornado
 from distributed.dashboard.components.scheduler import BOKEH_THEME, env
-from distributed.dashboard.core import BokehApplication
-from distributed.dashboard.scheduler import template_variables
-from tornado.ioloop import IOLoop
 
 from . import parts
 from .curves import columns, curves, form
 from .history import History, Told
+from .serving import CARD, HEAD, REFRESH_MS, SHEET, prefix_of, serve
 
 PATH = "rapydli"
-REFRESH_MS = 700
-HEAD = Path(__file__).with_name("page.html")
-SHEET = Path(__file__).with_name("page.css")
-
-CARD = {"background": "#fff", "border": "1px solid #e3e8ed", "border-radius": "12px", "padding": "16px 18px 6px"}
-
-log = logging.getLogger(__name__)
 
 
 def install(scheduler: Any) -> Page | None:
-    """Add the page to a running scheduler; None, and a line in the log, where there is no dashboard to add it to."""
-    served = scheduler.http_application.applications
-    dask = next((application for application in served if isinstance(application, BokehTornado)), None)
-    if dask is None:
-        log.info("no page '%s' on this scheduler: it runs without a dashboard", PATH)
-        return None
-    return Page(scheduler, dask.prefix)
+    """Add the page to a running scheduler; None where there is no dashboard to add it to."""
+    prefix = prefix_of(scheduler)
+    return Page(scheduler, prefix) if prefix is not None else None
 
 
 class Page:
@@ -50,12 +34,7 @@ class Page:
     def __init__(self, scheduler: Any, prefix: str) -> None:
         self.scheduler, self.history = scheduler, History()
         self.clocks: dict[str, dict[str, float]] = {}
-        words = template_variables(scheduler)
-        application = BokehApplication({f"/{PATH}": self.open}, scheduler, prefix=prefix, template_variables=words)
-        scheduler.http_application.add_application(application)
-        application.initialize(IOLoop.current())
-        application.start()
-        words["pages"].append(PATH)  # the list that the pages of Dask draw their navigation from
+        serve(scheduler, prefix, PATH, self.open)
 
     def hear(self, message: Any) -> None:
         """A message of a run."""

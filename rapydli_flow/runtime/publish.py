@@ -24,8 +24,11 @@ from distributed import Client, SchedulerPlugin
 from ..scheduler import Program
 from .events import Callback, Ended, Event, Saved, Stepped, Validated
 
-TOPIC = "rapydli"
-PAGE = "rapydli_flow.dashboard.page"  # imported by name, on the scheduler: it is floors above this one
+TOPIC, TUNING = "rapydli", "rapydli-tuning"
+PAGES = {  # imported by name, on the scheduler: they are floors above this one
+    TOPIC: "rapydli_flow.dashboard.page",
+    TUNING: "rapydli_flow.dashboard.tuning_page",
+}
 POINTS = 32  # steps of a segment that are told, the last one among them
 LINES = 200  # of one message
 FLUSH_S = 1.0  # the end of a run is waited for, so that a client may close after it
@@ -34,22 +37,22 @@ log = logging.getLogger(__name__)
 
 
 class Page(SchedulerPlugin):  # type: ignore[misc]
-    """Puts the page onto the scheduler's dashboard, and hands it what runs tell. One for all runs and clients."""
+    """Puts our pages onto the scheduler's dashboard, and hands them what is told. One for all runs and clients."""
 
     name = "rapydli-page"
     idempotent = True
-    page: Any = None
 
     def start(self, scheduler: Any) -> None:
-        self.page = importlib.import_module(PAGE).install(scheduler)
+        made = {topic: importlib.import_module(page).install(scheduler) for topic, page in PAGES.items()}
+        self.pages = {topic: page for topic, page in made.items() if page is not None}
 
     def log_event(self, topic: str, msg: Any) -> None:
-        if topic == TOPIC and self.page is not None:
-            self.page.hear(msg)
+        if topic in self.pages:
+            self.pages[topic].hear(msg)
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        if self.page is not None:
-            self.page.leave(client)
+        if TOPIC in self.pages:
+            self.pages[TOPIC].leave(client)
 
 
 class Publisher(Callback):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from math import inf
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -30,6 +29,7 @@ from .peak import Peak, measured_peak
 from .rank import Rank
 
 STEP_ROUNDS, STEP_S = 11, 3.0
+CHUNK = 8  # defaults that are compiled together
 
 
 @dataclass(frozen=True)
@@ -110,138 +110,130 @@ class Session:
     interrupted: bool
 
 
-Tell = Callable[[Progress], None]
+Share = tuple[float, Job, Trial]  # of the step's time, the kernel, its default's trial
 
 
-def tune_all(
-    jobs: Sequence[Job],
-    device: Device,
-    options: Options,
-    *,
-    graph: Graph | None = None,
-    tell: Tell = lambda progress: None,
-    keep: Callable[[Found], None] = lambda found: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Session:
-    """Tune on this host. Ctrl-C, or ``stop`` that says so, ends it early and keeps what was learnt.
+class Sitting:
+    """One session while it goes on. ``tell`` is told where it is, ``keep`` what was found for each kernel.
 
-    ``graph``: the step, which is timed with the defaults and with what was found. ``keep`` is given what was found
-    for each kernel, as soon as it is.
+    ``graph``: the step, which is timed at the end with the defaults and with what was found. Ctrl-C, or ``stop``
+    that says so, ends it early and keeps what was learnt.
     """
-    begun, found, interrupted = time.monotonic(), [], False  # type: float, list[Found], bool
-    end = begun + options.budget_s
-    peak: Peak | None = None
-    order: list[tuple[float, Job, Trial | None]] = [(0.0, job, None) for job in jobs]
-    with Bench(device, threads=options.threads, seed=options.seed) as bench:
-        try:
-            peak = measured_peak(device, options.threads)
-            order = _by_share(jobs, device, bench)
-        except KeyboardInterrupt:
-            interrupted = True
-        for number, (share, job, default) in enumerate(order, 1):
-            if interrupted or default is None:
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        device: Device,
+        options: Options,
+        *,
+        graph: Graph | None = None,
+        tell: Callable[[Progress], None] = lambda progress: None,
+        keep: Callable[[Found], None] = lambda found: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.jobs, self.device, self.options, self.graph = tuple(jobs), device, options, graph
+        self.tell, self.keep, self.stop = tell, keep, stop
+        self.found: list[Found] = []
+        self.peak: Peak | None = None
+        self.number, self.kernels, self.interrupted = 0, len(self.jobs), False
+        self.begun = time.monotonic()
+
+    def run(self) -> Session:
+        """Tune, in the order of shares, until the budget is spent."""
+        step = None
+        with Bench(self.device, threads=self.options.threads, seed=self.options.seed) as bench:
+            try:
+                self.peak = measured_peak(self.device, self.options.threads)
+                shares = self._shares(bench)
+            except KeyboardInterrupt:
+                self.interrupted, shares = True, []
+            self.kernels, self.number = len(shares) or self.kernels, 0
+            while shares and not self.interrupted:
+                left = self._left() * (shares[0][0] / sum(share for share, *_ in shares))
+                self._tune(bench, left, *shares.pop(0)[1:])
+        if self.graph is not None and not self.interrupted:
+            with suppress(KeyboardInterrupt):
+                step = _step_time(self.graph, self.device, self.options.threads, self.found)
+        spent = time.monotonic() - self.begun
+        return Session(self.device, tuple(self.found), self.jobs, self.peak, step, spent, self.interrupted)
+
+    def _left(self) -> float:
+        return max(0.0, self.begun + self.options.budget_s - time.monotonic())
+
+    def _shares(self, bench: Bench) -> list[Share]:
+        """The largest share first; what fails comes first of all.
+
+        Those with the most operations are compiled and timed first. When the budget is spent the others are left out.
+        """
+        sized = sorted(self.jobs, key=lambda job: -job.calls * job.request.op.flops(*job.request.ins))
+        defaults = [(job, Tuning(self.device).choose(job.request)) for job in sized]
+        out: list[Share] = []
+        for first in range(0, len(defaults), CHUNK):
+            if first and not self._left():
                 break
-            rest = sum(s for s, *_ in order[number - 1 :])
-            seconds = max(0.0, end - time.monotonic()) * (share / rest if rest else 0.0)
-            earlier = sum(len(f.trials) for f in found)
+            part = defaults[first : first + CHUNK]
+            bench.compile([(job.request, choice) for job, choice in part])
+            for job, choice in part:
+                (trial,) = bench(job.request, [choice])
+                self.number += 1
+                self._watch(job.request, [trial])
+                out.append((job.calls * trial.time_s if trial.time_s else 0.0, job, trial))
+        worst = sum(share for share, *_ in out) or 1.0
+        return sorted(((share or worst, job, trial) for share, job, trial in out), key=lambda row: -row[0])
 
-            def watch(request: Request, trials: Sequence[Trial], n: int = number, before: int = earlier) -> None:
-                if stop():
-                    raise KeyboardInterrupt
-                tell(_progress(request, trials, device, n, len(order), before, peak, begun, options))
+    def _tune(self, bench: Bench, seconds: float, job: Job, default: Trial) -> None:
+        self.number += 1
+        tuner = Tuner(
+            job.request,
+            self.device,
+            bench,
+            strategy=self.options.strategy,
+            budget=Budget(seconds, self.options.trials),
+            soft=self.options.soft,
+            known=(default, *job.known),
+            similar=job.similar,
+            batch=max(4, 2 * self.device.cores),
+            seed=self.options.seed,
+            watch=self._watch,
+        )
+        found = tuner.run()
+        self.interrupted = tuner.interrupted
+        ended = replace(
+            self._progress(found.request, found.trials, found.best),
+            default_s=found.default.time_s,
+            ended=found.ended,
+            funnel=tuple(found.funnel.to_json()),
+        )
+        self.found.append(found)
+        self.keep(found)
+        self.tell(ended)
 
-            tuner = Tuner(
-                job.request,
-                device,
-                bench,
-                strategy=options.strategy,
-                budget=Budget(seconds, options.trials),
-                soft=options.soft,
-                known=(default, *job.known),
-                similar=job.similar,
-                batch=max(4, 2 * device.cores),
-                seed=options.seed,
-                watch=watch,
-            )
-            result = tuner.run()
-            found.append(result)
-            keep(result)
-            interrupted = tuner.interrupted
-            tell(_ended(result, device, number, len(order), earlier, peak, begun, options))
-    step = None
-    if graph is not None and not interrupted:
-        with suppress(KeyboardInterrupt):
-            step = _step_time(graph, device, options.threads, found)
-    return Session(device, tuple(found), tuple(jobs), peak, step, time.monotonic() - begun, interrupted)
+    def _watch(self, request: Request, trials: Sequence[Trial]) -> None:
+        if self.stop():
+            raise KeyboardInterrupt
+        self.tell(self._progress(request, trials, min(trials, key=lambda t: t.seconds)))
 
-
-def _by_share(jobs: Sequence[Job], device: Device, bench: Bench) -> list[tuple[float, Job, Trial | None]]:
-    """Share of the step's time, job and default's trial, the largest share first; what fails comes first of all."""
-    defaults = [Tuning(device).choose(job.request) for job in jobs]
-    bench.compile([(job.request, choice) for job, choice in zip(jobs, defaults, strict=True)])
-    out: list[tuple[float, Job, Trial | None]] = []
-    for job, choice in zip(jobs, defaults, strict=True):
-        (trial,) = bench(job.request, [choice])
-        out.append((job.calls * trial.time_s if trial.time_s else 0.0, job, trial))
-    worst = sum(share for share, *_ in out) or 1.0
-    out = [(share or worst, job, trial) for share, job, trial in out]
-    return sorted(out, key=lambda row: -row[0])
+    def _progress(self, request: Request, trials: Sequence[Trial], best: Trial) -> Progress:
+        return Progress(
+            device=self.device.key,
+            kernel=str(request),
+            number=self.number,
+            kernels=self.kernels,
+            trials=len(trials),
+            all_trials=sum(len(f.trials) for f in self.found) + len(trials),
+            best_s=best.time_s,
+            default_s=trials[0].time_s,
+            gflops=gflops(request, best.time_s),
+            peak_gflops=self.peak.flops_s / 1e9 if self.peak else None,
+            elapsed_s=time.monotonic() - self.begun,
+            budget_s=self.options.budget_s,
+            config=str(best.choice),
+        )
 
 
 def gflops(request: Request, time_s: float | None) -> float | None:
+    """Operations of a call, in 1e9 a second."""
     return request.op.flops(*request.ins) / time_s / 1e9 if time_s else None
-
-
-def _progress(
-    request: Request,
-    trials: Sequence[Trial],
-    device: Device,
-    number: int,
-    kernels: int,
-    before: int,
-    peak: Peak | None,
-    begun: float,
-    options: Options,
-) -> Progress:
-    good = [t for t in trials if t.time_s is not None]
-    best = min(good, key=lambda t: t.time_s or inf, default=None)
-    default = trials[0].time_s if trials else None
-    return Progress(
-        device=device.key,
-        kernel=str(request),
-        number=number,
-        kernels=kernels,
-        trials=len(trials),
-        all_trials=before + len(trials),
-        best_s=best.time_s if best else None,
-        default_s=default,
-        gflops=gflops(request, best.time_s if best else None),
-        peak_gflops=peak.flops_s / 1e9 if peak else None,
-        elapsed_s=time.monotonic() - begun,
-        budget_s=options.budget_s,
-        config=str(best.choice) if best else "",
-    )
-
-
-def _ended(
-    found: Found,
-    device: Device,
-    number: int,
-    kernels: int,
-    before: int,
-    peak: Peak | None,
-    begun: float,
-    options: Options,
-) -> Progress:
-    said = _progress(found.request, found.trials, device, number, kernels, before, peak, begun, options)
-    fields = {k: v for k, v in asdict(said).items() if k not in ("best_s", "default_s", "gflops", "config")}
-    return Progress(
-        **{**fields, "ended": found.ended, "funnel": tuple(found.funnel.to_json())},
-        best_s=found.best.time_s,
-        default_s=found.default.time_s,
-        gflops=gflops(found.request, found.best.time_s),
-        config=str(found.best.choice),
-    )
 
 
 def _step_time(graph: Graph, device: Device, threads: int, found: Sequence[Found]) -> StepTime | None:

@@ -6,11 +6,13 @@ found goes to the client, to the page on the scheduler's dashboard, and into the
 
 from __future__ import annotations
 
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distributed import Client, get_worker
@@ -27,11 +29,10 @@ from ..template import Device
 from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
 from .cluster import ready_workers
 from .own import carry, unpack
-from .publish import show_page
-from .session import Job, Options, Progress, Session, tune_all
+from .publish import TUNING, show_page
+from .session import Job, Options, Progress, Session, Sitting
 from .tuning_report import TuningReport
 
-TOPIC = "rapydli-tuning"
 START_S, POLL_S, GONE_S = 30.0, 0.2, 3.0
 EXHAUSTED = "nothing left to try"
 SIMILAR = 3  # winners of similar shapes that a search starts with
@@ -132,7 +133,7 @@ def autotune(
         jobs = jobs_of(graphs, device, options.threads)
         check_soft(soft, [job.request for job in jobs], device)
         keep = partial(remember, cache(), device)
-        sessions, lost = [tune_all(jobs, device, options, graph=graphs[0], tell=tell, keep=keep)], ()
+        sessions, lost = [Sitting(jobs, device, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
     else:
         sessions, lost = _on_workers(graphs, client, options, tell)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)
@@ -212,7 +213,7 @@ def tune_there(
 
     def tell(progress: Progress) -> None:
         said = progress.to_json()
-        worker.log_event([session, TOPIC], {**said, "session": session})
+        worker.log_event([session, TUNING], {**said, "session": session})
 
     def stopped() -> bool:  # the scheduler is asked once a second at most
         if time.monotonic() - asked[0] < 1.0:
@@ -221,18 +222,26 @@ def tune_there(
         return bool(stop.is_set())
 
     keep = partial(remember, cache(), device)
-    return tune_all(jobs, device, options, graph=graph, tell=tell, stop=stopped, keep=keep)
+    return Sitting(jobs, device, options, graph=graph, tell=tell, stop=stopped, keep=keep).run()
 
 
 def _share(client: Client, devices: Sequence[Device]) -> None:
     """Put what is known of these devices into the cache of every host of the cluster."""
-    text = "".join(cache().lines(device.key) for device in devices)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = []
+        for number, device in enumerate(devices):
+            path = Path(folder) / f"{number}.jsonl"
+            cache().export(path, device, trials=True)
+            texts.append(path.read_text(encoding="utf-8"))
     hosts: dict[str, str] = {}
     for address, worker in client.scheduler_info(n_workers=-1)["workers"].items():
         hosts.setdefault(worker["host"], address)
-    client.run(take, text, workers=sorted(hosts.values()))
+    client.run(take, "".join(texts), workers=sorted(hosts.values()))
 
 
 def take(text: str) -> None:
     """On a worker: merge results into this host's cache."""
-    cache().merge_lines(text)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shared.jsonl"
+        path.write_text(text, encoding="utf-8")
+        cache().merge(path)

@@ -72,6 +72,10 @@ class Funnel:
             out.append(Stage(a.name, a.left + b.left, dict(lost.most_common())))
         return Funnel(tuple(out))
 
+    @classmethod
+    def from_json(cls, form: Sequence[Mapping[str, Any]]) -> Funnel:
+        return cls(tuple(Stage(row["stage"], row["left"], row["lost"]) for row in form))
+
     def to_json(self) -> list[dict[str, Any]]:
         return [{"stage": s.name, "left": s.left, "lost": dict(s.lost)} for s in self.stages]
 
