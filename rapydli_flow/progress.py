@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from .notebook import NotebookProgress
 from .runtime.events import Callback, Ended, Event, Started, Stepped, Validated
+from .runtime.session import Progress as Tuned
 
 LINES = 10  # at least, of a whole run, where there is no terminal
 
@@ -96,3 +97,34 @@ class ProgressBar(Callback):
     def _line(self, text: str) -> None:
         """Above the bar, if there is one. Plans and errors have brackets, which are no markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TuningBar:
+    """Shows how a tuning session goes: ``rf.autotune(step, watch=TuningBar())``. A bar in a terminal, else lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def __enter__(self) -> TuningBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def __call__(self, progress: Tuned) -> None:
+        if not self.console.is_terminal:
+            if progress.ended and progress.trials > 1:
+                self.console.print(str(progress), markup=False, highlight=False, soft_wrap=True)
+            return
+        if self.bar is None:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), TimeElapsedColumn())
+            self.bar = Progress(*columns, console=self.console, expand=True)
+            self.task = self.bar.add_task("", total=progress.budget_s)
+            self.bar.start()
+        if progress.ended and progress.trials > 1:
+            self.bar.console.print(str(progress), markup=False, highlight=False)
+        self.bar.update(self.task, description=str(progress), completed=min(progress.elapsed_s, progress.budget_s))

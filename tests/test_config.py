@@ -13,13 +13,14 @@ def test_defaults() -> None:
     found = Settings.read({})
     assert found.cache_dir == Path.home() / ".cache" / "rapydli_flow"
     assert found.threads == len(os.sched_getaffinity(0))
-    assert (found.lanes, found.verify) == (None, False)
+    assert (found.lanes, found.verify, found.tuning) == (None, False, "on")
 
 
 def test_everything_can_be_set() -> None:
     environ = {"RAPYDLI_CACHE_DIR": "/c", "RAPYDLI_THREADS": "3", "RAPYDLI_LANES": "8", "RAPYDLI_VERIFY": "1"}
     assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True)
     assert Settings.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/rapydli_flow")
+    assert Settings.read({"RAPYDLI_TUNING": "strict"}).tuning == "strict"
     assert not Settings.read({"RAPYDLI_VERIFY": "0"}).verify
 
 
@@ -28,6 +29,7 @@ def test_everything_can_be_set() -> None:
     [
         ({"RAPYDLI_LANES": "5"}, "RAPYDLI_LANES=5: lanes are 4, 8 or 16"),
         ({"RAPYDLI_THREADS": "0"}, "RAPYDLI_THREADS=0: a rank has 1 thread or more"),
+        ({"RAPYDLI_TUNING": "maybe"}, "RAPYDLI_TUNING='maybe' is not one of on, off, offline, strict"),
         ({"RAPYDLI_THREADS": "many"}, "RAPYDLI_THREADS='many' is not a whole number"),
     ],
 )

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .. import api
 from ..data import Dataset
-from ..errors import RapydliError
 from ..graph import Graph
 from ..runtime.events import Callback
 from ..runtime.feeding import label_classes
 from ..version import __version__
+from .cluster import cluster
+from .failing import plain_errors
 from .recipe import Recipe
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """One line for an error that rapydli_flow raised on purpose; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except RapydliError as error:
-        raise click.ClickException(str(error)) from error
+from .tune import tune
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,6 +25,9 @@ def main() -> None:
 
     A RECIPE is a Python file with step(), data(url), EPOCHS and CALLBACKS; see examples/digits.py.
     """
+
+
+main.add_command(tune)
 
 
 @main.command()
@@ -136,40 +129,3 @@ def show(recipe: str, training: bool, svg: str | None) -> None:
         if svg:
             graph.save_svg(svg)
             click.echo(f"picture: {svg}")
-
-
-@main.command()
-@click.argument("recipe")
-@click.option("--budget", default=120.0, show_default=True, help="Seconds to spend.")
-@click.option("--ranks", default=1, show_default=True, help="Tune for the local shapes of so many ranks.")
-@click.option("--threads", default=None, type=int, help="Threads of a rank [default: all cores].")
-def tune(recipe: str, budget: float, ranks: int, threads: int | None) -> None:
-    """Find the fastest kernels for a RECIPE on this machine, and remember them."""
-    with plain_errors():
-        step = Recipe(recipe).step()
-        plan = api.plan(step, ranks=ranks, threads=threads)
-        click.echo(api.autotune(step, budget_s=budget, plan=plan, watch=click.echo))
-
-
-@contextmanager
-def cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
-    """A Dask client: of a running scheduler, of a local cluster, or none."""
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
-        with Client(scheduler) as client:
-            yield client
-    elif workers > 0:
-        with LocalCluster(n_workers=workers, threads_per_worker=_threads(workers), dashboard_address=":0") as local:
-            click.echo(f"dashboard: {local.dashboard_link}")
-            with Client(local) as client:
-                yield client
-    else:
-        yield None
-
-
-def _threads(workers: int) -> int:
-    """The cores of this machine, divided."""
-    from ..config import settings
-
-    return max(1, settings().threads // workers)

@@ -23,7 +23,8 @@ from .measure import Measure
 from .own import carry, unpack
 from .rank import kernel_of
 
-LIMIT_S = 60.0  # for compiling a kernel, for running it the first time, and for all rounds of a batch
+COMPILE_S = 120.0  # for compiling a kernel
+LIMIT_S = 60.0  # for running a kernel the first time, and for all rounds of a batch
 
 
 class Bench:
@@ -74,7 +75,7 @@ class Bench:
         todo = [key for key in dict.fromkeys(keys) if key not in self._compiled]
         calls = [(compile_one, packed[key], choice, self.device) for key, choice in todo]
         with _alone(fcntl.LOCK_SH):
-            answers = share(self._compilers, calls, self.limit_s)
+            answers = share(self._compilers, calls, COMPILE_S)
         for key, answer in zip(todo, answers, strict=True):
             self._compiled[key] = answer.why if isinstance(answer, Lost | Failed) else ""
 

@@ -26,6 +26,7 @@ from cloudpickle import dumps, loads
 
 from ..config import settings
 
+START_S = 120.0  # most for starting a child and importing, on a busy machine
 SERVE = "import sys; from rapydli_flow.runtime.contained import serve; serve(int(sys.argv[1]))"
 
 
@@ -51,6 +52,7 @@ class Contained:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
         self._said: Any = None
+        self.begun = False  # has the child imported what it needs for the call?
 
     def start(self) -> None:
         """Start the child if there is none; this does not wait for it."""
@@ -73,7 +75,7 @@ class Contained:
         """Begin a call in the child. A function that takes ``say`` is given a callable for words about where it is."""
         self.start()
         assert self._connection is not None
-        self._said = None
+        self._said, self.begun = None, False
         try:
             self._connection.send_bytes(dumps((function, arguments)))
         except OSError:  # it died while it was idle: once more, in a new one
@@ -82,23 +84,39 @@ class Contained:
             self._connection.send_bytes(dumps((function, arguments)))
 
     def answer(self, limit_s: float) -> Any:
-        """What the call gave; `Failed` if it raised, `Lost` if the child died or said nothing for ``limit_s`` s."""
+        """What the call gave; `Failed` if it raised, `Lost` if the child died or said nothing for ``limit_s`` s.
+
+        The time begins when the child does: starting it, and importing what it needs, may take `START_S`.
+        """
         while True:
-            assert self._connection is not None
-            if not self._connection.poll(limit_s):
-                said = self._said
-                self.stop()
-                return Lost(f"hung: nothing for {limit_s:g} s", said)
-            try:
-                kind, value = loads(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                said, why = self._said, self._ending()
-                self.stop()
-                return Lost(why, said)
-            if kind == "said":
-                self._said = value
-                continue
-            return Failed(value) if kind == "failed" else value
+            limit = limit_s if self.begun else START_S
+            if not self.connection.poll(limit):
+                return self.give_up(limit)
+            done, answer = self.receive()
+            if done:
+                return answer
+
+    def receive(self) -> tuple[bool, Any]:
+        """The next message: a word of where it is (False), or the answer (True)."""
+        try:
+            kind, value = loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            said, why = self._said, self._ending()
+            self.stop()
+            return True, Lost(why, said)
+        if kind == "begun":
+            self.begun = True
+        elif kind == "said":
+            self._said = value
+        else:
+            return True, Failed(value) if kind == "failed" else value
+        return False, None
+
+    def give_up(self, limit_s: float) -> Lost:
+        """Stop a child that hangs."""
+        said = self._said
+        self.stop()
+        return Lost(f"hung: nothing for {limit_s:g} s", said)
 
     def _ending(self) -> str:
         assert self._process is not None
@@ -128,26 +146,33 @@ class Contained:
 def share(children: Sequence[Contained], calls: Sequence[tuple[Any, ...]], limit_s: float) -> list[Any]:
     """The answers to calls (function, *arguments), shared out among children as they become free."""
     answers: list[Any] = [None] * len(calls)
-    waiting, busy = list(range(len(calls)))[::-1], {}  # type: list[int], dict[Any, tuple[Contained, int, float]]
+    waiting = list(range(len(calls)))[::-1]
+    busy: dict[Contained, tuple[int, float]] = {}  # the call, and when it must have said something
 
     def give(child: Contained) -> None:
-        i = waiting.pop()
-        child.ask(*calls[i])
-        busy[child.connection] = (child, i, time.monotonic() + limit_s)
+        call = waiting.pop()
+        child.ask(*calls[call])
+        busy[child] = (call, time.monotonic() + START_S)
+
+    def done(child: Contained, answer: Any) -> None:
+        answers[busy.pop(child)[0]] = answer
+        if waiting:
+            give(child)
 
     for child in children[: len(calls)]:
         give(child)
     while busy:
-        left = min(end for *_, end in busy.values()) - time.monotonic()
-        ready = wait(list(busy), max(0.0, left))
-        late = [] if ready else [c for c, (*_, end) in busy.items() if end <= time.monotonic()]
-        for connection in [*ready, *late]:
-            child, i, _ = busy.pop(connection)
-            answers[i] = child.answer(limit_s if connection in ready else 0.0)
-            if isinstance(answers[i], Lost) and connection not in ready:
-                answers[i] = Lost(f"hung: nothing for {limit_s:g} s")
-            if waiting:
-                give(child)
+        places = {child.connection: child for child in busy}
+        ready = wait(list(places), max(0.0, min(end for _, end in busy.values()) - time.monotonic()))
+        for connection in ready:
+            child = places[connection]  # type: ignore[index]
+            over, answer = child.receive()
+            if over:
+                done(child, answer)
+            else:
+                busy[child] = (busy[child][0], time.monotonic() + limit_s)
+        for child in [c for c, (_, end) in busy.items() if end <= time.monotonic()]:
+            done(child, child.give_up(limit_s if child.begun else START_S))
     return answers
 
 
@@ -166,6 +191,7 @@ def serve(descriptor: int) -> None:
             return
         try:
             function, arguments = loads(message)
+            tell("begun", None)
             tell("done", function(*arguments, say=lambda value: tell("said", value)))
         except Exception as error:  # of any kind: it is the answer
             tell("failed", f"{type(error).__name__}: {error}")

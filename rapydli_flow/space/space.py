@@ -16,7 +16,9 @@ iterators, derived variables, hard and soft constraints.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import prod
@@ -137,6 +139,10 @@ class Space:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._declared)
+
+    def copy(self) -> Space:
+        """The same space, of which nothing is worked out yet."""
+        return self.restricted({})
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -314,7 +320,8 @@ class Space:
         """Every point as a tuple of values, parameters in the order of their declaration."""
         if not self.names:
             return [()] * self.count()
-        return list(zip(*(c.tolist() for c in self.columns().values()), strict=True))
+        with _uncollected():
+            return list(zip(*(c.tolist() for c in self.columns().values()), strict=True))
 
     def neighbours(self, point: Mapping[str, Any], *, reach: int | None = None) -> list[Point]:
         """Valid points that differ in one parameter; by at most ``reach`` places in its values, nearest first."""
@@ -365,6 +372,18 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
         return _distinct(values)
     except TypeError:
         raise SpaceError(f"the function of the deferred parameter {name!r} gave {values!r}, not a list.") from None
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Many tuples are made, none of them in a cycle: the collector would look at all objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _MISSING = object()

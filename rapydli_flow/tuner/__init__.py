@@ -3,11 +3,13 @@
 May import floors 0 to 3. It is given a `Measure` and never runs a kernel itself.
 """
 
-from .cache import TuningCache
+from .cache import Known, Merged, TuningCache, Winner
 from .choice import REFERENCE, Choice, Request, Tuning
+from .exchange import Difference
 from .funnel import Funnel
 from .search import Budget, Found, Measure, Tuner
 from .similar import nearest
+from .source import compilers, source_key
 from .strategies import STRATEGIES
 from .trial import Trial
 
@@ -16,13 +18,19 @@ __all__ = [
     "STRATEGIES",
     "Budget",
     "Choice",
+    "Difference",
     "Found",
     "Funnel",
+    "Known",
     "Measure",
+    "Merged",
     "Request",
     "Trial",
     "Tuner",
     "Tuning",
     "TuningCache",
+    "Winner",
+    "compilers",
     "nearest",
+    "source_key",
 ]

@@ -140,6 +140,8 @@ def _row(table: str, told: Mapping[str, Any]) -> Row:
         if column not in told:
             raise ValueError(f"a {table} without {column!r}")
         value = told[column]
+        if column == "config" and not isinstance(value, dict):
+            raise ValueError(f"config is {value!r}, no parameters by name")
         if column in ENCODED:
             value = json.dumps(value, sort_keys=True)
         elif column in NUMBERS:

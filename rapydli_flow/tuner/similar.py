@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf, log2
 
+from .cache import Winner
 from .choice import Choice, Request
 
-Winner = tuple[Sequence[Sequence[int]], str, Choice, float]
 OTHER_OP = 4.0  # as far as one extent that is 16 times as large: another stride, another tail
 
 
@@ -22,5 +22,5 @@ def distance(request: Request, shapes: Sequence[Sequence[int]], op: str) -> floa
 
 def nearest(request: Request, winners: Sequence[Winner]) -> tuple[Choice, ...]:
     """The choices of the nearest requests first, each once."""
-    ranked = sorted(((distance(request, shapes, op), i) for i, (shapes, op, *_) in enumerate(winners)))
-    return tuple(dict.fromkeys(winners[i][2] for far, i in ranked if far < inf))
+    ranked = sorted((distance(request, winner.shapes, winner.op), i) for i, winner in enumerate(winners))
+    return tuple(dict.fromkeys(winners[i].choice for far, i in ranked if far < inf))

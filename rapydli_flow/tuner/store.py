@@ -124,7 +124,7 @@ class Store:
                 if _filled(db) and not is_ours(db):
                     return "it is a database of something else"
                 ((said,),) = db.execute("PRAGMA integrity_check(1)").fetchall()
-                return "" if said == "ok" else str(said)
+                return "" if said == "ok" else " ".join(said.split())
         except sqlite3.Error as error:
             return "" if _code(error) in BUSY else str(error)
 

@@ -10,7 +10,7 @@ from rapydli_flow.errors import SettingError, SpaceError
 from rapydli_flow.ops import Op
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
-from rapydli_flow.tuner import Budget, Choice, Found, Request, Trial, Tuner, nearest
+from rapydli_flow.tuner import Budget, Choice, Found, Request, Trial, Tuner, Winner, nearest
 
 DEVICE = Device("cpu", "a processor", target="tests-1")
 
@@ -322,5 +322,10 @@ def test_an_interrupt_before_anything_was_measured() -> None:
 def test_the_nearest_shapes_come_first() -> None:
     op = str(request().op)
     a, b, c = (Choice("plain", (("rows", n),)) for n in (1, 2, 3))
-    winners = [([[64]], op, a, 1.0), ([[9]], op, b, 1.0), ([[8]], "another", c, 1.0), ([[8, 8]], op, Choice("x"), 1.0)]
+    winners = [
+        Winner([(64,)], op, a, 1.0),
+        Winner([(9,)], op, b, 1.0),
+        Winner([(8,)], "another", c, 1.0),
+        Winner([(8, 8)], op, Choice("x"), 1.0),
+    ]
     assert nearest(request(), winners) == (b, a, c)

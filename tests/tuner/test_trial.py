@@ -1,37 +1,49 @@
-"""Trials: medians with bounds, and times that are none."""
+"""Trials: what samples say, and what is no time."""
 
-from math import inf, nan
+import random
+from math import inf, log, nan
 
-import numpy as np
 import pytest
 
 from rapydli_flow.tuner import Choice, Trial
 from rapydli_flow.tuner.trial import median_interval
 
-CHOICE = Choice("t", (("a", 1),))
+CHOICE = Choice("rows", (("grain", 4096),))
 
 
-def test_a_trial_of_samples() -> None:
-    trial = Trial.timed(CHOICE, [3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 6.0])
-    assert (trial.time_s, trial.low_s, trial.high_s, trial.rounds, trial.error) == (4.0, 1.0, 7.0, 7, "")
-    assert Trial.timed(CHOICE, [1.0, 2.0]).time_s == 1.5
-    assert trial.scaled(2.0).time_s == 8.0
-    assert trial.scaled(2.0).high_s == 14.0
+def test_samples_make_a_median_and_an_interval() -> None:
+    assert Trial.timed(CHOICE, [3.0, 1.0, 2.0]) == Trial(CHOICE, 2.0, 1.0, 3.0, 3)
+    assert Trial.timed(CHOICE, [2.0]) == Trial(CHOICE, 2.0, 2.0, 2.0, 1)
+    assert Trial.timed(CHOICE, [1.0, 2.0]) == Trial(CHOICE, 1.5, 1.0, 2.0, 2)
 
 
-@pytest.mark.parametrize("wrong", [0.0, -1.0, inf, nan])
+@pytest.mark.parametrize(
+    ("n", "cut"),
+    [(6, 0), (8, 0), (9, 1), (11, 1), (12, 2), (15, 3), (20, 5), (25, 7), (100, 39)],  # tables of the sign test
+)
+def test_the_interval_is_that_of_the_sign_test(n: int, cut: int) -> None:
+    values = [float(i) for i in range(n)]
+    random.Random(n).shuffle(values)
+    assert median_interval(values) == (float(cut), float(n - 1 - cut))
+
+
+def test_the_interval_holds_the_median_in_95_percent_of_cases() -> None:
+    draw, hits, runs = random.Random(0), 0, 2000
+    for _ in range(runs):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(15)])
+        hits += low <= log(2) <= high  # the median of what is drawn
+    assert hits / runs > 0.94
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.0, nan, inf])
 def test_what_is_no_time_is_a_failure(wrong: float) -> None:
-    for trial in (Trial.timed(CHOICE, [1.0, wrong]), Trial(CHOICE, wrong).checked()):
-        assert trial.time_s is None
-        assert trial.stage == "time"
-        assert trial.error == f"measured {wrong} s, which is no time"
+    said = f"measured {wrong} s, which is no time"
+    assert Trial.timed(CHOICE, [1.0, wrong, 2.0]) == Trial(CHOICE, rounds=3, error=said, stage="time")
+    assert Trial(CHOICE, wrong, 0.5, 0.5, 7).checked() == Trial(CHOICE, rounds=7, error=said, stage="time")
     assert Trial.timed(CHOICE, []).error == "measured nothing"
-    assert Trial.failed(CHOICE, "check", "x").scaled(2.0) == Trial.failed(CHOICE, "check", "x")
 
 
-def test_the_bounds_hold_the_median_in_95_of_100_cases() -> None:
-    rng = np.random.default_rng(0)
-    for n in (7, 11, 21, 40):
-        found = [median_interval(row.tolist()) for row in rng.exponential(size=(4000, n))]
-        inside = np.mean([low <= np.log(2) <= high for low, high in found])
-        assert 0.93 < inside < 0.995
+def test_good_trials_and_failures_stay_what_they_are() -> None:
+    for trial in (Trial(CHOICE, 1.0), Trial(CHOICE, error="deviates", stage="check")):
+        assert trial.checked() is trial
+    assert sorted([Trial(CHOICE, error="no"), Trial(CHOICE, 1.0)], key=lambda t: t.seconds)[0].time_s == 1.0
