@@ -39,15 +39,15 @@ def install(scheduler: Any) -> TuningPage | None:
 class Told:
     """One session, as far as it was told: the last line and the improvements of each kernel of each device."""
 
-    last: dict[tuple[str, int], Line] = field(default_factory=dict)
-    curves: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
+    last: dict[tuple[str, str], Line] = field(default_factory=dict)
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
     newest: Line = field(default_factory=dict)
     changed: int = 0
 
     def hear(self, line: Line) -> None:
         self.changed += 1
         self.newest = line
-        key = (str(line["device"]), int(line["number"]))
+        key = (str(line["device"]), str(line["kernel"]))
         self.last[key] = line
         if line.get("best_s") and line.get("default_s"):
             curve = self.curves.setdefault(key, [])
@@ -162,9 +162,9 @@ def kernels(told: Told) -> str:
             f'<div style="background:#e6eaef;border-radius:3px;width:150px;display:inline-block">'
             f'<div style="background:{TRAIN};height:9px;border-radius:3px;width:{100 * share:.1f}%"></div></div>'
         )
-        numbers = "".join(f'<td style="text-align:right;padding:1px 10px">{cell}</td>' for cell in cells)
+        numbers = "".join(f'<td style="text-align:right;white-space:nowrap;padding:1px 10px">{cell}</td>' for cell in cells)
         rows.append(
-            f"<tr><td>{escape(str(line['kernel'])[:70])}</td>{numbers}<td>{bar} {speed:,.0f} ({share:.0%})</td>"
+            f"<tr><td>{escape(str(line['kernel'])[:70])}</td>{numbers}<td style="white-space:nowrap">{bar} {speed:,.0f} ({share:.0%})</td>"
             f"<td>{escape(str(line['config']))}</td></tr>"
         )
     head = "".join(
@@ -177,7 +177,7 @@ def kernels(told: Told) -> str:
 def curves(told: Told) -> dict[str, list[Any]]:
     """A line for each kernel that got faster; what came before another began is pale."""
     out: dict[str, list[Any]] = {"x": [], "y": [], "kernel": [], "alpha": []}
-    newest = (str(told.newest["device"]), int(told.newest["number"]))
+    newest = (str(told.newest["device"]), str(told.newest["kernel"]))
     for key, curve in told.curves.items():
         x, y = zip(*curve, strict=True)
         out["x"].append([x[0], *(v for pair in zip(x[1:], x[1:], strict=True) for v in pair)])

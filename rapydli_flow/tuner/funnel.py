@@ -18,7 +18,7 @@ from ..space import Space
 from .trial import STAGES, Trial
 
 NAMES = ("Cartesian", "hard", "soft", "tried", "compiled", "correct", "timed")
-BAR, LEFT, WIDTH = 26.0, 78.0, 640.0
+BAR, LEFT, WIDTH, LONGEST = 26.0, 78.0, 900.0, 250.0
 MOST_REASONS = 3
 
 
@@ -90,7 +90,7 @@ class Funnel:
         parts = []
         for i, stage in enumerate(self.stages):
             y = i * BAR
-            long = (WIDTH - LEFT) * 0.45 * log10(stage.left + 1) / most
+            long = LONGEST * log10(stage.left + 1) / most
             shade = markup.TRAIN if i < 3 else markup.HELD_OUT
             parts.append(f'<rect x="{LEFT}" y="{y + 3}" width="{long:.1f}" height="{BAR - 8}" rx="3" fill="{shade}"/>')
             parts.append(_label(LEFT - 8, y, stage.name, "end"))
