@@ -86,7 +86,9 @@ def spans(name: str, least: float, most: float) -> bool:
     return least > 0 and most > 20 * least and "accuracy" not in name
 
 
-def curve(name: str, training: Points, validation: Points = ()) -> str:
+def curve(
+    name: str, training: Points, validation: Points = (), *, labels: tuple[str, str] = ("training", "validation")
+) -> str:
     """A number over steps as SVG; '' where there is nothing to draw. Spread out values get a logarithmic axis."""
     lines = [[(x, y) for x, y in _thinned(points) if isfinite(y)] for points in (training, validation)]
     known = [point for line in lines for point in line]
@@ -125,8 +127,8 @@ def curve(name: str, training: Points, validation: Points = ()) -> str:
             )
     words = [
         (name, SOFT),
-        *([("training", TRAIN)] if lines[0] else []),
-        *([("validation", HELD_OUT)] if lines[1] else []),
+        *([(labels[0], TRAIN)] if lines[0] and labels[0] else []),
+        *([(labels[1], HELD_OUT)] if lines[1] and labels[1] else []),
     ]
     legend = "".join(
         f'<tspan fill="{color}" dx="{8 * bool(i)}">{escape(word)}</tspan>' for i, (word, color) in enumerate(words)

@@ -19,7 +19,7 @@ HEAD = ("kernel", "calls", "default", "best", "gain", "GFLOP/s", "of peak", "tri
 CURVES = 6  # kernels whose best time so far is drawn
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Tuning</title>
 <style>body{{font-family:system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#22303c}}
-h1{{font-size:22px}}h2{{font-size:16px;margin-top:1.6em}}table{{width:100%}}</style>{body}</html>
+h2{{font-size:16px;margin-top:1.6em}}table{{width:100%}}</style>{body}</html>
 """
 
 
@@ -101,7 +101,7 @@ class TuningReport:
         if path.suffix == ".json":
             text = json.dumps(self.to_json(), indent=1)
         elif path.suffix in (".html", ".htm"):
-            text = PAGE.format(body=f"<h1>Tuning</h1>{self._body()}")
+            text = PAGE.format(body=self._body())
         else:
             raise SettingError(f"{path} is neither .html nor .json; name the report by one of them.")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,8 @@ class TuningReport:
         out = []
         for session in self.sessions:
             out.append(markup.title("Tuning", _words(session)))
-            right = [(row[0], row[-1], *row[1:-1]) for row in _rows(session)]
+            rows = [[cell.replace(" ms", "\N{NO-BREAK SPACE}ms") for cell in row] for row in _rows(session)]
+            right = [(row[0], row[-1], *row[1:-1]) for row in rows]
             out.append(markup.table((HEAD[0], HEAD[-1], *HEAD[1:-1]), right, right=len(HEAD) - 2))
         out += [markup.small(f"lost while tuning: {name}") for name in self.lost]
         if self.found:
@@ -192,7 +193,7 @@ def _curve(found: Found) -> str:
         if points:
             points.append((elapsed_s, points[-1][1]))
         points.append((elapsed_s, best_s * 1e3))
-    picture = markup.curve("ms", points) if len(points) > 1 else ""
+    picture = markup.curve("ms", points, labels=("", "")) if len(points) > 1 else ""
     return f'<div><div style="font-size:12px">{escape(str(found.request)[:60])}</div>{picture}</div>' if picture else ""
 
 
