@@ -162,9 +162,11 @@ def kernels(told: Told) -> str:
             f'<div style="background:#e6eaef;border-radius:3px;width:150px;display:inline-block">'
             f'<div style="background:{TRAIN};height:9px;border-radius:3px;width:{100 * share:.1f}%"></div></div>'
         )
-        numbers = "".join(f'<td style="text-align:right;white-space:nowrap;padding:1px 10px">{cell}</td>' for cell in cells)
+        style = "text-align:right;white-space:nowrap;padding:1px 10px"
+        numbers = "".join(f'<td style="{style}">{cell}</td>' for cell in cells)
         rows.append(
-            f"<tr><td>{escape(str(line['kernel'])[:70])}</td>{numbers}<td style="white-space:nowrap">{bar} {speed:,.0f} ({share:.0%})</td>"
+            f"<tr><td>{escape(str(line['kernel'])[:70])}</td>{numbers}"
+            f"<td style='white-space:nowrap'>{bar} {speed:,.0f} ({share:.0%})</td>"
             f"<td>{escape(str(line['config']))}</td></tr>"
         )
     head = "".join(
