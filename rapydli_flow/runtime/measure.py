@@ -23,28 +23,41 @@ ROUND_S = 0.004
 
 
 class Measure:
-    """The `measure` callable of the tuner for the CPU of this process."""
+    """The `measure` callable of the tuner for the CPU of this process.
 
-    def __init__(self, device: Device, *, threads: int, seed: int = 0) -> None:
+    ``operands``: arrays to measure on, in place of random numbers. Results of more than ``checked`` elements are
+    not compared with the reference, which may be slow.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        threads: int,
+        seed: int = 0,
+        operands: Sequence[Array] | None = None,
+        checked: float = 2_000_000,
+    ) -> None:
         self.device, self.threads, self.seed = device, threads, seed
+        self.operands, self.checked = operands, checked
 
     def __call__(self, request: Request, choices: Sequence[Choice]) -> list[Trial]:
         """Seconds of one call for each choice, or why there are none."""
         rng = np.random.default_rng(self.seed)
-        ins = Sample(request.op, request.ins, _ranges(request)).draw(rng)
+        ins = self.operands or Sample(request.op, request.ins, _ranges(request)).draw(rng)
         channels = {i: (0.5, 2.0) for i, s in enumerate(request.epilogue.extras) if s.floating and len(s.shape) == 1}
         extras = Sample(request.op, request.epilogue.extras, channels).draw(rng)
         whole = request.whole or (request.op if request.epilogue.identity else None)
-        wanted = whole.run(*ins, *extras) if whole and max(s.size for s in request.outs) < 2_000_000 else None
+        small = max(s.size for s in request.outs) < self.checked
+        wanted = whole.run(*ins, *extras) if whole and small else None
         trials: dict[int, Trial] = {}
         ready = {}
         for i, choice in enumerate(choices):
             try:
                 run, outs = self._prepare(request, choice, ins, extras)
                 run()
-                error = _deviation(outs, wanted) if wanted is not None else 0.0
-                if not error <= TOLERANCE.get(request.outs[0].dtype, 0.0):
-                    raise RapydliError(f"deviates from the reference by {error:.1e}")
+                if wanted is not None:
+                    _compare(outs, wanted)
                 ready[i] = run
             except Exception as failure:  # templates are open to all: whatever one does, the others are tried
                 trials[i] = Trial(choice, error=f"{type(failure).__name__}: {failure}")
@@ -82,13 +95,24 @@ def _unwritten(spec: Spec) -> Array:
     return np.full(spec.size_bytes, 0xFF, np.uint8).view(spec.dtype).reshape(spec.shape)
 
 
-def _deviation(outs: Sequence[Array], wanted: Sequence[Array]) -> float:
-    worst = 0.0
-    for out, want in zip(outs, wanted, strict=True):
+def _compare(outs: Sequence[Array], wanted: Sequence[Array]) -> None:
+    """Raise RapydliError unless outputs are what the reference gives, up to a tolerance times its largest value."""
+    for k, (out, want) in enumerate(zip(outs, wanted, strict=True)):
         scale = float(np.abs(want).max(initial=0.0)) or 1.0
-        off = float(np.abs(out.astype(np.float64) - want).max(initial=0.0)) / scale
-        worst = off if not off <= worst else worst  # NaN stays
-    return worst
+        off = np.abs(out.astype(np.float64) - want) / scale
+        worst = float(off.max(initial=0.0))  # NaN if there is one
+        tolerance = TOLERANCE.get(out.dtype.name, 0.0)
+        if not worst <= tolerance:
+            wrong = ~(off <= tolerance)
+            first = tuple(map(int, np.argwhere(wrong)[0]))
+            what = f"{out[first]:.6g}, not {want[first]:.6g}"
+            if np.isnan(off[first]):
+                what = "not written, or not a number"
+            which = f" of output {k}" if len(outs) > 1 else ""
+            raise RapydliError(
+                f"deviates from the reference by {worst:.1e}: {wrong.sum():,} of {off.size:,} elements{which} are "
+                f"wrong, the first at {first} is {what}"
+            )
 
 
 def _time(run: Callable[[], None]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,20 +14,26 @@ from .. import markup
 from ..config import settings
 from ..graph import Graph
 from ..ops import Leaf
+from ..spec import Array
 from ..template import Device
-from ..tuner import Request, Trial, Tuning, TuningCache, tune
+from ..tuner import Choice, Request, Trial, Tuning, TuningCache, tune
 from .measure import Measure, distinct
 
 Found = list[tuple[Request, Trial, Trial]]
+SHOWN = 8  # configs that failed, in the text of a report
 
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning found: (request, best trial, trial of the default) for each kernel that was reached."""
+    """What tuning found: (request, best trial, trial of the default) for each kernel that was reached.
+
+    ``failed``: the configs that gave wrong numbers or could not be compiled, each with the reason.
+    """
 
     found: Found
     requests: int
     tuning: Tuning
+    failed: tuple[tuple[Request, Trial], ...] = ()
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = []
@@ -38,13 +45,21 @@ class TuningReport:
     def _repr_html_(self) -> str:
         rows = [(kernel, config, default, best, gain) for kernel, default, best, gain, config in self._rows()]
         head = markup.title("Tuning", f"{len(rows):,} of {self.requests:,} kernels tuned")
-        return head + markup.table(("kernel", "best template and config", "default", "best", "gain"), rows, right=3)
+        head += markup.table(("kernel", "best template and config", "default", "best", "gain"), rows, right=3)
+        why = [(str(request)[:60], str(trial.choice), trial.error) for request, trial in self.failed]
+        return head + (markup.table(("kernel", "failed with", "because"), why) if why else "")
 
     def __str__(self) -> str:
         rows = [("kernel", "default", "best", "gain", "config"), *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*(line.rstrip() for line in lines), f"{len(self.found)} of {self.requests} kernels tuned"])
+        lines.append(f"{len(self.found)} of {self.requests} kernels tuned")
+        if self.failed:
+            lines.append(f"{len(self.failed)} configs failed:")
+            lines += [f"  {request}, {trial.choice}: {trial.error}" for request, trial in self.failed[:SHOWN]]
+            more = len(self.failed) - SHOWN
+            lines += [f"  and {more} more, in the report's failed"] if more > 0 else []
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def _ms(trial: Trial) -> str:
@@ -90,17 +105,47 @@ def autotune(
     """Tune every distinct kernel of rank graphs and keep the results."""
     if client is None:
         device = host()
-        requests = requests_of(graphs, device)
-
-        def tell(request: Request, best: Trial, trials: int) -> None:
-            if watch is not None:
-                watch(f"{request}: {_ms(best)} with {best.choice} ({trials} tried)")
-
-        found = tune(requests, device, Measure(device, threads=threads), budget_s=budget_s, watch=tell)
-    else:
-        worker = min(client.scheduler_info(n_workers=-1)["workers"])
-        device = client.submit(host, workers=[worker], pure=False).result()
-        requests = requests_of(graphs, device)
-        found = client.submit(tune_here, requests, threads, budget_s, workers=[worker], pure=False).result()
+        return _tuned(requests_of(graphs, device), Measure(device, threads=threads), budget_s, watch)
+    worker = min(client.scheduler_info(n_workers=-1)["workers"])
+    device = client.submit(host, workers=[worker], pure=False).result()
+    requests = requests_of(graphs, device)
+    found = client.submit(tune_here, requests, threads, budget_s, workers=[worker], pure=False).result()
     cache().add(device, [(request, best.choice, best.time_s or 0.0) for request, best, _ in found])
     return TuningReport(found, len(requests), known(device))
+
+
+def tune_one(
+    request: Request,
+    threads: int,
+    *,
+    budget_s: float,
+    operands: Sequence[Array] | None = None,
+    watch: Callable[[str], None] | None = None,
+) -> TuningReport:
+    """Tune one kernel on this host and keep the result; every config is checked, whatever its size.
+
+    ``operands``: what to measure on, in place of random numbers.
+    """
+    measure = Measure(host(), threads=threads, operands=operands, checked=math.inf)
+    return _tuned([request], measure, budget_s, watch)
+
+
+def _tuned(
+    requests: Sequence[Request], measure: Measure, budget_s: float, watch: Callable[[str], None] | None
+) -> TuningReport:
+    """Tune on this host, keep the results, and note what failed."""
+    device = measure.device
+    failed: list[tuple[Request, Trial]] = []
+
+    def noted(request: Request, choices: Sequence[Choice]) -> list[Trial]:
+        trials = measure(request, choices)
+        failed.extend((request, trial) for trial in trials if trial.error)
+        return trials
+
+    def tell(request: Request, best: Trial, trials: int) -> None:
+        if watch is not None:
+            watch(f"{request}: {_ms(best)} with {best.choice} ({trials} tried)")
+
+    found = tune(requests, device, noted, budget_s=budget_s, watch=tell)
+    cache().add(device, [(request, best.choice, best.time_s or 0.0) for request, best, _ in found])
+    return TuningReport(found, len(requests), known(device), tuple(failed))

@@ -1,0 +1,230 @@
+"""`rf.stencil`: a loop nest of a user's own, called like a function and tuned like a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.compile import Asked, Kernel, compile_kernel, host
+from cpu_kernels.driver import run_kernel
+
+from ..config import settings
+from ..errors import DTypeError, ShapeError, TemplateError
+from ..ops import Symbol, spec_of
+from ..runtime.tuning import TuningReport, known, tune_one
+from ..spec import Array, Spec
+from ..template import Config, Epilogue, Template
+from ..tuner import Request, Tuning
+from .definition import Definition, define
+from .operator import StencilOp, operator_of, refused, template_of
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A compiled kernel, and what a call of it makes."""
+
+    kernel: Kernel
+    outs: tuple[Spec, ...]
+    work: tuple[Spec, ...]
+
+
+class Stencil:
+    """A loop nest, its reference and its space; made by `stencil`. Call it on arrays, or on tensors of a network.
+
+    Operands are copied if they are not contiguous; a Python float has the dtype of the first floating array.
+    """
+
+    def __init__(self, definition: Definition) -> None:
+        body = definition.body
+        self.__name__, self.__qualname__, self.__module__ = body.__name__, body.__qualname__, body.__module__
+        self.__doc__ = body.__doc__
+        self.definition = definition
+        self.Op: type[StencilOp] = operator_of(definition)  # pickled under this name
+        self._ready: dict[tuple[Spec, ...], _Ready] = {}
+
+    def __call__(self, *operands: Any, out: Any = None, threads: int | None = None) -> Any:
+        """The result, or a tuple of results, with the best config that is known for these shapes here.
+
+        ``out``: arrays to write into, which must not overlap with the operands. ``threads``: at most so many, by
+        default those of the settings.
+        """
+        if any(isinstance(x, Symbol) for x in operands):
+            return self.op()(*operands)
+        arrays = self._arrays(operands)
+        ready = self._prepared(tuple(map(spec_of, arrays)))
+        outs = self._outs(arrays, ready.outs, out)
+        work = [np.empty(spec.shape, spec.dtype) for spec in ready.work]
+        run_kernel(ready.kernel, arrays, outs, work=work, threads=threads or settings().threads)
+        return outs if len(outs) > 1 else outs[0]
+
+    def op(self) -> StencilOp:
+        """The operator, for networks: ``jacobi.op()(x)`` is ``jacobi(x)``."""
+        return self.Op()
+
+    def reference(self, *operands: Any) -> Any:
+        """What the stencil means, computed by the reference."""
+        arrays = self._arrays(operands)
+        return self.op().reference(*arrays)
+
+    def tune(
+        self,
+        *operands: Any,
+        budget_s: float = 20.0,
+        threads: int | None = None,
+        watch: Callable[[str], None] | None = None,
+    ) -> TuningReport:
+        """Find the fastest config for these operands within ``budget_s`` seconds, and remember it.
+
+        Operands are arrays, or Specs: then numbers from -2 to 2 are drawn. Each config is compared with the reference
+        before it is timed; the report tells which failed, and why.
+        """
+        specs = self._specs(operands)
+        self._first(specs)
+        arrays = None if any(isinstance(x, Spec) for x in operands) else self._arrays(operands)
+        threads = threads or settings().threads
+        report = tune_one(self._request(specs), threads, budget_s=budget_s, operands=arrays, watch=watch)
+        self._ready.clear()
+        return report
+
+    def configs(self, *operands: Any) -> list[dict[str, Any]]:
+        """Every config that the rules allow for these operands (arrays or Specs), the default first."""
+        specs = self._specs(operands)
+        self._first(specs)
+        return list(template_of(self.Op).configs(self.op(), specs, self.definition.outs(specs), host()))
+
+    def config(self, *operands: Any) -> dict[str, Any]:
+        """The config that a call with these operands (arrays or Specs) uses: the best known one, or the default."""
+        specs = self._specs(operands)
+        default = self._first(specs)
+        choice = known(host()).choices.get(self._request(specs).key(host()))
+        return {name: dict(choice.config)[name] for name in default} if choice else default
+
+    def source(self, *operands: Any, config: Config | None = None) -> str:
+        """The module that is compiled for these operands (arrays or Specs): parameters and extents are constants."""
+        specs = self._specs(operands)
+        config = self.config(*specs) if config is None else config
+        outs = self.definition.outs(specs)
+        template = template_of(self.Op)
+        template.check(self.op(), specs, outs, host(), config)
+        return Asked(template, self.op(), specs, outs, config, Epilogue.none(outs[0])).text()
+
+    def __repr__(self) -> str:
+        it = self.definition
+        space = ", ".join(f"{name} in {values}" for name, values in it.space.items())
+        return f"<stencil {it.name}({', '.join(it.operands)}): {space or 'no parameters'}>"
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    # what is behind a call --------------------------------------------------------------------------
+
+    def _request(self, specs: Sequence[Spec]) -> Request:
+        return Tuning(host()).serve(self.op(), specs)[0]
+
+    def _first(self, specs: Sequence[Spec]) -> dict[str, Any]:
+        """The default config; TemplateError where the rules allow none."""
+        template = template_of(self.Op)
+        default = template.default(self.op(), specs, self.definition.outs(specs), host())
+        if default is None:
+            raise TemplateError(
+                f"stencil {self.definition.called(specs)}: nothing of its space is allowed: of "
+                f"{len(_points(template))} configs the rule {refused(self.definition, specs, host(), _points(template))}."
+            )
+        return default
+
+    def _prepared(self, specs: tuple[Spec, ...]) -> _Ready:
+        """The kernel for operands of these specs: compiled or loaded once."""
+        if specs not in self._ready:
+            config, outs = self.config(*specs), self.definition.outs(specs)
+            template = template_of(self.Op)
+            kernel = compile_kernel(template, self.op(), specs, outs, host(), config)
+            self._ready[specs] = _Ready(kernel, outs, self.definition.scratch(specs, config))
+        return self._ready[specs]
+
+    def _specs(self, operands: Sequence[Any]) -> tuple[Spec, ...]:
+        if any(isinstance(x, Spec) for x in operands):
+            return tuple(x if isinstance(x, Spec) else spec_of(x) for x in operands)
+        return tuple(map(spec_of, self._arrays(operands)))
+
+    def _arrays(self, operands: Sequence[Any]) -> list[Array]:
+        """Operands as kernels take them: contiguous, of a dtype that a Spec has."""
+        floats = (x.dtype for x in operands if isinstance(x, np.ndarray) and x.dtype.kind == "f")
+        usual = next(floats, np.dtype("float64"))
+        arrays = []
+        for i, x in enumerate(operands):
+            array = np.asarray(x, usual if isinstance(x, float) and not isinstance(x, np.generic) else None)
+            try:
+                dtype = Spec(array.shape, array.dtype.name).dtype
+            except (DTypeError, TypeError):
+                name = self.definition.operands[i] if i < len(self.definition.operands) else f"operand {i + 1}"
+                raise DTypeError(
+                    f"stencil {self.definition.name}: {name} has dtype {array.dtype}, which kernels do not take. "
+                    "Cast it to float32, float64, int64, int32 or uint8."
+                ) from None
+            arrays.append(np.asarray(array, dtype, order="C"))
+        return arrays
+
+    def _outs(self, arrays: Sequence[Array], specs: Sequence[Spec], out: Any) -> tuple[Array, ...]:
+        if out is None:
+            return tuple(np.empty(spec.shape, spec.dtype) for spec in specs)
+        given = out if isinstance(out, tuple) else (out,)
+        if [(x.shape, x.dtype) for x in given] != [(s.shape, np.dtype(s.dtype)) for s in specs]:
+            raise ShapeError(
+                f"stencil {self.definition.name}: out is {', '.join(str(spec_of(x)) for x in given)} but the result is "
+                f"{', '.join(map(str, specs))}."
+            )
+        for x in given:
+            if not x.flags.c_contiguous or any(np.may_share_memory(x, y) for y in arrays):
+                what = "overlaps with an operand" if x.flags.c_contiguous else "is not contiguous"
+                raise ShapeError(f"stencil {self.definition.name}: out {what}. Give an array of its own.")
+        return given
+
+
+def _points(template: Template) -> list[dict[str, Any]]:
+    return [dict(zip(template.space, values, strict=True)) for values in product(*template.space.values())]
+
+
+def stencil(
+    *,
+    reference: Callable[..., Any],
+    out: Callable[..., Any],
+    space: Mapping[str, Iterable[Any]],
+    tasks: Callable[..., Any],
+    rules: Mapping[str, Callable[..., Any]] | None = None,
+    workspace: Callable[..., Any] | None = None,
+    vjp: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., None]], Stencil]:
+    """Make a tunable stencil of a loop nest: ``def body(task, *operands, *outputs, *workspaces, *, parameters)``.
+
+    The body is compiled by Numba with every parameter as a constant, and called for each of ``tasks`` tasks, by
+    several threads: tasks are independent, and together write every element of the outputs, once. Arrays have their
+    axes; an operand without axes is a number. It may call other functions and refer to numbers and modules.
+
+    ``reference``: the same on whole NumPy arrays. ``out``: Spec of the result, or a tuple of Specs, from the Specs of
+    the operands. ``space``: the values of each parameter, the first is the default. ``tasks``, ``workspace`` (Specs of
+    scratch arrays for one call) and ``rules`` (which configs are allowed, by name) are functions of operands (as
+    Specs) and parameters by their names; rules may also ask for ``device``. ``vjp(dy, y, *operands)``: cotangents of
+    the operands, built of ops; without it nothing before the stencil can be trained.
+
+    Raises TemplateError where these do not belong together.
+    """
+
+    def decorate(body: Callable[..., None]) -> Stencil:
+        return Stencil(
+            define(
+                body,
+                reference=reference,
+                out=out,
+                space=space,
+                rules=rules,
+                tasks=tasks,
+                workspace=workspace,
+                vjp=vjp,
+            )
+        )
+
+    return decorate
