@@ -5,18 +5,20 @@
     def jacobi(task, u, v):                         what is compiled
         rows = 16
         width = 256
+        H, W = (512, 512,)                          # was u.shape
         ...
     def parts(task, in_0, out_0, extras, at):       buffers of kernels are flat
         jacobi(task, shaped(in_0, (512, 512,)), shaped(out_0, (512, 512,)))
 
-Both functions are inlined, so that extents are constants too, and LLVM vectorises as if they were written in place.
+Shapes are constants in the text because a function is optimised before it is inlined: by extents that come with an
+array, LLVM does not see that an index is never negative, and gathers instead of loading vectors.
 """
 
 from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -28,7 +30,8 @@ from numba.np.arrayobj import populate_array
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Loop
 
-from .text import literal, references, written
+from .text import literal, references, replaced, written
+from .tile import natural
 
 
 @intrinsic
@@ -54,13 +57,22 @@ def shaped(typing, array, shape):  # type: ignore[no-untyped-def]
     return kind(array, shape), codegen
 
 
-def specialised(function: types.FunctionType, text: str, constants: Mapping[str, Any]) -> Callable[..., None]:
-    """``function``, of source ``text``, with its keyword-only parameters as constants at its head."""
+def specialised(
+    function: types.FunctionType,
+    text: str,
+    constants: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Callable[..., None]:
+    """``function``, of source ``text``, with its keyword-only parameters as constants at its head.
+
+    ``shapes``: what ``x.shape`` is, for arrays by name.
+    """
     (node,) = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef))
-    lines, first = text.splitlines(), node.body[0]
+    lines = replaced(text.splitlines(), [*_shapes_in(node, shapes or {})])
+    first = node.body[0]
     head = f"def {node.name}({', '.join(a.arg for a in (*node.args.posonlyargs, *node.args.args))}):"
     if lines[first.lineno - 1][: first.col_offset].strip():  # def f(...): all on one line
-        indent, top, rest = "    ", [], [f"    {ast.unparse(part)}" for part in node.body]
+        indent, top, rest = "    ", [], [f"    {lines[first.lineno - 1][first.col_offset :]}"]
     else:
         indent = lines[first.lineno - 1][: first.col_offset]
         documented = ast.get_docstring(node) is not None
@@ -74,6 +86,16 @@ def specialised(function: types.FunctionType, text: str, constants: Mapping[str,
     return written("\n".join([head, *top, *fixed, *rest]) + "\n", **names)
 
 
+def _shapes_in(node: ast.FunctionDef, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[ast.expr, str]]:
+    """Where a body asks for the shape of an array that it takes, and the answer."""
+    found = [n for part in node.body for n in ast.walk(part)]
+    taken = {n.id for n in found if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    for n in found:
+        if isinstance(n, ast.Attribute) and n.attr == "shape" and n.lineno == n.end_lineno:
+            if isinstance(n.value, ast.Name) and n.value.id in shapes and n.value.id not in taken:
+                yield n, literal(shapes[n.value.id])
+
+
 def whole_arrays(body: Callable[..., None], tasks: int, groups: Sequence[Sequence[Spec]]) -> Loop:
     """The loop of a body that takes arrays with axes, and numbers where an operand has none.
 
@@ -85,5 +107,5 @@ def whole_arrays(body: Callable[..., None], tasks: int, groups: Sequence[Sequenc
             names.append(f"{kind}_{i}")
             number = kind == "in" and not spec.shape
             given.append(f"{kind}_{i}[0]" if number else f"shaped({kind}_{i}, {literal(spec.shape)})")
-    text = f"def parts(task, {', '.join(names)}, extras, at):\n    body(task, {', '.join(given)})\n"
-    return Loop(written(text, body=body, shaped=shaped), tasks)
+    text = f"def parts(task, {', '.join(names)}, extras, at):\n    body(natural(task), {', '.join(given)})\n"
+    return Loop(written(text, body=body, shaped=shaped, natural=natural), tasks)

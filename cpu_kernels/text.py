@@ -123,12 +123,8 @@ class _Text:
         self._done[id(function)] = (known, function)
         new = {name: self.refer(name, value) for name, value in references(function).items()}
         new = {name: other for name, other in new.items() if name != other}
-        lines = text.splitlines()
         names = [n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in new]
-        for n in sorted(names, key=lambda n: (n.lineno, -n.col_offset)):
-            raw = lines[n.lineno - 1].encode()
-            raw = raw[: n.col_offset] + new[n.id].encode() + raw[n.end_col_offset :]
-            lines[n.lineno - 1] = raw.decode()
+        lines = replaced(text.splitlines(), [(n, new[n.id]) for n in names])
         lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"def {node.name}(", f"def {known}(", 1)
         self.functions.append("\n".join(["@njit(**INLINE)", *lines[node.lineno - 1 :]]))
         return known
@@ -161,6 +157,15 @@ def _jitted(value: Any) -> bool:
 def scalar_names(scalar: Scalar) -> dict[str, Any]:
     """What the lines of a pointwise formula may refer to, besides operands, ``T`` and ``index``."""
     return {"math": math, **{name: getattr(rapydli_flow.random, name) for name in scalar.uses}}
+
+
+def replaced(lines: Sequence[str], changes: Sequence[tuple[ast.expr, str]]) -> list[str]:
+    """Lines in which expressions, each on one line, are other text."""
+    out = list(lines)
+    for node, new in sorted(changes, key=lambda change: (change[0].lineno, -change[0].col_offset)):
+        raw = out[node.lineno - 1].encode()
+        out[node.lineno - 1] = (raw[: node.col_offset] + new.encode() + raw[node.end_col_offset :]).decode()
+    return out
 
 
 def written(text: str, **names: Any) -> Callable[..., None]:

@@ -42,7 +42,9 @@ class Build:
         it = self.definition
         work = it.scratch(ins, config)
         it.check_arrays(ins, outs, work)
-        return whole_arrays(specialised(it.body, it.source, config), it.count(ins, config), (ins, outs, work))
+        shapes = {name: spec.shape for name, spec in zip(it.arrays, (*ins, *outs, *work), strict=True)}
+        body = specialised(it.body, it.source, config, shapes)
+        return whole_arrays(body, it.count(ins, config), (ins, outs, work))
 
     def source(self) -> str:
         """All that the kernels are made from: the stencil as it was written, and what its body refers to."""
