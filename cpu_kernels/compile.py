@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import linecache
 import os
 import platform
 import re
@@ -222,15 +223,22 @@ def _load(name: str, path: Path) -> Any:
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, NumbaError):
-            raise TemplateError(f"Numba cannot compile {path}: {reason(error)}") from error
+            raise TemplateError(f"kernel {name}: Numba cannot compile it: {_reason(error, path)}.") from error
         raise
     return module
 
 
-def reason(error: NumbaError) -> str:
-    """What Numba says of the innermost function that it cannot compile, and at which line of the module."""
-    said = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
-    return "\n".join(said)
+def _reason(error: NumbaError, path: Path) -> str:
+    """What Numba says of the innermost function that it cannot compile, and the line that it is about."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in said.splitlines() if not line.startswith("Failed in nopython mode")]
+    end = next((i for i, line in enumerate(lines) if line.startswith(("File ", "During: ", "There are "))), len(lines))
+    what = " ".join(line for line in lines[:end] if line)
+    where = re.search(rf'File ".*{re.escape(path.name)}", line (\d+)', said)
+    if where is None:
+        return f"{what} (in {path})"
+    code = linecache.getline(str(path), int(where[1])).strip()
+    return f"{what} in `{code}` (line {where[1]} of {path})"
 
 
 def _store(path: Path, text: str) -> None:

@@ -91,9 +91,10 @@ def _shapes_in(node: ast.FunctionDef, shapes: Mapping[str, tuple[int, ...]]) -> 
     found = [n for part in node.body for n in ast.walk(part)]
     taken = {n.id for n in found if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     for n in found:
-        if isinstance(n, ast.Attribute) and n.attr == "shape" and n.lineno == n.end_lineno:
-            if isinstance(n.value, ast.Name) and n.value.id in shapes and n.value.id not in taken:
-                yield n, literal(shapes[n.value.id])
+        if not isinstance(n, ast.Attribute) or n.attr != "shape" or n.lineno != n.end_lineno:
+            continue
+        if isinstance(n.value, ast.Name) and n.value.id in shapes and n.value.id not in taken:
+            yield n, literal(shapes[n.value.id])
 
 
 def whole_arrays(body: Callable[..., None], tasks: int, groups: Sequence[Sequence[Spec]]) -> Loop:

@@ -161,7 +161,9 @@ def define(
     arrays = tuple(k for k, p in parameters.items() if p.kind in POSITIONAL)[1:]
     values = _space(name, space)
     tunable = [k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    wrong = [k for k, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty]
+    wrong = [
+        k for k, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is not p.empty
+    ]
     if wrong:
         raise TemplateError(
             f"stencil {name}: the body takes {', '.join(wrong)} by * or with a default. Name each of its arrays; "
@@ -182,8 +184,9 @@ def define(
     for what, function in asked.items():
         for word in inspect.signature(function).parameters if function else ():
             if word not in known and not (word == "device" and what.startswith("rule")):
+                near = nearest(word, known)
                 raise TemplateError(
-                    f"stencil {name}: {what} asks for {word!r}, which is no operand or parameter.{nearest(word, known)} "
+                    f"stencil {name}: {what} asks for {word!r}, which is no operand or parameter.{near} "
                     f"There are {', '.join(known)}{' and device' if what.startswith('rule') else ''}."
                 )
     try:

@@ -101,8 +101,7 @@ def _check_free(definition: Definition, module: str, qualname: str) -> None:
     family = definition.name.lower()
     known = registry.get(family)
     others = [t for t in templates(family, "cpu") if not isinstance(t.build, Build)]
-    home = module.replace("__mp_main__", "__main__")
-    if known is not None and (known.__module__.replace("__mp_main__", "__main__"), known.__qualname__) != (home, qualname):
+    if known is not None and _main(known.__module__, known.__qualname__) != _main(module, qualname):
         raise TemplateError(
             f"stencil {definition.name}: there is an op of this name already, {known.__module__}.{known.__qualname__}. "
             "Rename the function."
@@ -112,6 +111,11 @@ def _check_free(definition: Definition, module: str, qualname: str) -> None:
             f"stencil {definition.name}: ops of family {family!r} have templates already, of module "
             f"{others[0].build.__module__}. Rename the function."
         )
+
+
+def _main(module: str, qualname: str) -> tuple[str, str]:
+    """A script is '__mp_main__' to the processes that it starts."""
+    return module.replace("__mp_main__", "__main__"), qualname
 
 
 def _register(definition: Definition, family: str) -> None:
@@ -137,10 +141,11 @@ def template_of(made: type[StencilOp]) -> Template:
     )
 
 
-def refused(definition: Definition, ins: Sequence[Spec], device: Device, configs: Sequence[Config]) -> str:
+def refusal(definition: Definition, ins: Sequence[Spec], device: Device, configs: Sequence[Config]) -> str:
     """Why none of the configs is allowed."""
     counts: dict[str, int] = {}
     for config in configs:
         for rule in definition.refusals(ins, device, config):
             counts[rule] = counts.get(rule, 0) + 1
-    return ", ".join(f"{rule!r} refuses {count}" for rule, count in counts.items())
+    rules = ", ".join(f"{rule!r} refuses {count}" for rule, count in counts.items())
+    return f"stencil {definition.called(ins)}: no config is allowed. Of {len(configs)}, {rules}."

@@ -16,11 +16,13 @@ from ..config import settings
 from ..errors import DTypeError, ShapeError, TemplateError
 from ..ops import Symbol, spec_of
 from ..runtime.tuning import TuningReport, known, tune_one
-from ..spec import Array, Spec
-from ..template import Config, Epilogue, Template
+from ..spec import DTYPES, Array, Spec
+from ..template import Config, Epilogue
 from ..tuner import Request, Tuning
 from .definition import Definition, define
-from .operator import StencilOp, operator_of, refused, template_of
+from .operator import StencilOp, operator_of, refusal, template_of
+
+TAKEN = {np.dtype(name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Stencil:
         self.__doc__ = body.__doc__
         self.definition = definition
         self.Op: type[StencilOp] = operator_of(definition)  # pickled under this name
-        self._ready: dict[tuple[Spec, ...], _Ready] = {}
+        self._ready: dict[tuple[tuple[tuple[int, ...], Any], ...], _Ready] = {}
 
     def __call__(self, *operands: Any, out: Any = None, threads: int | None = None) -> Any:
         """The result, or a tuple of results, with the best config that is known for these shapes here.
@@ -55,7 +57,8 @@ class Stencil:
         if any(isinstance(x, Symbol) for x in operands):
             return self.op()(*operands)
         arrays = self._arrays(operands)
-        ready = self._prepared(tuple(map(spec_of, arrays)))
+        key = tuple((x.shape, x.dtype) for x in arrays)  # quicker than Specs
+        ready = self._ready.get(key) or self._ready.setdefault(key, self._prepared(tuple(map(spec_of, arrays))))
         outs = self._outs(arrays, ready.outs, out)
         work = [np.empty(spec.shape, spec.dtype) for spec in ready.work]
         run_kernel(ready.kernel, arrays, outs, work=work, threads=threads or settings().threads)
@@ -130,20 +133,15 @@ class Stencil:
         template = template_of(self.Op)
         default = template.default(self.op(), specs, self.definition.outs(specs), host())
         if default is None:
-            raise TemplateError(
-                f"stencil {self.definition.called(specs)}: nothing of its space is allowed: of "
-                f"{len(_points(template))} configs the rule {refused(self.definition, specs, host(), _points(template))}."
-            )
+            points = [dict(zip(template.space, values, strict=True)) for values in product(*template.space.values())]
+            raise TemplateError(refusal(self.definition, specs, host(), points))
         return default
 
     def _prepared(self, specs: tuple[Spec, ...]) -> _Ready:
-        """The kernel for operands of these specs: compiled or loaded once."""
-        if specs not in self._ready:
-            config, outs = self.config(*specs), self.definition.outs(specs)
-            template = template_of(self.Op)
-            kernel = compile_kernel(template, self.op(), specs, outs, host(), config)
-            self._ready[specs] = _Ready(kernel, outs, self.definition.scratch(specs, config))
-        return self._ready[specs]
+        """The kernel for operands of these specs, compiled or loaded."""
+        config, outs = self.config(*specs), self.definition.outs(specs)
+        kernel = compile_kernel(template_of(self.Op), self.op(), specs, outs, host(), config)
+        return _Ready(kernel, outs, self.definition.scratch(specs, config))
 
     def _specs(self, operands: Sequence[Any]) -> tuple[Spec, ...]:
         if any(isinstance(x, Spec) for x in operands):
@@ -152,20 +150,20 @@ class Stencil:
 
     def _arrays(self, operands: Sequence[Any]) -> list[Array]:
         """Operands as kernels take them: contiguous, of a dtype that a Spec has."""
-        floats = (x.dtype for x in operands if isinstance(x, np.ndarray) and x.dtype.kind == "f")
-        usual = next(floats, np.dtype("float64"))
+        usual = next((x.dtype for x in operands if isinstance(x, np.ndarray) and x.dtype.kind == "f"), None)
         arrays = []
         for i, x in enumerate(operands):
-            array = np.asarray(x, usual if isinstance(x, float) and not isinstance(x, np.generic) else None)
-            try:
-                dtype = Spec(array.shape, array.dtype.name).dtype
-            except (DTypeError, TypeError):
-                name = self.definition.operands[i] if i < len(self.definition.operands) else f"operand {i + 1}"
-                raise DTypeError(
-                    f"stencil {self.definition.name}: {name} has dtype {array.dtype}, which kernels do not take. "
-                    "Cast it to float32, float64, int64, int32 or uint8."
-                ) from None
-            arrays.append(np.asarray(array, dtype, order="C"))
+            array = np.asarray(x, usual if type(x) is float else None, order="C")
+            if array.dtype not in TAKEN:
+                native = array.dtype.newbyteorder("=")
+                if native not in TAKEN:
+                    name = self.definition.operands[i] if i < len(self.definition.operands) else f"operand {i + 1}"
+                    raise DTypeError(
+                        f"stencil {self.definition.name}: {name} has dtype {array.dtype}, which kernels do not take. "
+                        f"Cast it to one of {', '.join(DTYPES)}."
+                    )
+                array = array.astype(native)
+            arrays.append(array)
         return arrays
 
     def _outs(self, arrays: Sequence[Array], specs: Sequence[Spec], out: Any) -> tuple[Array, ...]:
@@ -182,10 +180,6 @@ class Stencil:
                 what = "overlaps with an operand" if x.flags.c_contiguous else "is not contiguous"
                 raise ShapeError(f"stencil {self.definition.name}: out {what}. Give an array of its own.")
         return given
-
-
-def _points(template: Template) -> list[dict[str, Any]]:
-    return [dict(zip(template.space, values, strict=True)) for values in product(*template.space.values())]
 
 
 def stencil(
