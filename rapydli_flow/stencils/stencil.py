@@ -82,7 +82,7 @@ class Stencil:
     ) -> TuningReport:
         """Find the fastest config for these operands within ``budget_s`` seconds, and remember it.
 
-        Operands are arrays, or Specs: then numbers from -2 to 2 are drawn. Each config is compared with the reference
+        Operands are arrays, or Specs: then random numbers are drawn. Each config is compared with the reference
         before it is timed; the report tells which failed, and why.
         """
         specs = self._specs(operands)
@@ -121,7 +121,7 @@ class Stencil:
         return f"<stencil {it.name}({', '.join(it.operands)}): {space or 'no parameters'}>"
 
     def __reduce__(self) -> str:
-        return self.__qualname__
+        return str(self.__qualname__)
 
     # what is behind a call --------------------------------------------------------------------------
 
