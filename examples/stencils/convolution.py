@@ -3,8 +3,9 @@
     y[n, h, j, k] = sum over r, s, c of x[n, h+r, j+s, c] * w[r, s, c, k]
 
 Arithmetic is the limit, if operands come from registers. The innermost loop runs along k, as vectors. Four channels are
-added in one go, so that a vector of y is loaded and stored once for four multiply-adds; and two neighbouring columns
-share the four vectors of w (`pair`). `columns` of a line wait in the first cache until all channels and taps were added.
+added in one go, so that a vector of y is loaded and stored once for four multiply-adds; with `pair`, two neighbouring
+columns share the four vectors of w, which on processors with few registers costs more than it saves: tuning finds out.
+`columns` of a line stay in the first cache until all channels and taps are added.
 
 The convolution of this package does better: it keeps a tile of y in registers throughout (cpu_kernels/tile.py).
 
@@ -45,7 +46,7 @@ def two(a, b, c, d, e, f, g, h, w, q, y, z):
 )
 def convolution(task, x, w, y, *, lines, columns, pair):
     """Some lines of y, `columns` of each at a time."""
-    N, H, W, K = y.shape
+    N, H, W, _ = y.shape
     C = x.shape[3]
     for line in range(task * lines, min((task + 1) * lines, N * H)):
         n, h = line // H, line % H
@@ -76,7 +77,9 @@ def main(size=64, budget_s=10.0, channels=32, filters=32):
     print(f"the convolution of {x.shape} with {w.shape} agrees with its reference")
     report = convolution.tune(x, w, budget_s=budget_s)
     ((_, best, default),) = report.found
-    print(f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x")
+    print(
+        f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x"
+    )
     operations = 2 * 2 * (size - 2) ** 2 * w.size
     print(f"with {convolution.config(x, w)}: {operations / best.time_s / 1e9:.1f} GFLOP/s")
     return report

@@ -69,7 +69,9 @@ def main(size=128, budget_s=8.0, count=50, r=0.15):
     print(f"a step of {size}^3 points agrees with its reference")
     report = heat.tune(u, r, budget_s=budget_s)
     ((_, best, default),) = report.found
-    print(f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x")
+    print(
+        f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x"
+    )
     steps(u, 1, r)  # loads the kernel
     begin = time.perf_counter()
     end = steps(u, count, r)

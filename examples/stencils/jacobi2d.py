@@ -52,7 +52,9 @@ def main(size=2048, budget_s=8.0):
     print(f"jacobi of {size} x {size} agrees with its reference; {len(jacobi.configs(u))} configs are allowed")
     report = jacobi.tune(u, budget_s=budget_s)
     ((_, best, default),) = report.found
-    print(f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x")
+    print(
+        f"default {default.time_s * 1e3:.3f} ms, tuned {best.time_s * 1e3:.3f} ms: {default.time_s / best.time_s:.2f}x"
+    )
     print(f"with {jacobi.config(u)}: {2 * u.nbytes / best.time_s / 1e9:.1f} GB/s")
     return report
 
