@@ -4,6 +4,6 @@ May import `runtime` and all below it. `stencil` makes an operator with one CPU 
 the measuring harness and the caches know nothing of it.
 """
 
-from .stencil import Stencil, stencil
+from .tunable import Stencil, stencil
 
 __all__ = ["Stencil", "stencil"]

@@ -44,7 +44,8 @@ class Build:
         it.check_arrays(ins, outs, work)
         shapes = {name: spec.shape for name, spec in zip(it.arrays, (*ins, *outs, *work), strict=True)}
         body = specialised(it.body, it.source, config, shapes)
-        return whole_arrays(body, it.count(ins, config), (ins, outs, work))
+        made: Loop = whole_arrays(body, it.count(ins, config), (ins, outs, work))
+        return made
 
     def source(self) -> str:
         """All that the kernels are made from: the stencil as it was written, and what its body refers to."""
@@ -71,7 +72,7 @@ def operator_of(definition: Definition) -> type[StencilOp]:
     if definition.vjp is not None:
         attributes["vjp"] = _vjp
     _check_free(definition, attributes["__module__"], attributes["__qualname__"])
-    made = type(definition.name.lower(), (StencilOp,), attributes)
+    made: type[StencilOp] = type(definition.name.lower(), (StencilOp,), attributes)
     _register(definition, made.family)
     return made
 

@@ -113,7 +113,8 @@ class Stencil:
         outs = self.definition.outs(specs)
         template = template_of(self.Op)
         template.check(self.op(), specs, outs, host(), config)
-        return Asked(template, self.op(), specs, outs, config, Epilogue.none(outs[0])).text()
+        text: str = Asked(template, self.op(), specs, outs, config, Epilogue.none(outs[0])).text()
+        return text
 
     def __repr__(self) -> str:
         it = self.definition
