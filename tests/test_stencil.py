@@ -18,9 +18,10 @@ import rapydli_flow as rf
 from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
 from rapydli_flow.config import settings
-from rapydli_flow.errors import DTypeError, NotDifferentiable, ShapeError, TemplateError
+from rapydli_flow.errors import ArgumentError, DTypeError, NotDifferentiable, ShapeError, TemplateError
 from rapydli_flow.graph import Fused, from_json, to_json
 from rapydli_flow.ops import registry
+from rapydli_flow.runtime.own import Defined, defined_outside
 from rapydli_flow.scheduler import compile_program
 from rapydli_flow.template import templates
 from rapydli_flow.tuner import Tuning
@@ -186,6 +187,13 @@ def test_with_a_gradient_it_is_trained():
     assert any("trained_double" in op for op in run.segments[-1].ops)
 
 
+def local_stencil():
+    def inner(task, u, v, *, rows, twice):
+        v[task] = u[task]
+
+    return refused(inner)
+
+
 def test_a_stencil_and_its_op_are_pickled_by_name(monkeypatch):
     module = types.ModuleType("stencil_home")
     monkeypatch.setitem(sys.modules, "stencil_home", module)
@@ -196,6 +204,13 @@ def test_a_stencil_and_its_op_are_pickled_by_name(monkeypatch):
         assert pickle.loads(pickle.dumps(each)) is each
     op = module.pickled_double.op()
     assert cloudpickle.loads(cloudpickle.dumps(op)) == op
+    graph = rf.trace(module.pickled_double, U)
+    outside = defined_outside(graph, [compile_program(graph, Tuning(host()))], host())
+    assert outside == {"stencil_home": Defined("the op 'pickled_double'", "pickled_double.Op")}
+    with pytest.raises(
+        TemplateError, match=r"inner: it is defined in a function \(test_a_stencil.*Define it at the top"
+    ):
+        pickle.dumps(local_stencil().op())
 
 
 # where it is defined ------------------------------------------------------------------------------------
@@ -325,6 +340,11 @@ def test_operands_and_outputs_of_a_call():
     ]:
         with pytest.raises(error, match=text):
             stencil(*operands, out=out)
+    with pytest.raises(
+        ArgumentError, match=r"there is no argument 'thread', .* Nearest: 'threads'. Its .* u, out, threads"
+    ):
+        stencil(u, thread=1)
+    np.testing.assert_array_equal(stencil(u=u), 2 * u)
     with pytest.raises(TemplateError, match=r"template doubled/doubled does not fit f32\[7,9\] with .*'rows': 99"):
         stencil.source(u, config={"rows": 99, "twice": True})
 
@@ -347,12 +367,17 @@ def defaulted(task, u, v, *, rows=2, twice):
         (doubled, {"out": lambda u, v: U}, r"out takes 2 operands .* 1 operand or more, and then the outputs"),
         (doubled, {"tasks": lambda row: 1}, r"tasks asks for 'row', .* Nearest: 'rows'. There are u, rows, twice"),
         (doubled, {"rules": {"r": lambda uu, device: 1}}, "rule 'r' asks for 'uu'.* and device"),
+        (doubled, {"space": {**SPACE, "twice": (object,)}}, "twice=<class 'object'> is a type, which cannot become"),
         (doubled, {"reference": None}, "reference is None, not a function"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(body, changed, text):
     with pytest.raises(TemplateError, match=f"stencil.*{text}"):
         refused(body, **changed)
+
+
+def reserved(task, device, v):
+    v[task] = device[task]
 
 
 def test_names_and_texts_of_functions():
@@ -362,6 +387,8 @@ def test_names_and_texts_of_functions():
     def pointwise(task, u, v, *, rows, twice):
         v[task] = u[task]
 
+    with pytest.raises(TemplateError, match=r"reserved: 'device' has a meaning of its own. Give the operand another n"):
+        refused(reserved, space={}, out=lambda device: device)
     with pytest.raises(TemplateError, match=r"there is an op of this name already, rapydli_flow.ops.conv.Conv. Rename"):
         refused(conv)
     with pytest.raises(TemplateError, match="ops of family 'pointwise' have templates already, of module cpu_kernels"):

@@ -87,6 +87,7 @@ class Op(ABC):
     collective: ClassVar[bool] = False  # what it gives depends on other ranks
     view: ClassVar[bool] = False  # the output is the input's memory, under another shape
     takes_tail: ClassVar[bool] = True  # pointwise ops behind it may be fused into its kernels
+    by_name: ClassVar[bool] = False  # pickled as a name in its module, of a script too: workers must have it there
     linear: ClassVar[bool] = False  # f(a + b) = f(a) + f(b): passes partial sums through
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

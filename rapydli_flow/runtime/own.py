@@ -50,12 +50,13 @@ class Defined:
 def defined_outside(graph: Graph, programs: Sequence[Program], device: Device) -> dict[str, Defined]:
     """The modules of ops and templates that are not of this package, and what each defines.
 
-    Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not.
+    Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not, nor do
+    stencils, which have one.
     """
     out: dict[str, Defined] = {}
     for node in graph:
         for op in map(type, _ops(node.op)):
-            if op.__module__ != "__main__" and "<locals>" not in op.__qualname__:
+            if (op.__module__ != "__main__" or op.by_name) and "<locals>" not in op.__qualname__:
                 out.setdefault(op.__module__, Defined(f"the op {op.name!r}", op.__qualname__))
     for program in programs:
         for request, choice in program.requests:

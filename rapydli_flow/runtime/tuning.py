@@ -55,7 +55,7 @@ class TuningReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.append(f"{len(self.found)} of {self.requests} kernels tuned")
         if self.failed:
-            lines.append(f"{len(self.failed)} configs failed:")
+            lines.append(f"{len(self.failed)} config{'s' if len(self.failed) > 1 else ''} failed:")
             lines += [f"  {request}, {trial.choice}: {trial.error}" for request, trial in self.failed[:SHOWN]]
             more = len(self.failed) - SHOWN
             lines += [f"  and {more} more, in the report's failed"] if more > 0 else []

@@ -20,6 +20,7 @@ from ..spec import Array, Spec
 from ..template import Config, Device
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+RESERVED = ("out", "threads", "device")  # what a call, or a rule, means by these
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def define(
             f"the arrays {', '.join(arrays) or 'none'}. It takes the task, 1 operand or more, and then the outputs."
         )
     known = (*arrays[: len(operands)], *values)
+    for word in set(known) & set(RESERVED):
+        raise TemplateError(f"stencil {name}: {word!r} has a meaning of its own. Give the operand another name.")
     asked = {"tasks": tasks, "workspace": workspace, **{f"rule {k!r}": rule for k, rule in (rules or {}).items()}}
     for what, function in asked.items():
         for word in inspect.signature(function).parameters if function else ():

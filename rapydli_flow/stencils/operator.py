@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +23,7 @@ class StencilOp(Op, abstract=True):
 
     definition: ClassVar[Definition]
     takes_tail = False  # its body stores elements itself, and knows of no epilogue
+    by_name = True
 
     def infer(self, *inputs: Spec) -> Any:
         outs = self.definition.outs(inputs)
@@ -28,6 +31,20 @@ class StencilOp(Op, abstract=True):
 
     def reference(self, *inputs: Any) -> Any:
         return self.definition.computed(inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind = type(self)
+        if "<locals>" in kind.__qualname__:
+            raise TemplateError(
+                f"stencil {self.definition.name}: it is defined in a function ({kind.__qualname__}), where other "
+                "processes cannot find it. Define it at the top of a module."
+            )
+        return _found, (kind.__module__, kind.__qualname__)
+
+
+def _found(module: str, qualname: str) -> Any:
+    """The op of a stencil, by where it is defined."""
+    return operator.attrgetter(qualname)(importlib.import_module(module))()
 
 
 class Build:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,14 +13,15 @@ import numpy as np
 from cpu_kernels.compile import Asked, Kernel, compile_kernel, host
 from cpu_kernels.driver import run_kernel
 
+from ..arguments import nearest
 from ..config import settings
-from ..errors import DTypeError, ShapeError, TemplateError
+from ..errors import ArgumentError, DTypeError, ShapeError, TemplateError
 from ..ops import Symbol, spec_of
 from ..runtime.tuning import TuningReport, known, tune_one
 from ..spec import DTYPES, Array, Spec
 from ..template import Config, Epilogue
 from ..tuner import Request, Tuning
-from .definition import Definition, define
+from .definition import RESERVED, Definition, define
 from .operator import StencilOp, operator_of, refusal, template_of
 
 TAKEN = {np.dtype(name) for name in DTYPES}
@@ -45,15 +47,22 @@ class Stencil:
         self.__name__, self.__qualname__, self.__module__ = body.__name__, body.__qualname__, body.__module__
         self.__doc__ = body.__doc__
         self.definition = definition
+        positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, positional) for name in definition.operands]
+            + [inspect.Parameter(name, keyword, default=None) for name in RESERVED[:2]]
+        )
         self.Op: type[StencilOp] = operator_of(definition)  # pickled under this name
         self._ready: dict[tuple[tuple[tuple[int, ...], Any], ...], _Ready] = {}
 
-    def __call__(self, *operands: Any, out: Any = None, threads: int | None = None) -> Any:
+    def __call__(self, *operands: Any, out: Any = None, threads: int | None = None, **named: Any) -> Any:
         """The result, or a tuple of results, with the best config that is known for these shapes here.
 
+        Operands are arrays, or tensors of a network that is being traced; they may be given by their names.
         ``out``: arrays to write into, which must not overlap with the operands. ``threads``: at most so many, by
         default those of the settings.
         """
+        operands = self._in_order(operands, named) if named else operands
         if any(isinstance(x, Symbol) for x in operands):
             return self.op()(*operands)
         arrays = self._arrays(operands)
@@ -143,6 +152,17 @@ class Stencil:
         config, outs = self.config(*specs), self.definition.outs(specs)
         kernel = compile_kernel(template_of(self.Op), self.op(), specs, outs, host(), config)
         return _Ready(kernel, outs, self.definition.scratch(specs, config))
+
+    def _in_order(self, operands: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        known = self.definition.operands[len(operands) :]
+        for name in named:
+            if name not in known:
+                every = (*self.definition.operands, *RESERVED[:2])
+                raise ArgumentError(
+                    f"stencil {self.definition.name}: there is no argument {name!r}, or it is given twice."
+                    f"{nearest(name, every)} Its arguments are {', '.join(every)}."
+                )
+        return (*operands, *(named[name] for name in known if name in named))
 
     def _specs(self, operands: Sequence[Any]) -> tuple[Spec, ...]:
         if any(isinstance(x, Spec) for x in operands):
