@@ -208,7 +208,7 @@ def test_a_stencil_and_its_op_are_pickled_by_name(monkeypatch):
     outside = defined_outside(graph, [compile_program(graph, Tuning(host()))], host())
     assert outside == {"stencil_home": Defined("the op 'pickled_double'", "pickled_double.Op")}
     with pytest.raises(
-        TemplateError, match=r"inner: it is defined in a function \(test_a_stencil.*Define it at the top"
+        TemplateError, match=r"inner: it is defined in a function \(local_stencil.*Define it at the top"
     ):
         pickle.dumps(local_stencil().op())
 
