@@ -14,19 +14,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import linecache
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
 
 import rapydli_flow.random
@@ -39,7 +43,7 @@ from .driver import Kernel, run_kernel
 from .text import digest, module_text
 from .tile import registers
 
-__all__ = ["Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
+__all__ = ["Asked", "Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
 
 
 @cache
@@ -96,7 +100,7 @@ def _whole(path: Path) -> bool:
 def _generator_key() -> str:
     """Hash of the code that every kernel contains or is made by, and of the compilers."""
     folder = Path(__file__).parent
-    texts = [(folder / name).read_text() for name in ("compile.py", "text.py", "driver.py", "tile.py")]
+    texts = [(folder / name).read_text() for name in ("compile.py", "text.py", "driver.py", "tile.py", "stencil.py")]
     texts.append(Path(rapydli_flow.random.__file__).read_text())
     versions = (platform.python_version(), numba.__version__, llvmlite.__version__)
     return digest("\0".join([*texts, *versions]))
@@ -113,6 +117,41 @@ def _template_key(module: str, source: str) -> str:
                 found[name] = inspect.getsource(sys.modules[name])
                 stack.append(name)
     return digest("\0".join(text for _, text in sorted(found.items())))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A kernel that is asked for: a template and all that it is given."""
+
+    template: Template
+    op: Any
+    ins: tuple[Spec, ...]
+    outs: tuple[Spec, ...]
+    config: Mapping[str, Any]
+    epilogue: Epilogue
+
+    @property
+    def owner(self) -> str:
+        return f"{self.template.family}/{self.template.name}"
+
+    @property
+    def title(self) -> str:
+        """What it is, in words: the head of its module."""
+        called = ", ".join(f"{name}={value}" for name, value in self.config.items())
+        specs = f"{', '.join(map(str, self.ins))} -> {', '.join(map(str, self.outs))}"
+        tail = f"epilogue {self.epilogue.scalar.lines} {list(map(str, self.epilogue.extras))}"
+        return f"{self.owner}({called})\n\n{self.op}\n{specs}; {tail}"
+
+    @property
+    def buffers(self) -> tuple[tuple[Spec, ...], ...]:
+        """Specs of inputs, outputs, workspaces, extras, and the place of the output."""
+        work = tuple(self.template.workspace(self.op, self.ins, self.outs, **self.config))
+        return (self.ins, self.outs, work, self.epilogue.extras, (Spec((2 * len(self.outs[0].shape),), "int64"),))
+
+    def text(self) -> str:
+        """The source of its module."""
+        loop = self.template.build(self.op, self.ins, self.outs, self.epilogue, **self.config)
+        return module_text(loop, self.buffers, self.owner, self.title)
 
 
 _kernels: dict[str, Kernel] = {}
@@ -140,15 +179,14 @@ def compile_kernel(
         if config is None:
             raise TemplateError(f"template {template.family}/{template.name} does not fit {', '.join(map(str, ins))}.")
     epilogue = epilogue or Epilogue.none(outs[0])
-    owner = f"{template.family}/{template.name}"
-    called = ", ".join(f"{name}={value}" for name, value in config.items())
-    specs = f"{', '.join(map(str, ins))} -> {', '.join(map(str, outs))}"
-    title = f"{owner}({called})\n\n{op}\n{specs}; epilogue {epilogue.scalar.lines} {list(map(str, epilogue.extras))}"
+    asked = Asked(template, op, ins, outs, dict(config), epilogue)
+    fingerprint = getattr(template.build, "fingerprint", None)  # what a template is told by functions of a user
     parts = [
         _generator_key(),
         _template_key(template.build.__module__, template.source()),
         device.key,
-        title,
+        asked.title,
+        fingerprint(op, ins, outs, **config) if fingerprint else "",
         repr(op.scalar(tuple(f"x{i}" for i in range(len(ins))))) if hasattr(op, "scalar") else "",
         repr(epilogue),
     ]
@@ -156,19 +194,12 @@ def compile_kernel(
     with _lock:
         if key not in _kernels:
             template.check(op, ins, outs, device, config)
-            work = template.workspace(op, ins, outs, **config)
-            buffers = (ins, outs, tuple(work), epilogue.extras, (Spec((2 * len(outs[0].shape),), "int64"),))
             name = f"rapydli_{template.family}_{template.name}_{key}"
-
-            def write() -> str:
-                loop = template.build(op, ins, outs, epilogue, **config)
-                return module_text(loop, buffers, owner, title)
-
-            module = _module(name, write)
+            module = _module(name, asked.text)
             _kernels[key] = Kernel(
                 address=module.entry.address,
                 tasks=module.TASKS,
-                buffers=tuple(spec for group in buffers for spec in group),
+                buffers=tuple(spec for group in asked.buffers for spec in group),
                 key=key,
                 module=name,
                 template=template.name,
@@ -205,10 +236,25 @@ def _load(name: str, path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, NumbaError):
+            raise TemplateError(f"kernel {name}: Numba cannot compile it: {_reason(error, path)}.") from error
         raise
     return module
+
+
+def _reason(error: NumbaError, path: Path) -> str:
+    """What Numba says of the innermost function that it cannot compile, and the line that it is about."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in said.splitlines() if not line.startswith("Failed in nopython mode")]
+    end = next((i for i, line in enumerate(lines) if line.startswith(("File ", "During: ", "There are "))), len(lines))
+    what = " ".join(line for line in lines[:end] if line)
+    where = re.search(rf'File ".*{re.escape(path.name)}", line (\d+)', said)
+    if where is None:
+        return f"{what} (in {path})"
+    code = linecache.getline(str(path), int(where[1])).strip()
+    return f"{what} in `{code}` (line {where[1]} of {path})"
 
 
 def _store(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import math
 import sys
+import sysconfig
 import textwrap
 import types
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ from rapydli_flow.template import Epilogue, Loop, Scalar
 # quotients and roots, which vectors have but single elements do not, and no other order of sums: then an element has
 # the same bits in a vector, in a loop's remainder, in place, and wherever its buffers lie.
 FASTMATH = "{'nsz', 'contract'}"
-
+INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+PACKAGES = ("rapydli_flow", "cpu_kernels", "gpu_kernels")
 
 HEAD = '''"""{title}
 
@@ -75,6 +77,8 @@ class _Text:
             return self._import(name, f"import {value.__name__} as {name}")
         if isinstance(value, Epilogue):
             return self._once(value, lambda: self._epilogue(name, value))
+        if _jitted(value):
+            value = value.py_func
         if isinstance(value, types.FunctionType):
             return self._once(value, lambda: self.function(value))
         if not isinstance(value, type) and callable(value) and not isinstance(value, np.dtype):
@@ -117,14 +121,10 @@ class _Text:
         (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef))
         known = self.claim(function.__name__, id(function))
         self._done[id(function)] = (known, function)
-        new = {name: self.refer(name, value) for name, value in _references(function).items()}
+        new = {name: self.refer(name, value) for name, value in references(function).items()}
         new = {name: other for name, other in new.items() if name != other}
-        lines = text.splitlines()
         names = [n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in new]
-        for n in sorted(names, key=lambda n: (n.lineno, -n.col_offset)):
-            raw = lines[n.lineno - 1].encode()
-            raw = raw[: n.col_offset] + new[n.id].encode() + raw[n.end_col_offset :]
-            lines[n.lineno - 1] = raw.decode()
+        lines = replaced(text.splitlines(), [(n, new[n.id]) for n in names])
         lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"def {node.name}(", f"def {known}(", 1)
         self.functions.append("\n".join(["@njit(**INLINE)", *lines[node.lineno - 1 :]]))
         return known
@@ -147,9 +147,25 @@ class _Text:
         return known
 
 
+def _jitted(value: Any) -> bool:
+    """Is this a function that a user compiles with Numba? It is written out like a plain one: a module that is
+    imported later could hold another."""
+    function = getattr(value, "py_func", None)
+    return isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] not in PACKAGES
+
+
 def scalar_names(scalar: Scalar) -> dict[str, Any]:
     """What the lines of a pointwise formula may refer to, besides operands, ``T`` and ``index``."""
     return {"math": math, **{name: getattr(rapydli_flow.random, name) for name in scalar.uses}}
+
+
+def replaced(lines: Sequence[str], changes: Sequence[tuple[ast.expr, str]]) -> list[str]:
+    """Lines in which expressions, each on one line, are other text."""
+    out = list(lines)
+    for node, new in sorted(changes, key=lambda change: (change[0].lineno, -change[0].col_offset)):
+        raw = out[node.lineno - 1].encode()
+        out[node.lineno - 1] = (raw[: node.col_offset] + new.encode() + raw[node.end_col_offset :]).decode()
+    return out
 
 
 def written(text: str, **names: Any) -> Callable[..., None]:
@@ -161,7 +177,7 @@ def written(text: str, **names: Any) -> Callable[..., None]:
     return function
 
 
-def _references(function: types.FunctionType) -> dict[str, Any]:
+def references(function: types.FunctionType) -> dict[str, Any]:
     """Free variables and globals that the code of a function reads, builtins left out."""
     code = function.__code__
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
@@ -173,6 +189,21 @@ def _references(function: types.FunctionType) -> dict[str, Any]:
         loads = [i.argval for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"]
         found |= {name: function.__globals__[name] for name in loads if name in function.__globals__}
     return found
+
+
+def written_out(function: types.FunctionType, owner: str) -> str:
+    """A function and all that it refers to, as text: where two are equal, so is what they compute.
+
+    Of a module that is not installed but lies beside the user's own, the text is part of it.
+    """
+    text = _Text(owner)
+    text.function(function)
+    parts = [*text.imports.values(), *(f"{k} = {v}" for k, v in text.constants.items()), *text.functions]
+    for name in sorted(line.split()[1] for line in text.imports.values()):
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
+        if file.endswith(".py") and not file.startswith(INSTALLED):
+            parts.append(inspect.getsource(sys.modules[name]))
+    return "\n".join(parts)
 
 
 def literal(value: Any) -> str:

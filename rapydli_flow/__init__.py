@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .scheduler import Plan as Plan
     from .spec import Block as Block
     from .spec import Spec as Spec
+    from .stencils import stencil as stencil
     from .testing.ops import check as check
 
 _HOMES = {
@@ -84,6 +85,7 @@ _HOMES = {
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),
     "scheduler": ("Plan",),
     "spec": ("Block", "Spec"),
+    "stencils": ("stencil",),
     "testing.ops": ("check",),
 }
 _MODULES = ("errors", "nn", "optim")

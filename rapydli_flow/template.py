@@ -218,8 +218,12 @@ class Template:
             )
 
     def source(self) -> str:
-        """The source text of the module that defines the template: part of a kernel's key."""
-        return _sources.get(self.build) or _source(self.build)
+        """The source text of the module that defines the template: part of a kernel's key.
+
+        A ``build`` that is not written in a module, but made, has a method ``source`` of its own.
+        """
+        own: Callable[[], str] | None = getattr(self.build, "source", None)
+        return _sources.get(self.build) or (own() if own is not None else _source(self.build))
 
 
 @cache

@@ -169,8 +169,8 @@ def _absorb(new: Graph, host: Node, node: Node, inputs: tuple[Tensor, ...], j: i
 
 
 def _hosts(node: Node) -> bool:
-    """Can this node take a tail? Sources, collectives and views cannot."""
-    if isinstance(node.op, Leaf | Fill) or node.op.collective or node.op.view:
+    """Can this node take a tail? Sources, collectives and views cannot, nor what says so."""
+    if isinstance(node.op, Leaf | Fill) or node.op.collective or node.op.view or not node.op.takes_tail:
         return False
     return node.specs[0].floating and node.specs[0].shape != ()
 

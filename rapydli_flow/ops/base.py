@@ -86,6 +86,8 @@ class Op(ABC):
     indexed: ClassVar[bool] = False  # reference(..., at=Block): reads where its output lies in the whole array
     collective: ClassVar[bool] = False  # what it gives depends on other ranks
     view: ClassVar[bool] = False  # the output is the input's memory, under another shape
+    takes_tail: ClassVar[bool] = True  # pointwise ops behind it may be fused into its kernels
+    by_name: ClassVar[bool] = False  # pickled as a name in its module, of a script too; it has `by_value` as well
     linear: ClassVar[bool] = False  # f(a + b) = f(a) + f(b): passes partial sums through
 
     def __init_subclass__(cls, abstract: bool = False) -> None:

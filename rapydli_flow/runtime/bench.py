@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..config import settings
+from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Request, Trial
 from .contained import Contained, Failed, Lost, share
@@ -31,9 +32,17 @@ class Bench:
     """A `Measure` that nothing which a kernel does can hurt. Use it as a context, or close it."""
 
     def __init__(
-        self, device: Device, *, threads: int, compilers: int | None = None, limit_s: float = LIMIT_S, seed: int = 0
+        self,
+        device: Device,
+        *,
+        threads: int,
+        compilers: int | None = None,
+        limit_s: float = LIMIT_S,
+        seed: int = 0,
+        operands: Sequence[Array] | None = None,
     ) -> None:
-        self.device, self.threads, self.limit_s, self.seed = device, threads, limit_s, seed
+        self.device, self.limit_s = device, limit_s
+        self._how: dict[str, Any] = {"threads": threads, "seed": seed, "operands": operands}
         self._compilers = [Contained() for _ in range(compilers or len(os.sched_getaffinity(0)))]
         self._timer = Contained()
         self._compiled: dict[tuple[str, Choice], str] = {}  # and what went wrong with it
@@ -111,7 +120,7 @@ class Bench:
         return [trials[i] for i in range(len(choices))]
 
     def _rounds(self, packed: bytes, choices: Sequence[Choice], thorough: bool) -> Any:
-        self._timer.ask(measure_all, packed, list(choices), self.device, self.threads, thorough, self.seed)
+        self._timer.ask(measure_all, packed, list(choices), self.device, thorough, self._how)
         return self._timer.answer(self.limit_s)
 
 
@@ -132,7 +141,7 @@ def _alone(kind: int) -> Iterator[None]:
 
 # in the children -----------------------------------------------------------------------------------------
 
-_measures: dict[tuple[str, int, int], Measure] = {}
+_measures: dict[str, Measure] = {}
 _requests: dict[bytes, Request] = {}
 
 
@@ -152,8 +161,8 @@ def compile_one(packed: bytes, choice: Choice, device: Device, *, say: Any) -> b
 
 
 def measure_all(
-    packed: bytes, choices: list[Choice], device: Device, threads: int, thorough: bool, seed: int, *, say: Any
+    packed: bytes, choices: list[Choice], device: Device, thorough: bool, how: dict[str, Any], *, say: Any
 ) -> list[Trial]:
-    """Check and time choices."""
-    measure = _measures.setdefault((device.key, threads, seed), Measure(device, threads=threads, seed=seed))
+    """Check and time choices. The child belongs to one `Bench`, so that ``how`` is always the same."""
+    measure = _measures.setdefault(device.key, Measure(device, **how))
     return measure(_request(packed), choices, thorough=thorough, say=say)

@@ -35,10 +35,20 @@ Say = Callable[[int], None]
 
 
 class Measure:
-    """The tuner's `Measure` for the CPU, without containment. What it draws and computes for a request it keeps."""
+    """The tuner's `Measure` for the CPU, without containment. What it draws and computes for a request it keeps.
 
-    def __init__(self, device: Device, *, threads: int, seed: int = 0) -> None:
-        self.device, self.threads, self.seed = device, threads, seed
+    ``operands``: arrays to measure on, in place of random numbers.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        threads: int,
+        seed: int = 0,
+        operands: Sequence[Array] | None = None,
+    ) -> None:
+        self.device, self.threads, self.seed, self.operands = device, threads, seed, operands
         self._request: Request | None = None
 
     def __call__(
@@ -78,7 +88,8 @@ class Measure:
         if request == self._request:
             return
         rng = np.random.default_rng(self.seed)
-        self._ins = [np.asarray(a, order="C") for a in Sample(request.op, request.ins, _ranges(request)).draw(rng)]
+        drawn = self.operands or Sample(request.op, request.ins, _ranges(request)).draw(rng)
+        self._ins = [np.asarray(a, order="C") for a in drawn]
         extras = request.epilogue.extras
         channels = {i: (0.5, 2.0) for i, s in enumerate(extras) if s.floating and len(s.shape) == 1}
         self._extras = [np.asarray(a, order="C") for a in Sample(request.op, extras, channels).draw(rng)]
@@ -103,9 +114,8 @@ class Measure:
     def _checked(self, request: Request, prepared: tuple[CallList, list[Array], list[Array]]) -> Callable[[], float]:
         """Seconds of one call, as a function; raises if the first results were wrong."""
         calls, outs, buffers = prepared
-        error = _deviation(outs, self._wanted) if self._wanted is not None else 0.0
-        if not error <= TOLERANCE.get(request.outs[0].dtype, 0.0):
-            raise RapydliError(f"deviates from the reference by {error:.1e}")
+        if self._wanted is not None:
+            _compare(outs, self._wanted)
 
         def seconds(buffers: list[Array] = buffers) -> float:  # the list knows addresses only: keep what they name
             begin, done = time.perf_counter(), 0
@@ -154,13 +164,24 @@ def _unwritten(spec: Spec) -> Array:
     return np.full(spec.size_bytes, 0xFF, np.uint8).view(spec.dtype).reshape(spec.shape)
 
 
-def _deviation(outs: Sequence[Array], wanted: Sequence[Array]) -> float:
-    worst = 0.0
-    for out, want in zip(outs, wanted, strict=True):
+def _compare(outs: Sequence[Array], wanted: Sequence[Array]) -> None:
+    """Raise RapydliError unless outputs are what the reference gives, up to a tolerance times its largest value."""
+    for k, (out, want) in enumerate(zip(outs, wanted, strict=True)):
         scale = float(np.abs(want).max(initial=0.0)) or 1.0
-        off = float(np.abs(out.astype(np.float64) - want).max(initial=0.0)) / scale
-        worst = off if not off <= worst else worst  # NaN stays
-    return worst
+        off = np.abs(out.astype(np.float64) - want) / scale
+        worst = float(off.max(initial=0.0))  # NaN if there is one
+        tolerance = TOLERANCE.get(out.dtype.name, 0.0)
+        if not worst <= tolerance:
+            wrong = ~(off <= tolerance)
+            first = tuple(map(int, np.argwhere(wrong)[0]))
+            what = f"{out[first]:.6g}, not {want[first]:.6g}"
+            if np.isnan(off[first]):
+                what = "not written, or not a number"
+            which = f" of output {k}" if len(outs) > 1 else ""
+            raise RapydliError(
+                f"deviates from the reference by {worst:.1e}: {wrong.sum():,} of {off.size:,} elements{which} are "
+                f"wrong, the first at {first} is {what}"
+            )
 
 
 def distinct(requests: Sequence[Request], device: Device) -> list[Request]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import linecache
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,12 +56,13 @@ class Defined:
 def defined_outside(graph: Graph, programs: Sequence[Program], device: Device) -> dict[str, Defined]:
     """The modules of ops and templates that are not of this package, and what each defines.
 
-    Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not.
+    Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not, nor do
+    stencils, which have one.
     """
     out: dict[str, Defined] = {}
     for node in graph:
         for op in map(type, _ops(node.op)):
-            if op.__module__ != "__main__" and "<locals>" not in op.__qualname__:
+            if (op.__module__ != "__main__" or op.by_name) and "<locals>" not in op.__qualname__:
                 out.setdefault(op.__module__, Defined(f"the op {op.name!r}", op.__qualname__))
     for program in programs:
         for request, choice in program.requests:
@@ -116,10 +118,22 @@ def carry(request: Request, device: Device) -> bytes:
     for module in shipped:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(carried))
+        _Carrier(into := io.BytesIO()).dump(carried)
+        return into.getvalue()
     finally:
         for module in shipped:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+class _Carrier(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles ops that other processes know by name by value, where they could not find the name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Op) and obj.by_name:
+            kind = type(obj)
+            if "<locals>" in kind.__qualname__ or not _importable(kind.__module__):
+                return obj.by_value()  # type: ignore[attr-defined]
+        return super().reducer_override(obj)
 
 
 def unpack(data: bytes) -> Request:
@@ -135,6 +149,8 @@ def unpack(data: bytes) -> Request:
 
 def _importable(module: str) -> bool:
     """Would another process find the same file under this name?"""
+    if module == "__main__":
+        return False
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

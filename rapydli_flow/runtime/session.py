@@ -22,6 +22,7 @@ import numpy as np
 from ..graph import Graph
 from ..scheduler import Program, compile_program
 from ..space import Rules
+from ..spec import Array
 from ..template import Device
 from ..tuner import Budget, Choice, Found, Request, Trial, Tuner, Tuning
 from .bench import Bench
@@ -117,7 +118,7 @@ class Sitting:
     """One session while it goes on. ``tell`` is told where it is, ``keep`` what was found for each kernel.
 
     ``graph``: the step, which is timed at the end with the defaults and with what was found. Ctrl-C, or ``stop``
-    that says so, ends it early and keeps what was learnt.
+    that says so, ends it early and keeps what was learnt. ``operands``: of the one job, if not random numbers.
     """
 
     def __init__(
@@ -130,7 +131,9 @@ class Sitting:
         tell: Callable[[Progress], None] = lambda progress: None,
         keep: Callable[[Found], None] = lambda found: None,
         stop: Callable[[], bool] = lambda: False,
+        operands: Sequence[Array] | None = None,
     ) -> None:
+        self.operands = operands
         self.jobs, self.device, self.options, self.graph = tuple(jobs), device, options, graph
         self.tell, self.keep, self.stop = tell, keep, stop
         self.found: list[Found] = []
@@ -141,7 +144,8 @@ class Sitting:
     def run(self) -> Session:
         """Tune, in the order of shares, until the budget is spent."""
         step = None
-        with Bench(self.device, threads=self.options.threads, seed=self.options.seed) as bench:
+        how: dict[str, Any] = {"threads": self.options.threads, "seed": self.options.seed}
+        with Bench(self.device, operands=self.operands, **how) as bench:
             try:
                 self.peak = measured_peak(self.device, self.options.threads)
                 shares = self._shares(bench)

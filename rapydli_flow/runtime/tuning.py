@@ -25,6 +25,7 @@ from ..errors import RunLost, SettingError
 from ..graph import Graph
 from ..ops import Leaf
 from ..space import Rules, as_rules
+from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
 from .cluster import ready_workers
@@ -137,6 +138,30 @@ def autotune(
     else:
         sessions, lost = _on_workers(graphs, client, options, tell)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)
+
+
+def tune_one(
+    request: Request,
+    threads: int,
+    *,
+    budget_s: float,
+    trials: int | None = None,
+    strategy: str = "guided",
+    soft: Rules = (),
+    seed: int = 0,
+    operands: Sequence[Array] | None = None,
+    watch: Callable[[Progress], None] | None = None,
+) -> TuningReport:
+    """Tune one kernel on this host and keep the result. ``operands``: what to measure on, not random numbers."""
+    check_allowed()
+    device, store = host(), cache()
+    check_soft(soft, [request], device)
+    known_trials = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
+    job = Job(request, 1, tuple(known_trials), similar(store, device, request))
+    options = Options(threads, budget_s, trials, strategy, soft, seed)
+    tell = watch or (lambda progress: None)
+    sitting = Sitting([job], device, options, tell=tell, keep=partial(remember, store, device), operands=operands)
+    return TuningReport((sitting.run(),), known(device))
 
 
 # on a cluster --------------------------------------------------------------------------------------------

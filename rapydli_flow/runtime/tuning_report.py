@@ -12,10 +12,11 @@ from typing import Any
 
 from .. import markup
 from ..errors import SettingError
-from ..tuner import Found, Funnel, Trial, Tuning
+from ..tuner import Found, Funnel, Request, Trial, Tuning
 from .session import Session, gflops
 
 HEAD = ("kernel", "calls", "default", "best", "gain", "GFLOP/s", "of peak", "trials", "config")
+SHOWN = 8  # configs that failed, in the text of a report
 CURVES = 6  # kernels whose best time so far is drawn
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Tuning</title>
 <style>body{{font-family:system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#22303c}}
@@ -40,6 +41,11 @@ class TuningReport:
     def requests(self) -> int:
         """Distinct kernels of the step, over all kinds of device."""
         return sum(len(session.jobs) for session in self.sessions)
+
+    @property
+    def failed(self) -> tuple[tuple[Request, Trial], ...]:
+        """The configs that could not be compiled, gave wrong numbers or had no time, each with its reason."""
+        return tuple((found.request, trial) for found in self.found for trial in found.trials if trial.error)
 
     @property
     def interrupted(self) -> bool:
@@ -70,7 +76,12 @@ class TuningReport:
                 ]
                 parts.append("  ".join(cells).rstrip())
             parts.append(_words(session))
-        return "\n".join([*parts, *(f"lost while tuning: {name}" for name in self.lost)])
+        parts += [f"lost while tuning: {name}" for name in self.lost]
+        if self.failed:
+            parts.append(f"{len(self.failed)} config{'s' if len(self.failed) > 1 else ''} failed:")
+            parts += [f"  {request}, {trial.choice}: {trial.error}" for request, trial in self.failed[:SHOWN]]
+            parts += [f"  and {len(self.failed) - SHOWN} more"] if len(self.failed) > SHOWN else []
+        return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,6 +126,8 @@ class TuningReport:
             rows = [[cell.replace(" ms", "\N{NO-BREAK SPACE}ms") for cell in row] for row in _rows(session)]
             right = [(row[0], row[-1], *row[1:-1]) for row in rows]
             out.append(markup.table((HEAD[0], HEAD[-1], *HEAD[1:-1]), right, right=len(HEAD) - 2))
+        why = [(str(request)[:60], str(trial.choice), trial.error) for request, trial in self.failed]
+        out += [markup.table(("kernel", "failed with", "because"), why)] if why else []
         out += [markup.small(f"lost while tuning: {name}") for name in self.lost]
         if self.found:
             out.append(f"<h2>From the Cartesian space to timed kernels</h2>{self.funnel.svg()}")

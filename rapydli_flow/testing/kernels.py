@@ -122,7 +122,13 @@ def check_tails(sample: Sample) -> int:
     its epilogue loses them.
     """
     (out, *more) = sample.op.out_specs(*sample.ins)
-    if more or not out.floating or not out.shape or isinstance(sample.op, Pointwise | Fused):
+    if (
+        more
+        or not sample.op.takes_tail
+        or not out.floating
+        or not out.shape
+        or isinstance(sample.op, Pointwise | Fused)
+    ):
         return 0
     tail = ((Scale(by=0.5), (-1,)), (Add(), (-1, 0)))
     tailed = Sample(

@@ -45,8 +45,10 @@ def _version(package: str) -> str:
 
 def source_key(template: Template) -> str:
     """Hash of all code of this project that the template's build function reaches. Functions of one name but
-    other code, such as a cell that was run again, have other keys."""
-    return _key(template.build)
+    other code, such as a cell that was run again, have other keys. A build that is made, not written, says itself
+    what it means."""
+    meaning: Callable[[], str] | None = getattr(template.build, "meaning", None)
+    return _key(template.build) if meaning is None else hashlib.sha256(meaning().encode()).hexdigest()[:16]
 
 
 @cache
