@@ -1,6 +1,8 @@
 """What the form of a stencil costs or gains: Jacobi's method as `rf.stencil`, in plain Numba, on flat arrays by hand.
 
-All on one thread. The third knows its size, and has neither bands, strips nor axes. Run: ``python benchmarks/stencils.py``.
+All on one thread. The third knows its size, and has neither bands, strips nor axes.
+
+Run: ``python benchmarks/stencils.py``
 """
 
 import sys

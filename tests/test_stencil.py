@@ -22,6 +22,7 @@ from rapydli_flow.errors import ArgumentError, DTypeError, NotDifferentiable, Sh
 from rapydli_flow.graph import Fused, from_json, to_json
 from rapydli_flow.ops import registry
 from rapydli_flow.runtime.own import Defined, defined_outside
+from rapydli_flow.runtime.tuning import cache
 from rapydli_flow.scheduler import compile_program
 from rapydli_flow.template import templates
 from rapydli_flow.tuner import Tuning
