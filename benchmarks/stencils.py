@@ -1,8 +1,7 @@
 """What the form of a stencil costs or gains: Jacobi's method as `rf.stencil`, in plain Numba, on flat arrays by hand.
 
-All on one thread. The third knows its size, and has neither bands, strips nor axes.
-
-Run: ``python benchmarks/stencils.py``
+All on one thread. The stencil is tuned first, and plain Numba gets the same constants; what is written by hand knows
+its size, and has neither bands, strips nor axes. Run: ``python benchmarks/stencils.py``.
 """
 
 import sys
@@ -19,10 +18,9 @@ from jacobi2d import QUARTER, jacobi, reference
 from cpu_kernels.stencil import specialised
 
 OPTIONS = {"fastmath": {"nsz", "contract"}, "error_model": "numpy"}  # as kernels are compiled
-CONFIG = {"rows": 16, "width": 128}  # the default
 
 
-def plain(size, config=CONFIG):
+def plain(size, config):
     """The body of the stencil under `numba.njit`, which knows its parameters but no shapes."""
     it = jacobi.definition
     body, tasks = numba.njit(**OPTIONS)(specialised(it.body, it.source, config)), -(-size // config["rows"])
@@ -55,7 +53,9 @@ def main():
     """Medians of a call, and ratios to the stencil."""
     for size in (256, 512, 1024, 2048):
         u = np.random.default_rng(0).random((size, size), dtype=np.float32)
-        v, numba_plain, by_hand = np.empty_like(u), plain(size), flat(size)
+        jacobi.tune(u, threads=1, budget_s=10)
+        config = jacobi.config(u)
+        v, numba_plain, by_hand = np.empty_like(u), plain(size, config), flat(size)
         runs = {
             "rf.stencil": lambda u=u, v=v: jacobi(u, out=v, threads=1),
             "numba.njit": lambda u=u, v=v, run=numba_plain: run(u, v),
@@ -65,7 +65,7 @@ def main():
         times = {name: median(values) for name, values in interleaved(runs, rounds=50).items()}
         first = times["rf.stencil"]
         cells = [f"{name} {t * 1e6:8.1f} us ({t / first:.2f}x)" for name, t in times.items()]
-        print(f"{size:>5}  " + "   ".join(cells))
+        print(f"{size:>5}  " + "   ".join(cells), config)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,13 @@ if TYPE_CHECKING:
     from .graph import train_step as train_step
     from .logbook import runs as runs
     from .progress import ProgressBar as ProgressBar
+    from .progress import TuningBar as TuningBar
     from .runtime.events import Callback as Callback
     from .runtime.events import Save as Save
     from .runtime.events import SetFactor as SetFactor
     from .runtime.events import Stop as Stop
     from .scheduler import Plan as Plan
+    from .space import Space as Space
     from .spec import Block as Block
     from .spec import Spec as Spec
     from .stencils import stencil as stencil
@@ -81,9 +83,10 @@ _HOMES = {
     "data": ("ingest", "load"),
     "graph": ("trace", "train_step"),
     "logbook": ("runs",),
-    "progress": ("ProgressBar",),
+    "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),
     "scheduler": ("Plan",),
+    "space": ("Space",),
     "spec": ("Block", "Spec"),
     "stencils": ("stencil",),
     "testing.ops": ("check",),

@@ -164,6 +164,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     state: Mapping[str, Array] | None = None,
     tuning: Tuning | None = None,
+    tune_s: float = 0.0,
     transport: str = "auto",
     timeout_s: float = 120.0,
 ) -> Run:
@@ -176,7 +177,8 @@ def fit(
     newest ``keep`` of them; it must be on a file system that the workers share. ``resume`` goes on from
     the newest snapshot there; with the same number of ranks, to the same bits. ``callbacks`` watch the run,
     or decide how it goes on. ``state``: parameters to begin with, by name, instead of random ones (of another run, or
-    moved over from elsewhere). ``timeout_s``: how long ranks and workers are waited for.
+    moved over from elsewhere). ``tune_s``: seconds to tune first the kernels of which nothing is known yet, as
+    `autotune` does; not of a run that is resumed, whose configs are those of its snapshot. ``timeout_s``: how long ranks and workers are waited for.
     """
     options = Options(
         epochs=epochs,
@@ -192,6 +194,7 @@ def fit(
         transport=transport,
         timeout_s=timeout_s,
         state=state,
+        tune_s=tune_s,
     )
     options.check(step)
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:

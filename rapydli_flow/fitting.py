@@ -144,6 +144,7 @@ class Options:
     transport: str
     timeout_s: float
     state: Mapping[str, Array] | None = None
+    tune_s: float = 0.0
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
@@ -160,6 +161,8 @@ class Options:
             raise SettingError("fit: resume goes on from the state of a snapshot; give state or resume, not both.")
         if self.snapshot_every is not None and self.snapshot_every < 0:
             raise SettingError(f"fit: snapshot_every={self.snapshot_every} is not 0 (none) or more steps.")
+        if not 0 <= self.tune_s < float("inf"):
+            raise SettingError(f"fit: tune_s={self.tune_s} is not 0 (no tuning) or more seconds.")
         if self.keep < 1:
             raise SettingError(f"fit: keep={self.keep} is not 1 or more snapshots.")
 
@@ -193,6 +196,9 @@ class Fitting:
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
         device = next(iter(workers.values()))["device"] if workers else host()
+        if options.tune_s and tuning is None and before is None:
+            ranks = plan.rank_graphs(self.step)
+            tuner.autotune(ranks, plan.threads, self.client, budget_s=options.tune_s, known_too=False)
         tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]

@@ -39,6 +39,7 @@ main.add_command(tune)
 @click.option("--granularity", type=click.Choice(api.GRANULARITIES), default="segment", show_default=True)
 @click.option("--run-dir", default=None, help="Where the run is kept [default: runs/<recipe>].")
 @click.option("--data", "data_url", default=None, help="Where the dataset is [default: beside the run].")
+@click.option("--tune", "tune_s", default=0.0, help="Seconds to tune kernels first of which nothing is known.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on from the newest snapshot in the run's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is in the folder.")
@@ -52,6 +53,7 @@ def train(
     granularity: str,
     run_dir: str | None,
     data_url: str | None,
+    tune_s: float,
     seed: int,
     resume: bool,
     overwrite: bool,
@@ -78,6 +80,7 @@ def train(
                 client=client,
                 granularity=granularity,
                 seed=seed,
+                tune_s=tune_s,
                 run_dir=folder,
                 resume=resume,
                 overwrite=overwrite,

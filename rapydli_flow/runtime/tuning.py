@@ -77,10 +77,13 @@ def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:
     return {request: most[key] for key, request in first.items()}
 
 
-def jobs_of(graphs: Sequence[Graph], device: Device, threads: int) -> list[Job]:
+def jobs_of(graphs: Sequence[Graph], device: Device, threads: int, known_too: bool) -> list[Job]:
     """What is to be tuned, with what is known of it: failures, and times with as many threads."""
     store, jobs = cache(), []
+    chosen = {} if known_too else known(device).choices
     for request, calls in requests_of(graphs, device).items():
+        if request.key(device) in chosen:
+            continue
         known = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
         jobs.append(Job(request, calls, tuple(known), similar(store, device, request)))
     return jobs
@@ -124,19 +127,20 @@ def autotune(
     soft: Rules = (),
     seed: int = 0,
     watch: Callable[[Progress], None] | None = None,
+    known_too: bool = True,
 ) -> TuningReport:
-    """Tune every distinct kernel of rank graphs and keep the results."""
+    """Tune every distinct kernel of rank graphs and keep the results; those that are ``known_too``, or only others."""
     check_allowed()
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
     if client is None:
         device = host()
-        jobs = jobs_of(graphs, device, options.threads)
+        jobs = jobs_of(graphs, device, options.threads, known_too)
         check_soft(soft, [job.request for job in jobs], device)
         keep = partial(remember, cache(), device)
         sessions, lost = [Sitting(jobs, device, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
     else:
-        sessions, lost = _on_workers(graphs, client, options, tell)
+        sessions, lost = _on_workers(graphs, client, options, tell, known_too)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)
 
 
@@ -168,7 +172,7 @@ def tune_one(
 
 
 def _on_workers(
-    graphs: Sequence[Graph], client: Client, options: Options, tell: Callable[[Progress], None]
+    graphs: Sequence[Graph], client: Client, options: Options, tell: Callable[[Progress], None], known_too: bool
 ) -> tuple[list[Session], tuple[str, ...]]:
     """The sessions of all kinds of device, and the kinds whose worker was lost."""
     workers = ready_workers(client, None, START_S)
@@ -182,7 +186,7 @@ def _on_workers(
     client.subscribe_topic(session, lambda event: tell(Progress(**event[1])))
     try:
         for device, address in kinds.values():
-            jobs = jobs_of(graphs, device, options.threads)
+            jobs = jobs_of(graphs, device, options.threads, known_too)
             check_soft(options.soft, [job.request for job in jobs], device)
             packed = [(carry(job.request, device), job.calls, job.known, job.similar) for job in jobs]
             there = {"workers": [address], "pure": False, "retries": 0}
