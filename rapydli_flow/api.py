@@ -178,7 +178,8 @@ def fit(
     the newest snapshot there; with the same number of ranks, to the same bits. ``callbacks`` watch the run,
     or decide how it goes on. ``state``: parameters to begin with, by name, instead of random ones (of another run, or
     moved over from elsewhere). ``tune_s``: seconds to tune first the kernels of which nothing is known yet, as
-    `autotune` does; not of a run that is resumed, whose configs are those of its snapshot. ``timeout_s``: how long ranks and workers are waited for.
+    `autotune` does; not of a run that is resumed, whose configs are those of its snapshot. ``timeout_s``: how long
+    ranks and workers are waited for.
     """
     options = Options(
         epochs=epochs,

@@ -84,9 +84,13 @@ def jobs_of(graphs: Sequence[Graph], device: Device, threads: int, known_too: bo
     for request, calls in requests_of(graphs, device).items():
         if request.key(device) in chosen:
             continue
-        known = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
-        jobs.append(Job(request, calls, tuple(known), similar(store, device, request)))
+        jobs.append(_job(store, device, request, calls, threads))
     return jobs
+
+
+def _job(store: TuningCache, device: Device, request: Request, calls: int, threads: int) -> Job:
+    trials = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
+    return Job(request, calls, tuple(trials), similar(store, device, request))
 
 
 def similar(store: TuningCache, device: Device, request: Request) -> tuple[Choice, ...]:
@@ -160,8 +164,7 @@ def tune_one(
     check_allowed()
     device, store = host(), cache()
     check_soft(soft, [request], device)
-    known_trials = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
-    job = Job(request, 1, tuple(known_trials), similar(store, device, request))
+    job = _job(store, device, request, 1, threads)
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
     sitting = Sitting([job], device, options, tell=tell, keep=partial(remember, store, device), operands=operands)

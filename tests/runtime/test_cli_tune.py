@@ -165,3 +165,81 @@ def test_tuning_can_be_forbidden(results, monkeypatch, tmp_path, how):
         "def data(url): ...\n"
     )
     assert f"autotune: nothing is tuned with RAPYDLI_TUNING={how}. Set it to 'on'" in error_of(recipe)
+
+
+# searching ---------------------------------------------------------------------------------------------
+
+SPACES = {
+    "small": {"parameters": {"a": [1, 2, 4], "b": [1, 2, 3]}, "constraints": ["a % b == 0"]},
+    "large": {"parameters": {f"p{i}": list(range(10)) for i in range(6)}, "constraints": ["p0 + p1 <= 9"]},
+}
+
+
+def test_spaces_of_a_file_are_counted(tmp_path):
+    file = tmp_path / "spaces.json"
+    file.write_text(json.dumps(SPACES))
+    lines = said("space", file).splitlines()
+    assert lines[0].split() == ["space", "Cartesian", "valid", "construct", "s", "count", "s"]
+    assert lines[1].split()[:3] == ["small", "9", "5"]
+    assert lines[2].split()[:3] == ["large", "1,000,000", "550,000"]
+    rows = json.loads(said("space", file, "--json"))
+    assert [(r["space"], r["cartesian"], r["valid"]) for r in rows] == [("small", 9, 5), ("large", 10**6, 550_000)]
+    assert all(r["construct_s"] > 0 and r["count_s"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"parameters": {"a": [1]}, "constraints": ["b > 0"]}, "the hard constraint 'b > 0' names 'b'"),
+        ({"parameters": {"a": [1]}, "constraints": ["open('x')"]}, "is not allowed"),
+        ({"parameters": {"a": [1, 2]}, "constraints": ["a > 1", "a < 2"]}, "no point keeps hard 'a > 1'; hard 'a < 2'"),
+    ],
+)
+def test_spaces_that_are_wrong(tmp_path, form, message):
+    file = tmp_path / "spaces.json"
+    file.write_text(json.dumps({"s": form}))
+    assert message in error_of("space", file)
+
+
+def test_strategies_are_compared_on_what_was_recorded(tmp_path):
+    rows = [[a, b, 1.0 + abs(a - 5) + abs(b - 3)] for a in range(8) for b in range(8)]
+    file, picture = tmp_path / "recorded.json", tmp_path / "picture.svg"
+    file.write_text(json.dumps({"name": "toy", "parameters": ["a", "b"], "rows": rows}))
+    text = said("simulate", file, "--strategy", "greedy", "--strategy", "random", "--repeats", 3, "--svg", picture)
+    assert text.splitlines()[0] == "toy: 64 points"
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["strategy", "greedy", "random"]
+    assert picture.read_text().startswith("<svg")
+    (form,) = json.loads(said("simulate", file, "--strategy", "greedy", "--repeats", 2, "--json"))
+    assert form["strategies"]["greedy"]["repeats"] == 2
+    assert "holds no recorded spaces" in error_of("simulate", picture)
+
+
+RECIPE = """
+import rapydli_flow as rf
+from rapydli_flow import nn, optim
+EPOCHS = 1
+def step():
+    graph = rf.trace(lambda x: nn.dense(nn.relu(nn.dense(x, 4)), 3), rf.Spec((20, 6)))
+    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
+def data(url):
+    raise NotImplementedError
+"""
+
+
+def test_a_recipe_is_tuned_as_asked(results, tmp_path):
+    recipe, report = tmp_path / "recipe.py", tmp_path / "report.json"
+    recipe.write_text(RECIPE)
+    options = ["--budget", 60, "--trials", 2, "--strategy", "random", "--soft", "lanes == 8", "--threads", 1]
+    text = said(recipe, *options, "--report", report)
+    assert "Cartesian" in text
+    assert f"report: {report}" in text
+    (session,) = json.loads(report.read_text())["sessions"]
+    tried = [t for kernel in session["kernels"] for t in kernel["trials"]]
+    assert {len(kernel["trials"]) for kernel in session["kernels"]} <= {1, 2}
+    assert 8 in {t["config"].get("lanes") for t in tried}
+    chosen = {kernel["best"]["config"].get("lanes") for kernel in session["kernels"]}
+    assert chosen <= {None, 8}
+    assert len(results.known(host())) > 3
+    assert "is neither .html nor .json" in error_of(recipe, "--report", tmp_path / "report.pdf")
+    assert "names height, but no template of this step" in error_of(recipe, "--soft", "height > 3")
+    assert "steps run on cpu devices" in error_of(recipe, "--device", "cuda")
