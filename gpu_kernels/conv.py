@@ -138,7 +138,7 @@ def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -
     return next((c for c in tried if fits(op, ins, outs, device, **c)), first)
 
 
-@template("conv", "cuda", space=SPACE, fits=fits, prefer=prefer)
+@template("conv", "cuda", space=SPACE, fits={**tiles.RULES, "operands, loads and indices": fits}, prefer=prefer)
 def implicit_gemm(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Register tiles over pixels and filters."""
     t, a, b = _cut(ins, outs, config)

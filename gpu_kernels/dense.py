@@ -44,7 +44,7 @@ def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -
     return next((c for c in tried if fits(op, ins, outs, device, **c)), {n: v[0] for n, v in SPACE.items()})
 
 
-@template("matmul", "cuda", space=SPACE, fits=fits, prefer=prefer)
+@template("matmul", "cuda", space=SPACE, fits={**tiles.RULES, "operands, loads and indices": fits}, prefer=prefer)
 def simt(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Register tiles of fused multiply-adds; both operands pass through shared memory."""
     t, a, b, (pad_a, pad_b) = _cut(op, ins, config)

@@ -23,7 +23,14 @@ from .compile import Cubin
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
 _OPT_IN_SHARED_BYTES = 48 * 1024
-_ATTRIBUTES = {"cores": 16, "major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_...
+_ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
+    "cores": 16,
+    "major": 75,
+    "minor": 76,
+    "threads": 1,
+    "shared_bytes": 8,
+    "registers": 82,
+}
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
 
@@ -81,9 +88,9 @@ class Card:
             self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
             found[key] = value.value
         target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] >= 9 else "")
-        return Device(
-            "cuda", name.value.decode(), target=target, cores=found["cores"], vector_bytes=16, memory_bytes=total.value
-        )
+        limits = {key: found[key] for key in ("cores", "threads", "shared_bytes", "registers")}
+        sizes = {"vector_bytes": 16, "memory_bytes": total.value}
+        return Device("cuda", name.value.decode(), target=target, **sizes, **limits)
 
     def use(self) -> None:
         """Make this card's context the thread's current one."""

@@ -57,6 +57,13 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
 # bm, bn, bk, tm, tn of the defaults; 128 x 128 x 16 needs more than the 128 registers that two blocks leave
 SHAPES = ((128, 128, 8, 8, 8), (128, 64, 16, 8, 8), (64, 128, 16, 8, 8), (64, 64, 16, 8, 4))
 SHAPES += ((64, 32, 16, 4, 4), (32, 64, 16, 4, 4), (32, 32, 16, 4, 4))
+RULES: Mapping[str, str] = {  # what every card must have; `holds` knows the operands too
+    "whole warps, few enough threads": (
+        "bm % tm == 0 and bn % tn == 0 and bm // tm * (bn // tn) % 32 == 0 and bm // tm * (bn // tn) <= threads"
+    ),
+    "sums in registers": "tm * tn + tm + tn + 24 <= min(255, registers // (bm // tm * (bn // tn) * resident))",
+    "tiles in shared memory": "4 * stages * bk * (bm + bn) <= shared_bytes",
+}
 STAGED_VALUES = 32  # the most elements that a thread may have under way
 
 
