@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-slow test-exhaustive papers lint types floors bench cubins peers gpu-check docs wheel clean
+.PHONY: demo test test-slow test-exhaustive papers lint types floors bench bench-tuner cubins peers gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,18 @@ bench: .peers/.installed
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py
 
+bench-tuner: $(VENV)/.installed .kernel-tuner/.installed
+	$(BIN)/python benchmarks/tuner.py spaces
+	$(BIN)/python benchmarks/tuner.py record
+	$(BIN)/python benchmarks/tuner.py strategies
+	$(BIN)/python benchmarks/tuner.py stability
+	$(BIN)/python benchmarks/tuner.py step
+	$(BIN)/python benchmarks/stencils.py
+
+.kernel-tuner/.installed: benchmarks/peers.py
+	$(PYTHON) benchmarks/peers.py --kernel-tuner
+	touch $@
+
 .venv-cuda/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --upgrade pip
@@ -76,4 +88,4 @@ wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .venv-cuda .peers dist site runs
+	rm -rf $(VENV) .venv-cuda .peers .kernel-tuner dist site runs

@@ -1,7 +1,10 @@
 """`rapydli tune` and its commands: what they print, and one line, or a list, for an error."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -243,3 +246,21 @@ def test_a_recipe_is_tuned_as_asked(results, tmp_path):
     assert "is neither .html nor .json" in error_of(recipe, "--report", tmp_path / "report.pdf")
     assert "names height, but no template of this step" in error_of(recipe, "--soft", "height > 3")
     assert "steps run on cpu devices" in error_of(recipe, "--device", "cuda")
+
+
+def test_two_processes_tune_the_same_kernels_at_once(results, tmp_path):
+    """They take turns to time, write into one cache, and agree on what is fastest, up to ties."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    command = [sys.executable, "-m", "rapydli_flow", "tune", "recipe.py", "--trials", "2", "--threads", "1"]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2)
+    ]
+    for process in both:
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, text.decode()
+        assert "configs" in text.decode()
+    known = results.known(host())
+    assert len(known) > 3
+    assert all(one.best.time_s for one in known)
+    assert not list((tmp_path / "cache").glob("*.unreadable*"))
