@@ -133,23 +133,24 @@ def spaces(rounds: int) -> None:
 def requests() -> dict[str, Request]:
     """Convolutions of different character: wide and deep, strided, of many channels, gradients."""
     same = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    wide = {"stride": (1, 1), "padding": ((2, 2), (2, 2)), "dilation": (1, 1)}
     cases = {
         "conv 28x28x64": (Conv(**same), Spec((8, 28, 28, 64)), Spec((3, 3, 64, 64))),
-        "conv 14x14x128": (Conv(**same), Spec((8, 14, 14, 128)), Spec((3, 3, 128, 128))),
-        "conv 5x5, 32x32x32": (
-            Conv(stride=(1, 1), padding=((2, 2), (2, 2)), dilation=(1, 1)),
-            Spec((16, 32, 32, 32)),
-            Spec((5, 5, 32, 32)),
+        "conv 56x56x32, stride 2": (
+            Conv(**{**same, "stride": (2, 2)}),
+            Spec((8, 56, 56, 32)),
+            Spec((3, 3, 32, 64)),
         ),
+        "conv 5x5, 32x32x32": (Conv(**wide), Spec((16, 32, 32, 32)), Spec((5, 5, 32, 32))),
         "input gradient 28x28x64": (
             ConvInputGrad(size=(28, 28), **same),
             Spec((8, 28, 28, 64)),
             Spec((3, 3, 64, 64)),
         ),
-        "filter gradient 28x28x64": (
+        "filter gradient 14x14x128": (
             ConvFilterGrad(window=(3, 3), **same),
-            Spec((8, 28, 28, 64)),
-            Spec((8, 28, 28, 64)),
+            Spec((32, 14, 14, 128)),
+            Spec((32, 14, 14, 128)),
         ),
     }
     return {name: Tuning(host()).serve(op, ins)[0] for name, (op, *ins) in cases.items()}

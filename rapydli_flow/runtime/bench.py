@@ -60,15 +60,16 @@ class Bench:
             child.stop()
 
     def __call__(
-        self, request: Request, choices: Sequence[Choice], *, against: Choice | None = None, thorough: bool = False
+        self, request: Request, choices: Sequence[Choice], *, against: Sequence[Choice] = (), thorough: bool = False
     ) -> list[Trial]:
-        """A trial for each choice, that of ``against`` first."""
+        """A trial for each choice, those of ``against`` first."""
         packed = carry(request, self.device)
-        everyone = [*([against] if against is not None else []), *choices]
+        everyone = [*against, *choices]
         trials = self._compile(request, packed, everyone)
         ready = [i for i in range(len(everyone)) if i not in trials]
         with _alone(fcntl.LOCK_EX):
-            measured = self._time(packed, [everyone[i] for i in ready], thorough)
+            first = sum(i < len(against) for i in ready)
+            measured = self._time(packed, [everyone[i] for i in ready], first, thorough)
         trials.update(zip(ready, measured, strict=True))
         return [trials[i] for i in range(len(everyone))]
 
@@ -97,12 +98,16 @@ class Bench:
 
     # timing -----------------------------------------------------------------------------------------
 
-    def _time(self, packed: bytes, choices: Sequence[Choice], thorough: bool) -> list[Trial]:
-        """Trials of compiled choices, all in one set of rounds, but for those that the process did not survive."""
+    def _time(self, packed: bytes, choices: Sequence[Choice], first: int, thorough: bool) -> list[Trial]:
+        """Trials of compiled choices, all in one set of rounds, but for those that the process did not survive.
+
+        The ``first`` few are those that the others are timed against.
+        """
         trials: dict[int, Trial] = {}
         left = list(range(len(choices)))
         while left:
-            answer = self._rounds(packed, [choices[i] for i in left], thorough)
+            against = sum(i < first for i in left)
+            answer = self._rounds(packed, [choices[i] for i in left], against, thorough)
             if not isinstance(answer, Lost | Failed):
                 trials.update(zip(left, answer, strict=True))
                 break
@@ -115,12 +120,13 @@ class Bench:
                 trials[lost] = Trial.failed(choices[lost], stage, answer.why)
             else:  # one of them, in the rounds: each alone
                 for i in left:
-                    (trials[i],) = self._time(packed, [choices[i]], thorough)
+                    (trials[i],) = self._time(packed, [choices[i]], 0, thorough)
                 break
         return [trials[i] for i in range(len(choices))]
 
-    def _rounds(self, packed: bytes, choices: Sequence[Choice], thorough: bool) -> Any:
-        self._timer.ask(measure_all, packed, list(choices), self.device, thorough, self._how)
+    def _rounds(self, packed: bytes, choices: Sequence[Choice], against: int, thorough: bool) -> Any:
+        asked = list(choices[:against]), list(choices[against:])
+        self._timer.ask(measure_all, packed, *asked, self.device, thorough, self._how)
         return self._timer.answer(self.limit_s)
 
 
@@ -161,8 +167,15 @@ def compile_one(packed: bytes, choice: Choice, device: Device, *, say: Any) -> b
 
 
 def measure_all(
-    packed: bytes, choices: list[Choice], device: Device, thorough: bool, how: dict[str, Any], *, say: Any
+    packed: bytes,
+    against: list[Choice],
+    choices: list[Choice],
+    device: Device,
+    thorough: bool,
+    how: dict[str, Any],
+    *,
+    say: Any,
 ) -> list[Trial]:
     """Check and time choices. The child belongs to one `Bench`, so that ``how`` is always the same."""
     measure = _measures.setdefault(device.key, Measure(device, **how))
-    return measure(_request(packed), choices, thorough=thorough, say=say)
+    return measure(_request(packed), choices, against=against, thorough=thorough, say=say)

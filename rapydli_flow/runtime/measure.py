@@ -1,10 +1,10 @@
 """Measuring kernels in this process: each checked against the reference, then timed in interleaved rounds.
 
     for each round:   against  A  B  C         all in turn, so that a busy moment of the machine meets all of them
-                      against  A     C         what is clearly slower than `against` is not timed further
+                      against  A     C         what is clearly slower than the best `against` is not timed further
 
-Samples are ratios to `against` (or to the first that works) in the same round, times its median: what changes the
-speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its own.
+Samples are ratios to the first of `against` (or of all that work) in the same round, times its median: what changes
+the speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its own.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Measure:
         request: Request,
         choices: Sequence[Choice],
         *,
-        against: Choice | None = None,
+        against: Sequence[Choice] = (),
         thorough: bool = False,
         say: Say = lambda place: None,
     ) -> list[Trial]:
-        """A trial for each choice, that of ``against`` first. ``say`` is told which one is run for the first time."""
-        everyone = [*([against] if against is not None else []), *choices]
+        """A trial for each choice, those of ``against`` first. ``say`` is told which one is run for the first time."""
+        everyone = [*against, *choices]
         self._take(request)
         trials: dict[int, Trial] = {}
         ready: dict[int, Callable[[], float]] = {}
@@ -77,7 +77,7 @@ class Measure:
             except Exception as failure:
                 trials[i] = Trial.failed(choice, "check", f"{type(failure).__name__}: {failure}")
         say(-1)
-        for i, samples in self._rounds(ready, thorough).items():
+        for i, samples in self._rounds(ready, len(against), thorough).items():
             trials[i] = replace(Trial.timed(everyone[i], samples), threads=self.threads)
         return [trials[i] for i in range(len(everyone))]
 
@@ -130,7 +130,7 @@ class Measure:
 
     # rounds -----------------------------------------------------------------------------------------
 
-    def _rounds(self, ready: dict[int, Callable[[], float]], thorough: bool) -> dict[int, list[float]]:
+    def _rounds(self, ready: dict[int, Callable[[], float]], against: int, thorough: bool) -> dict[int, list[float]]:
         """Samples of each: in seconds, as ratios to the first in the same round, times its median."""
         if not ready:
             return {}
@@ -143,8 +143,9 @@ class Measure:
                 samples[i].append(ready[i]())
                 spent[i] += time.perf_counter() - begin
             if r + 1 in REJECT and not thorough:
-                limit = REJECT[r + 1] * median(samples[base])
-                running = [i for i in running if i == base or min(samples[i]) <= limit]
+                beside = [i for i in running if i < max(1, against)] or [base]
+                limit = REJECT[r + 1] * min(median(samples[i]) for i in beside)
+                running = [i for i in running if i == base or i in beside or min(samples[i]) <= limit]
             if r >= 2 and max(spent.values()) > OUT_OF_TIME_S * (4 if thorough else 1):
                 break
         middle = median(samples[base])

@@ -1,11 +1,13 @@
 """Searching for the fastest config of one request: strategies ask, a harness measures, budgets end it.
 
-    candidates of each template -> strategy asks for a batch -> measured beside the best so far -> told back
+    candidates of each template -> strategy asks for a batch -> measured beside the default and the best so far -> told
                         ... until the budget is spent, nothing is left, or nothing has improved for long
     the few best and the default -> measured once more, for longer -> ties -> one of them, by rule
 
-The harness is given: a `Measure` compiles, checks and times choices, and times them *against* a choice in the
-same rounds. All that is compared is thereby relative to something that ran at the same moment.
+The harness is given: a `Measure` compiles, checks and times choices, and times them *against* others in the same
+rounds. Times are relative to the default in the same rounds, brought to the scale of its first measurement: what the
+whole machine does at the moment cancels out. (Not to the best so far: who looks best was also lucky, and luck on luck
+adds up.) The best so far is timed again with every batch, so its luck is averaged out.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ DROPPED = 1.5  # a template whose best is so much slower, after two batches, is 
 class Measure(Protocol):
     """What compiles, checks and times: a trial for each choice, in their order.
 
-    ``against`` is timed in the same rounds, and its own trial comes first. ``thorough``: many rounds, and none is
-    rejected early.
+    Those of ``against`` are timed in the same rounds, and their trials come first; what is clearly slower than the
+    fastest of them may leave the rounds early. ``thorough``: many rounds, and all stay in them.
     """
 
     def __call__(
-        self, request: Request, choices: Sequence[Choice], *, against: Choice | None = None, thorough: bool = False
+        self, request: Request, choices: Sequence[Choice], *, against: Sequence[Choice] = (), thorough: bool = False
     ) -> list[Trial]: ...
 
 
@@ -119,6 +121,7 @@ class Tuner:
         """
         self._begun = time.monotonic()
         self._trials: dict[Choice, Trial] = {}
+        self._estimates: dict[Choice, list[Trial]] = {}
         self._history: list[tuple[int, float, float]] = []
         self._since, self.interrupted = 0, False
         self._races = self._begin()
@@ -210,13 +213,11 @@ class Tuner:
             if choice in known and choice not in self._trials:
                 self._trials[choice] = known[choice].checked()
         if fresh:
-            against = best.choice if best is not None else None
-            measured = [t.checked() for t in self.measure(self.request, fresh, against=against)]
-            if against is not None and best is not None:
-                beside, measured = measured[0], measured[1:]
-                if beside.time_s and best.time_s:
-                    measured = [t.scaled(best.time_s / beside.time_s) for t in measured]
-            self._trials.update((t.choice, t) for t in measured)
+            beside = list(dict.fromkeys(c for c in (self._anchor(), best.choice if best else None) if c is not None))
+            measured = [t.checked() for t in self.measure(self.request, fresh, against=beside)]
+            for trial in self._to_scale(measured):
+                self._estimates.setdefault(trial.choice, []).append(trial)
+                self._trials[trial.choice] = _middle(self._estimates[trial.choice])
         new = self._best()
         if new is not None and (best is None or new.seconds < (best.seconds)):
             improved = best is None or new.seconds < 0.99 * (best.seconds)
@@ -226,6 +227,19 @@ class Tuner:
             self._since += len(self._trials) - before
         self.watch(self.request, list(self._trials.values()))
         return [self._trials[c] for c in choices]
+
+    def _anchor(self) -> Choice | None:
+        """What times are relative to: the default, or the first that has a time if that has none."""
+        return next((c for c, t in self._trials.items() if t.time_s is not None), None)
+
+    def _to_scale(self, measured: Sequence[Trial]) -> list[Trial]:
+        """Trials on the scale of the anchor's first time; the anchor itself is left out but for the first time."""
+        anchor = self._anchor()
+        beside = next((t for t in measured if t.choice == anchor), None)
+        if anchor is None or beside is None or not beside.time_s:
+            return list(measured)
+        factor = (self._trials[anchor].time_s or beside.time_s) / beside.time_s
+        return [t.scaled(factor) for t in measured if t.choice != anchor]
 
     def _best(self) -> Trial | None:
         good = [t for t in self._trials.values() if t.time_s is not None]
@@ -266,6 +280,7 @@ class Tuner:
             self.interrupted = True
             timed = []
         good = [t for t in timed if t.time_s is not None]
+        good = self._to_scale(good) + [self._trials[t.choice] for t in good if t.choice == self._anchor()]
         self._trials.update((t.choice, t) for t in good)
         best = self._ranked()[0]
         good = [t for t in good if self._allowed or t.choice != self._default.choice] or [best]
@@ -273,6 +288,14 @@ class Tuner:
         ties = sorted((t for t in good if t.seconds <= (1 + TIE) * least), key=lambda t: str(t.choice))
         chosen = min(ties, key=lambda t: t.choice != self._default.choice)
         return chosen, tuple(t.choice for t in ties)
+
+
+def _middle(trials: Sequence[Trial]) -> Trial:
+    """Of several measurements the one in the middle; the last if that failed."""
+    if trials[-1].time_s is None:
+        return trials[-1]
+    good = sorted((t for t in trials if t.time_s is not None), key=lambda t: t.seconds)
+    return good[len(good) // 2]
 
 
 def _applying(soft: Rules, space: Space) -> Mapping[str, Any]:

@@ -200,7 +200,7 @@ def test_nothing_that_a_kernel_does_ends_a_tuning_run() -> None:
         assert "nothing_of_the_kind" in stages["cannot_be_compiled"][1]
         assert stages["kills_the_compiler"] == ("compile", "crashed: exit status 7")
         assert trials[Choice("lost")].error.startswith("TemplateError: test_halved has no template 'lost'")
-        again = bench(asked(), [FAST], against=SLOW, thorough=True)
+        again = bench(asked(), [FAST], against=[SLOW], thorough=True)
         assert [t.choice for t in again] == [SLOW, FAST]
         assert [t.rounds for t in again] == [21, 21]
         low, middle, high = again[1].low_s, again[1].time_s, again[1].high_s
