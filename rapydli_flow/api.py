@@ -112,7 +112,7 @@ def autotune(
     """Find the fastest config of every kernel of a graph, within ``budget_s`` seconds, and remember it.
 
     Kernels are tuned in the order of their share of the step's time, for the local shapes of ``plan`` and its threads.
-    ``trials``: at most so many configs of a kernel. ``strategy``: 'guided' (by a model; needs scikit-learn), 'greedy',
+    ``trials``: at most so many configs of a kernel. ``strategy``: 'guided' (by a model), 'greedy',
     'evolutionary', 'random', 'transfer' (from similar shapes) or 'exhaustive'. ``soft``: constraints of your own over
     the parameters of templates, by name or as a list: ``["rows >= 6", "lanes != 4"]``; each applies to the templates
     that have all its names. ``watch`` is told how it goes. With a client one worker of each kind of device is tuned for

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import MissingDependency
 from ...space import Point, Space
 from .asking import Asking
 
@@ -27,13 +26,9 @@ FIRST, TREES, CANDIDATES = 6, 60, 4096
 def guided(
     space: Space, start: Sequence[Point], rng: np.random.Generator, *, batch: int
 ) -> Generator[list[Point], Sequence[float], None]:
-    """Expected improvement on a random forest. Raises MissingDependency without scikit-learn."""
-    try:
-        from sklearn.ensemble import ExtraTreesRegressor
-    except ImportError as error:
-        raise MissingDependency(
-            "strategy 'guided' needs scikit-learn: pip install 'rapydli-flow[tune]'; or use strategy 'greedy'."
-        ) from error
+    """Expected improvement on a random forest."""
+    from sklearn.ensemble import ExtraTreesRegressor  # a second to import, and only searches need it
+
     asking = Asking(space)
     yield from asking.ask(start)
     yield from asking.ask(_spread(space, asking, FIRST, rng))
