@@ -89,7 +89,9 @@ def jobs_of(graphs: Sequence[Graph], device: Device, threads: int, known_too: bo
 
 
 def _job(store: TuningCache, device: Device, request: Request, calls: int, threads: int) -> Job:
-    trials = [t for t in store.trials(device, request) if t.time_s is None or t.threads == threads]
+    """A kernel with what is known of it. What hung or crashed may have been the machine's fault: it is tried again."""
+    trials = [t for t in store.trials(device, request) if t.threads == threads or t.stage in ("compile", "check")]
+    trials = [t for t in trials if not t.error.startswith(("hung", "crashed"))]
     return Job(request, calls, tuple(trials), similar(store, device, request))
 
 
