@@ -156,19 +156,26 @@ def requests() -> dict[str, Request]:
     return {name: Tuning(host()).serve(op, ins)[0] for name, (op, *ins) in cases.items()}
 
 
-def record(threads: int) -> None:
-    """Every config of each space, compiled, checked and timed beside the default."""
+def record(threads: int, passes: int) -> None:
+    """Every config of each space, compiled, checked and timed beside the default; medians of a few passes."""
     recordings: list[dict[str, Any]] = []
     for name, request in requests().items():
-        begin = time.monotonic()
-        with Bench(host(), threads=threads) as bench:
-            budget = Budget()
-            found = Tuner(request, host(), bench, strategy="exhaustive", budget=budget, batch=16).run()
-        trials = [found.default, *(t for t in found.trials if t.choice != found.default.choice)]
+        begin, found = time.monotonic(), []
+        for _ in range(passes):
+            with Bench(host(), threads=threads) as bench:
+                found.append(Tuner(request, host(), bench, strategy="exhaustive", batch=16).run())
+        default_s = median(_time(one.default) for one in found)
+        ratios: dict[Choice, list[float]] = {}
+        for one in found:
+            for trial in one.trials:
+                ratios.setdefault(trial.choice, []).append(trial.seconds / _time(one.default))
+        first = found[0].default.choice
+        order = [first, *(choice for choice in ratios if choice != first)]
+        trials = [Trial.timed(choice, [median(ratios[choice]) * default_s]) for choice in order]
         recording = Recording.of(name, trials)
         recordings.append(recording.to_json())
-        spent = time.monotonic() - begin
-        print(f"{name}: {len(trials)} configs in {spent:.0f} s; best {found.gain:.2f}x the default", flush=True)
+        spent, gain = time.monotonic() - begin, default_s / recording.best_s
+        print(f"{name}: {len(trials)} configs in {spent:.0f} s; best {gain:.2f}x the default", flush=True)
         RECORDED.write_text(json.dumps(recordings) + "\n")
 
 
@@ -270,7 +277,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.what == "spaces":
         spaces(given.rounds)
     elif given.what == "record":
-        record(given.threads)
+        record(given.threads, given.rounds)
     elif given.what == "strategies":
         strategies(given.repeats or 20)
     elif given.what == "stability":
