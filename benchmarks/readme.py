@@ -62,14 +62,13 @@ def tuning() -> str:
     lines += [
         f"| together | | {total['ours_ms']:.0f} ms | {total['kernel_tuner_ms']:.0f} ms | |",
         "",
-        "| recorded space | configs | default | guided to 98 % | random to 98 % |",
-        "|---|---|---|---|---|",
+        "| recorded space | configs | default | guided | random | guided, from chance | random, from chance |",
+        "|---|---|---|---|---|---|---|",
     ]
-    shares = {(r["space"], r["strategy"]): r["share of evaluations to 98 %"] for r in recorded["rows"]}
-    firsts = {r["space"]: r for r in recorded["rows"]}
-    for name, r in firsts.items():
-        guided, random = (shares[name, strategy] for strategy in ("guided", "random"))
-        lines.append(f"| {name} | {r['points']} | {r['default']:.0%} | {_share(guided)} | {_share(random)} |")
+    shares = {(r["space"], r["start"], r["strategy"]): r["share of evaluations to 98 %"] for r in recorded["rows"]}
+    for name, r in {r["space"]: r for r in recorded["rows"]}.items():
+        cells = [_share(shares[name, at, how]) for at in ("default", "chance") for how in ("guided", "random")]
+        lines.append(f"| {name} | {r['points']} | {r['default']:.0%} | {' | '.join(cells)} |")
     lines.append("")
     for r in steps["rows"]:
         lines.append(

@@ -35,11 +35,12 @@ from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.runtime.bench import Bench
 from rapydli_flow.space import Space
 from rapydli_flow.spec import Spec
-from rapydli_flow.tuner import Budget, Request, Trial, Tuner, Tuning
+from rapydli_flow.tuner import STRATEGIES, Budget, Choice, Request, Trial, Tuner, Tuning
 from rapydli_flow.tuner.simulate import Recording, compare
 
 HERE = Path(__file__).resolve().parent
 SPACES = HERE / "search_spaces.json"
+PICTURED = "conv 56x56x32, stride 2"
 RECORDED = RESULTS / "recorded_spaces.json"
 KERNEL_TUNER = HERE.parent / ".kernel-tuner" / "bin" / "python"
 THEIRS = r"""
@@ -183,20 +184,25 @@ def strategies(repeats: int) -> None:
     """How much of all configs each strategy needs, and what it has found after some of them."""
     rows = []
     for form in json.loads(RECORDED.read_text()):
-        report = compare(Recording.from_json(form), repeats=repeats)
-        print(f"{report}\n", flush=True)
-        told = report.to_json()
-        for name, numbers in told["strategies"].items():
-            rows.append(
-                {
-                    "space": told["recording"],
-                    "points": told["points"],
-                    "strategy": name,
-                    "default": told["default_fraction"],
-                    "share of evaluations to 98 %": numbers["share_of_evaluations_to_98"],
-                    "fraction of optimum after 15 %": numbers["fraction_of_optimum_after"]["0.15"],
-                }
-            )
+        recording = Recording.from_json(form)
+        for start, chosen in (("default", tuple(STRATEGIES)), ("chance", ("guided", "greedy", "random"))):
+            report = compare(recording, chosen, repeats=repeats, cold=start == "chance")
+            print(f"from {start}: {report}\n", flush=True)
+            told = report.to_json()
+            for name, numbers in told["strategies"].items():
+                rows.append(
+                    {
+                        "space": told["recording"],
+                        "points": told["points"],
+                        "strategy": name,
+                        "start": start,
+                        "default": told["default_fraction"],
+                        "share of evaluations to 98 %": numbers["share_of_evaluations_to_98"],
+                        "fraction of optimum after 15 %": numbers["fraction_of_optimum_after"]["0.15"],
+                    }
+                )
+            if recording.name == PICTURED and start == "default":
+                (HERE.parent / "docs" / "images" / "strategies.svg").write_text(report.svg())
     write("tuner_strategies", rows, repeats=repeats)
 
 

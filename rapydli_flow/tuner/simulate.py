@@ -87,12 +87,22 @@ def read_recordings(path: Path) -> list[Recording]:
 
 
 def replay(
-    recording: Recording, strategy: str | Strategy, *, seed: int = 0, trials: int | None = None, batch: int = 4
+    recording: Recording,
+    strategy: str | Strategy,
+    *,
+    seed: int = 0,
+    trials: int | None = None,
+    batch: int = 4,
+    cold: bool = False,
 ) -> list[float]:
-    """The best time after each evaluation, up to ``trials`` of them."""
+    """The best time after each evaluation, up to ``trials`` of them.
+
+    The search starts with the default, or if ``cold`` with a config by chance.
+    """
     times = dict(zip(recording.points, recording.times, strict=True))
     function = named(strategy) if isinstance(strategy, str) else strategy
-    search = function(recording.space, [recording.default], np.random.default_rng(seed), batch=batch)
+    start = recording.space.sample(1, np.random.default_rng(seed + 1)) if cold else [recording.default]
+    search = function(recording.space, start, np.random.default_rng(seed), batch=batch)
     best = inf
     curve: list[float] = []
     most = trials or len(recording.points)
@@ -193,13 +203,18 @@ class Comparison:
 
 
 def compare(
-    recording: Recording, strategies: Sequence[str] = tuple(STRATEGIES), *, repeats: int = 20, batch: int = 4
+    recording: Recording,
+    strategies: Sequence[str] = tuple(STRATEGIES),
+    *,
+    repeats: int = 20,
+    batch: int = 4,
+    cold: bool = False,
 ) -> Comparison:
-    """Each strategy from ``repeats`` seeds, until half of the space is known."""
+    """Each strategy from ``repeats`` seeds, until half of the space is known; ``cold``: not from the default."""
     half = max(1, len(recording.points) // 2)
+    how: dict[str, Any] = {"trials": half, "batch": batch, "cold": cold}
     curves = {
-        name: tuple(tuple(replay(recording, name, seed=seed, trials=half, batch=batch)) for seed in range(repeats))
-        for name in strategies
+        name: tuple(tuple(replay(recording, name, seed=seed, **how)) for seed in range(repeats)) for name in strategies
     }
     return Comparison(recording, curves)
 
