@@ -111,7 +111,8 @@ def _template_key(module: str, source: str) -> str:
     """Hash of the template's module and of those of this package that it takes names from."""
     found, stack = {module: source}, [module]
     while stack:
-        for value in vars(sys.modules[stack.pop()]).values():
+        # a module that is not here: its template came from another process, by value
+        for value in vars(sys.modules.get(stack.pop(), types)).values():
             name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
             if isinstance(name, str) and name.startswith(f"{__package__}.") and name not in found:
                 found[name] = inspect.getsource(sys.modules[name])

@@ -111,7 +111,7 @@ class Bench:
             if not isinstance(answer, Lost | Failed):
                 trials.update(zip(left, answer, strict=True))
                 break
-            stage = "check" if isinstance(answer, Lost) and _place(answer) >= 0 else "time"
+            stage = "check" if isinstance(answer, Failed) or _place(answer) >= 0 else "time"
             if isinstance(answer, Failed) or len(left) == 1:
                 trials.update((i, Trial.failed(choices[i], stage, answer.why)) for i in left)
                 break

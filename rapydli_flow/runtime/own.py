@@ -129,10 +129,8 @@ class _Carrier(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles ops that other processes know by name by value, where they could not find the name."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Op) and obj.by_name:
-            kind = type(obj)
-            if "<locals>" in kind.__qualname__ or not _importable(kind.__module__):
-                return obj.by_value()  # type: ignore[attr-defined]
+        if isinstance(obj, Op) and obj.by_name and not _found_elsewhere(type(obj)):
+            return obj.by_value()  # type: ignore[attr-defined]
         return super().reducer_override(obj)
 
 
@@ -145,6 +143,14 @@ def unpack(data: bytes) -> Request:
     for template, source in zip(carried.templates, carried.sources, strict=True):
         adopt(template, source)
     return carried.request
+
+
+def _found_elsewhere(kind: type) -> bool:
+    """Would another process find a class under its name?"""
+    here: Any = sys.modules.get(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        here = getattr(here, part, None)
+    return here is kind and _importable(kind.__module__)
 
 
 def _importable(module: str) -> bool:

@@ -11,9 +11,9 @@ What is told on the way (`Progress`) goes to whoever watches: a terminal, or a p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
 
@@ -77,6 +77,11 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, form: Mapping[str, Any]) -> Progress:
+        """From what `to_json` gave, whatever was added on the way."""
+        return cls(**{field.name: form[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         best = "failed" if self.best_s is None else f"{self.best_s * 1e3:.3f} ms"

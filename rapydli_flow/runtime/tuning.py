@@ -188,7 +188,7 @@ def _on_workers(
     show_page(client)
     session = f"rapydli-tuning-{uuid.uuid4().hex[:10]}"
     stop, futures = DaskEvent(session, client=client), {}
-    client.subscribe_topic(session, lambda event: tell(Progress(**event[1])))
+    client.subscribe_topic(session, lambda event: tell(Progress.from_json(event[1])))
     try:
         for device, address in kinds.values():
             jobs = jobs_of(graphs, device, options.threads, known_too)
@@ -246,8 +246,8 @@ def tune_there(
     asked = [0.0]
 
     def tell(progress: Progress) -> None:
-        said = progress.to_json()
-        worker.log_event([session, TUNING], {**said, "session": session})
+        worker.log_event(session, progress.to_json())
+        worker.log_event(TUNING, {"session": session, **progress.to_json()})
 
     def stopped() -> bool:  # the scheduler is asked once a second at most
         if time.monotonic() - asked[0] < 1.0:

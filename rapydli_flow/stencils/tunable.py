@@ -115,6 +115,10 @@ class Stencil:
             watch=watch,
         )
         self._ready.clear()
+        (found,) = report.found
+        errors = {trial.error for trial in found.trials}
+        if found.best.time_s is None and len(errors) == 1 and "the reference" in (said := errors.pop()):
+            raise TemplateError(said.partition(": ")[2])
         return report
 
     def configs(self, *operands: Any) -> list[dict[str, Any]]:
