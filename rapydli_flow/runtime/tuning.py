@@ -78,7 +78,7 @@ def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:
 
 
 def jobs_of(graphs: Sequence[Graph], device: Device, threads: int, known_too: bool) -> list[Job]:
-    """What is to be tuned, with what is known of it: failures, and times with as many threads."""
+    """What is to be tuned, with what is known of it."""
     store, jobs = cache(), []
     chosen = {} if known_too else known(device).choices
     for request, calls in requests_of(graphs, device).items():
@@ -89,9 +89,8 @@ def jobs_of(graphs: Sequence[Graph], device: Device, threads: int, known_too: bo
 
 
 def _job(store: TuningCache, device: Device, request: Request, calls: int, threads: int) -> Job:
-    """A kernel with what is known of it. What hung or crashed may have been the machine's fault: it is tried again."""
-    trials = [t for t in store.trials(device, request) if t.threads == threads or t.stage in ("compile", "check")]
-    trials = [t for t in trials if not t.error.startswith(("hung", "crashed"))]
+    """A kernel with what is known of it: times with as many threads. What failed may have been the machine's fault."""
+    trials = [t for t in store.trials(device, request) if t.time_s is not None and t.threads == threads]
     return Job(request, calls, tuple(trials), similar(store, device, request))
 
 
