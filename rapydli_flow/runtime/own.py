@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import io
 import linecache
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.machinery import PathFinder
 from typing import Any
 
 import cloudpickle
@@ -154,11 +154,13 @@ def _found_elsewhere(kind: type) -> bool:
 
 
 def _importable(module: str) -> bool:
-    """Would another process find the same file under this name?"""
+    """Would another process with the same path find the same file under this name?"""
     if module == "__main__":
         return False
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return False
+    path: Any = None
+    for i, _ in enumerate(parts := module.split("."), 1):
+        spec = PathFinder.find_spec(".".join(parts[:i]), path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
     return spec is not None and spec.origin == getattr(sys.modules[module], "__file__", None)
