@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import io
 import linecache
+import marshal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.machinery import PathFinder
+from types import CodeType
 from typing import Any
 
 import cloudpickle
 from distributed import Client
+from numba import njit
+from numba.core.dispatcher import Dispatcher
 
 from ..errors import MissingDependency
 from ..graph import Graph
@@ -131,6 +135,10 @@ class _Carrier(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Op) and obj.by_name and not _found_elsewhere(type(obj)):
             return obj.by_value()  # type: ignore[attr-defined]
+        if isinstance(obj, Dispatcher) and not _importable(obj.py_func.__module__):
+            return njit, (obj.py_func,)  # Numba's own way loses where the text is
+        if isinstance(obj, CodeType):  # cloudpickle's too
+            return marshal.loads, (marshal.dumps(obj),)
         return super().reducer_override(obj)
 
 
