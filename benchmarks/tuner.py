@@ -254,6 +254,8 @@ def step(threads: int, budget_s: float) -> None:
             report = rf.autotune(training, budget_s=budget_s, plan=rf.Plan(1, threads))
             spent = time.monotonic() - begin
         print(report, report.funnel, sep="\n", flush=True)
+        if case is CASES[0]:
+            (HERE.parent / "docs" / "images" / "funnel.svg").write_text(report.funnel.svg())
         (session,) = report.sessions
         assert session.step is not None
         rows.append(
