@@ -143,14 +143,33 @@ def _tile_once(slide: Slide, op: Any, ins: Sequence[Spec], outs: Sequence[Spec],
     return not any(r < rows and tile_shape(g, r) == tile_shape(g, rows) for r in SPACE["rows"])
 
 
-def _run_once(slide: Slide, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+@lru_cache(maxsize=512)
+def _runs(
+    op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], slide: Slide, rows: int, vectors: int, lanes: int
+) -> dict[tuple[int, int], int]:
+    """How many tiles a task has, for each pair of ``tasks`` and ``chunk``."""
+    tile = {"rows": rows, "vectors": vectors, "lanes": lanes}
+    return {(t, c): _tiling(op, ins, outs, {**tile, "tasks": t, "chunk": c}, slide).run for t, c in RUNS}
+
+
+def _run_once(
+    slide: Slide,
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+    chunk: int,
+) -> bool:
     """No earlier pair of ``tasks`` and ``chunk`` means the same run of tiles."""
-
-    def run(tasks: int, chunk: int) -> int:
-        return _tiling(op, ins, outs, {**config, "tasks": tasks, "chunk": chunk}, slide).run
-
-    pair = config["tasks"], config["chunk"]
-    return all(run(*earlier) != run(*pair) for earlier in RUNS[: RUNS.index(pair)])
+    if (tasks, chunk) == RUNS[0]:
+        return True
+    runs = _runs(op, tuple(ins), tuple(outs), slide, rows, vectors, lanes)
+    return all(runs[earlier] != runs[tasks, chunk] for earlier in RUNS[: RUNS.index((tasks, chunk))])
 
 
 RULES = {

@@ -12,10 +12,11 @@ from rapydli_flow import markup, nn, optim
 from rapydli_flow.api import Run
 from rapydli_flow.notebook import KEPT, NotebookProgress, clock
 from rapydli_flow.runtime.events import Ended, Started, Stepped, Validated
-from rapydli_flow.runtime.tuning import TuningReport
+from rapydli_flow.runtime.session import Job, Session, StepTime
+from rapydli_flow.runtime.tuning_report import TuningReport
 from rapydli_flow.spec import Block, Spec
 from rapydli_flow.template import Device
-from rapydli_flow.tuner import Choice, Request, Trial, Tuning
+from rapydli_flow.tuner import Choice, Found, Funnel, Request, Trial, Tuning
 
 ODD = "<b>&\"'"
 
@@ -132,10 +133,16 @@ def test_a_tuning_shows_its_choices(step):
     tuning = Tuning(device, {request.key(device): best.choice})
     assert cells(tuning._repr_html_()) == [["kernel of", "template and config"], [request.op.family, "blocked tile=2"]]
     assert ODD in words(tuning._repr_html_())
-    report = TuningReport([(request, best, default)], 4, tuning)
+    wrong = Trial.failed(Choice(ODD), "check", f"deviates {ODD}")
+    found = Found(request, default, best, (), (default, best, wrong), Funnel.empty(), (), "budget spent", "random")
+    session = Session(device, (found,), (Job(request), Job(request)), None, StepTime(3e-3, 2e-3), 1.0, False)
+    report = TuningReport((session,), tuning, lost=(ODD,))
     row = cells(report._repr_html_())[1]
-    assert row == [str(request), "blocked tile=2", "3.000 ms", "2.000 ms", "1.50x"]
-    assert "1 of 4 kernels tuned" in words(report._repr_html_())
+    assert row[:2] == [str(request)[:60], "blocked tile=2"]
+    assert row[3:6] == ["3.000\N{NO-BREAK SPACE}ms", "2.000\N{NO-BREAK SPACE}ms", "1.50x"]
+    assert "1 of 2 kernels, 3 configs" in words(report._repr_html_())
+    assert f"deviates {ODD}" in words(report._repr_html_())
+    assert f"lost while tuning: {ODD}" in words(report._repr_html_())
     assert "1.50x" in str(report)
     assert cells(Tuning(device)._repr_html_()) == []
 

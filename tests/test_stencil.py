@@ -406,6 +406,7 @@ def test_names_and_texts_of_functions():
 # the examples -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("jacobi2d", 40), ("heat3d", 12), ("convolution", 10)])
 def test_examples(name, size, folder, capsys, monkeypatch):
     path = ROOT / "examples" / "stencils" / f"{name}.py"

@@ -52,7 +52,7 @@ class Recording:
         ctypes.memmove(target.value, source.value, size.value)
 
     def _cuDeviceGetAttribute(self, value, attribute, device):
-        value._obj.value = {16: 132, 75: 9, 76: 0}[attribute.value]
+        value._obj.value = {16: 132, 75: 9, 76: 0, 1: 1024, 8: 49152, 82: 65536}[attribute.value]
 
     def _cuDeviceGetName(self, name, size, device):
         name.value = b"A card"
@@ -115,6 +115,7 @@ def test_large_dynamic_shared_memory_is_asked_for():
 def test_description():
     described = card()[0].describe()
     assert (described.name, described.target, described.cores) == ("A card", "sm_90a", 132)
+    assert described.limits == {"cores": 132, "threads": 1024, "registers": 65536, "shared_bytes": 49152}
 
 
 def test_faults_have_the_drivers_name():

@@ -91,15 +91,15 @@ if __name__ == "__main__":
     report = rf.autotune(step, budget_s=4.0, watch=lines.append, plan=rf.plan(step, threads=1))
     print(report)
     assert report.found, "nothing was reached"
-    assert len(lines) == len(report.found)
-    for request, best, default in report.found:
-        assert best.time_s is not None
-        assert default.time_s is None or best.time_s <= default.time_s
+    assert sum(bool(line.ended) for line in lines) == len(report.found)
+    for found in report.found:
+        assert found.best.time_s is not None
+        assert found.gain > 0.5
     from rapydli_flow.runtime import tuning
     from cpu_kernels.compile import host
 
     assert tuning.known(host()).choices == report.tuning.choices
-    assert len(report.tuning.choices) == len(report.found)
+    assert 0 < len(report.tuning.choices) <= len(report.found)
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -116,7 +116,8 @@ def test_autotune_in_a_cache_of_its_own(tmp_path):
     env = {**os.environ, "RAPYDLI_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(rf.__file__).parents[1])}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "kernels tuned" in done.stdout
+    assert "kernels, " in done.stdout
+    assert "a step takes" in done.stdout
     assert (tmp_path / "cache" / "tuning.sqlite").stat().st_size > 0
 
 
@@ -125,7 +126,7 @@ def test_kernels_are_checked_and_timed_in_the_order_of_the_choices():
     graph = rf.trace(lambda x: nn.dense(nn.relu(nn.dense(x, 6)), 3), rf.Spec((4, 5), "float64"))
     requests = tuning.requests_of([graph], device)
     assert [str(request) for request in requests]
-    request = requests[0]
+    request = next(iter(requests))
     default = tuning.Tuning(device).choose(request)
     broken = Choice("nothing_like_this")
     trials = Measure(device, threads=1)(request, [broken, default, Choice(default.template, default.config)])
@@ -133,9 +134,7 @@ def test_kernels_are_checked_and_timed_in_the_order_of_the_choices():
     assert trials[0].time_s is None
     assert "nothing_like_this" in trials[0].error
     assert trials[1].time_s > 0
-    report = tuning.TuningReport([(request, trials[1], trials[0])], len(requests), tuning.Tuning(device))
-    assert f"1 of {len(requests)} kernels tuned" in str(report)
-    assert "failed" in str(report)
+    assert trials[0].stage == "compile"
 
 
 def test_names_are_loaded_when_they_are_used():

@@ -71,6 +71,7 @@ def test_one_worker_tunes_for_all_and_everybody_knows(folder, small):
     assert len(there.trials(host(), request)) == len(session.found[0].trials)
 
 
+@pytest.mark.slow
 def test_a_worker_that_disappears_is_named_and_what_it_found_is_kept(folder, small):
     killed = threading.Event()
 
@@ -90,6 +91,7 @@ def test_a_worker_that_disappears_is_named_and_what_it_found_is_kept(folder, sma
     assert there.requests(host())
 
 
+@pytest.mark.slow
 def test_fit_tunes_first_what_is_not_known(folder, small):
     import numpy as np
 

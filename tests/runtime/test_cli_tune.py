@@ -248,6 +248,7 @@ def test_a_recipe_is_tuned_as_asked(results, tmp_path):
     assert "steps run on cpu devices" in error_of(recipe, "--device", "cuda")
 
 
+@pytest.mark.slow
 def test_two_processes_tune_the_same_kernels_at_once(results, tmp_path):
     """They take turns to time, write into one cache, and agree on what is fastest, up to ties."""
     (tmp_path / "recipe.py").write_text(RECIPE)

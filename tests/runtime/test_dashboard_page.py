@@ -175,7 +175,7 @@ def test_a_cluster_without_a_dashboard(step, data, caplog):
     ):
         run = rf.fit(step, data["train"], steps=2, client=client)
     assert len(run.scalars["loss"]) == 2
-    assert "no page 'rapydli' on this scheduler: it runs without a dashboard" in caplog.text
+    assert "no pages of rapydli_flow on this scheduler: it runs without a dashboard" in caplog.text
 
 
 def test_without_a_client_nothing_is_told():
