@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 FLOORS = {
-    "0-1": ("errors.py", "spec.py", "index.py", "config.py", "random.py", "template.py"),
+    "0-1": ("errors.py", "spec.py", "index.py", "config.py", "random.py", "template.py", "space/"),
     "2": ("ops/",),
     "3": ("graph/", "nn/", "optim/"),
     "4": ("tuner/",),
