@@ -88,7 +88,7 @@ if __name__ == "__main__":
     graph = rf.trace(lambda x: nn.dense(nn.relu(nn.dense(x, 6)), 3), rf.Spec((4, 5), "float64"))
     step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
     lines = []
-    report = rf.autotune(step, budget_s=4.0, watch=lines.append, plan=rf.plan(step, threads=1))
+    report = rf.autotune(step, budget_s=90.0, trials=2, watch=lines.append, plan=rf.plan(step, threads=1))
     print(report)
     assert report.found, "nothing was reached"
     assert sum(bool(line.ended) for line in lines) == len(report.found)
