@@ -12,12 +12,11 @@ from typing import Any
 
 from bokeh.layouts import column, row
 from bokeh.models import ColumnDataSource, Div, Select
-from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 
 from . import parts
 from .curves import columns, curves, form
 from .history import History, Told
-from .serving import CARD, HEAD, REFRESH_MS, SHEET, prefix_of, serve
+from .serving import CARD, SHEET, fill, prefix_of, serve
 
 PATH = "rapydli"
 
@@ -84,13 +83,7 @@ class Page:
 
     def open(self, scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
         """Make the document of one who looks."""
-        view = View(self)
-        doc.title = "Dask: rapydli"
-        doc.theme = BOKEH_THEME
-        doc.template = env.from_string(HEAD.read_text(encoding="utf-8"))
-        doc.template_variables.update(extra)
-        doc.add_root(view.root)
-        doc.add_periodic_callback(view.refresh, REFRESH_MS)
+        fill(doc, extra, View(self), title="Dask: rapydli")
 
 
 class View:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bokeh.server.tornado import BokehTornado
+from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.dashboard.core import BokehApplication
 from distributed.dashboard.scheduler import template_variables
 from tornado.ioloop import IOLoop
@@ -38,3 +39,13 @@ def serve(scheduler: Any, prefix: str, path: str, open_page: Callable[..., None]
     application.initialize(IOLoop.current())
     application.start()
     words["pages"].append(path)
+
+
+def fill(doc: Any, extra: dict[str, Any], view: Any, *, title: str) -> None:
+    """Make a document of a view, which has a ``root`` and is refreshed as long as somebody looks."""
+    doc.title = title
+    doc.theme = BOKEH_THEME
+    doc.template = env.from_string(HEAD.read_text(encoding="utf-8"))
+    doc.template_variables.update(extra)
+    doc.add_root(view.root)
+    doc.add_periodic_callback(view.refresh, REFRESH_MS)

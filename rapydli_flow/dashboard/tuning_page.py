@@ -17,12 +17,11 @@ from typing import Any
 from bokeh.layouts import column
 from bokeh.models import ColumnDataSource, Div, HoverTool
 from bokeh.plotting import figure
-from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 
 from ..tuner import Funnel
 from . import parts
 from .curves import INK, TRAIN, plain
-from .serving import CARD, HEAD, REFRESH_MS, SHEET, prefix_of, serve
+from .serving import CARD, SHEET, fill, prefix_of, serve
 
 PATH = "rapydli-tuning"
 SESSIONS, POINTS, SHOWN = 6, 2000, 24
@@ -77,13 +76,7 @@ class TuningPage:
 
     def open(self, scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
         """Make the document of one who looks."""
-        view = View(self)
-        doc.title = "Dask: rapydli tuning"
-        doc.theme = BOKEH_THEME
-        doc.template = env.from_string(HEAD.read_text(encoding="utf-8"))
-        doc.template_variables.update(extra)
-        doc.add_root(view.root)
-        doc.add_periodic_callback(view.refresh, REFRESH_MS)
+        fill(doc, extra, View(self), title="Dask: rapydli tuning")
 
 
 class View:
