@@ -30,7 +30,8 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .conv_geometry import Geometry, forward, padding, sizes, something
-from .tile import balanced, holds, load, local, natural, outer, step_cost, store, zeros
+from .tile import balanced, load, local, natural, outer, step_cost, store, zeros
+from .tile_rules import tile_rules
 
 CHUNK = 1024  # most pixels between two visits of the partial sums
 TASKS = 16  # fewer tasks than that are split
@@ -104,26 +105,13 @@ def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
     return Geometry(x[0], (d, h, w), dw[-2], dw[-1] // op.groups, op.groups)
 
 
-def _registers(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int
-) -> bool:
-    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=vectors, lanes=lanes, split=1)
-    return holds(b.lines * b.rows, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
+    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=1, lanes=1, split=1)
+    return b.lines, b.rows
 
 
-def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
-    return (vectors - 1) * lanes < _geometry(op, ins, outs).outer
-
-
-def _tile_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
-    """No smaller ``rows`` means the same tile."""
-    g = _geometry(op, ins, outs)
-
-    def tile(rows: int) -> tuple[int, int]:
-        b = Blocking.of(g, rows=rows, vectors=1, lanes=1, split=1)
-        return b.lines, b.rows
-
-    return not any(r < rows and tile(r) == tile(rows) for r in SPACE["rows"])
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+    return _geometry(op, ins, outs).outer
 
 
 def _images(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, split: int) -> bool:
@@ -133,9 +121,7 @@ def _images(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, 
 RULES = {
     "something to compute": something,
     "an image for each part": _images,
-    "a tile once": _tile_once,
-    "no vector without a filter": _columns,
-    "tile in registers": _registers,
+    **tile_rules(_shape, _columns, SPACE["rows"]),
 }
 
 
@@ -143,7 +129,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     g, lanes = _geometry(op, ins, outs), device.vector_bytes // np.dtype(outs[0].dtype).itemsize
 
     def candidates() -> Iterator[dict[str, Any]]:
-        for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
+        for rows, vectors in product(SPACE["rows"], SPACE["vectors"]) if something(op, ins, outs, device) else ():
             config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1}
             b = Blocking.of(g, **config)
             size = b.pieces * b.tiles * b.tile_size

@@ -32,7 +32,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .tile import balanced, holds, load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile import balanced, load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile_rules import tile_rules
 
 DEPTH = 256  # length of a panel: 256 x 32 floats are 32 KiB
 BAND_BYTES, SUMS_BYTES = 1 << 17, 1 << 16  # most bytes of a task's panels, and of its sums
@@ -96,21 +97,12 @@ def _elements(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device
     return outs[0].size > 0
 
 
-def _registers(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int
-) -> bool:
-    m, itemsize = outs[0].shape[-2], np.dtype(outs[0].dtype).itemsize
-    return holds(balanced(m, rows) if m else rows, vectors, lanes, itemsize, device.vector_bytes)
+def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
+    return (balanced(outs[0].shape[-2], rows),)
 
 
-def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
-    return (vectors - 1) * lanes < outs[0].shape[-1]
-
-
-def _tile_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
-    """No smaller ``rows`` means the same tile."""
-    m = outs[0].shape[-2]
-    return not any(r < rows and m and balanced(m, r) == balanced(m, rows) for r in SPACE["rows"])
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+    return outs[0].shape[-1]
 
 
 def _packs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, pack: bool) -> bool:
@@ -120,9 +112,7 @@ def _packs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *
 RULES = {
     "something to compute": _elements,
     "packed where transposed": _packs,
-    "a tile once": _tile_once,
-    "no vector without a column": _columns,
-    "tile in registers": _registers,
+    **tile_rules(_shape, _columns, SPACE["rows"]),
 }
 
 

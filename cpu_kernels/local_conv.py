@@ -12,19 +12,19 @@ inner one, so that filters come from memory once. Fewer axes are taken as 3 by p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Loop, template
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .pool import Geometry, first
-from .tile import balanced, holds, load, local, natural, outer, step_cost, store, zeros
+from .tile import balanced, load, local, natural, outer, step_cost, store, zeros
+from .tile_rules import tile_rules
 
 TASKS = 64  # enough to share out evenly among the cores of a rank
 DEPTH = 256  # filters of a packed panel: 256 x 32 floats are 32 KiB
@@ -50,58 +50,45 @@ class Tiling:
         return cls(rows, width, columns, -(-m // rows), -(-k // width), k - columns)
 
 
-def _forward_extents(ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, int]:
+Extents = Callable[[Spec], tuple[int, int]]
+
+
+def _of_samples(out: Spec) -> tuple[int, int]:
     """Samples and filters; or, for the input gradient, samples and channels."""
-    return outs[0].shape[0], outs[0].shape[-1]
+    return out.shape[0], out.shape[-1]
 
 
-def _filter_extents(ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, int]:
+def _of_filters(out: Spec) -> tuple[int, int]:
     """Channels and filters."""
-    return outs[0].shape[-2], outs[0].shape[-1]
+    return out.shape[-2], out.shape[-1]
 
 
-def _fits(
-    extents: Callable[..., tuple[int, int]],
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    *,
-    rows: int,
-    vectors: int,
-    lanes: int,
-) -> bool:
-    (m, k), itemsize = extents(ins, outs), np.dtype(outs[0].dtype).itemsize
-    if min(m, k) < 1:
-        return False
-    used = balanced(m, rows)
-    return (
-        holds(used, vectors, lanes, itemsize, device.vector_bytes)
-        and (vectors - 1) * lanes < k
-        and not any(balanced(m, r) == used for r in SPACE["rows"] if r < rows)  # a smaller `rows` means the same tile
-    )
+def _choices(extents: Extents) -> dict[str, Any]:
+    """Rules and preference of a template whose tiles have these rows and columns."""
 
+    def elements(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+        return min(extents(outs[0])) > 0
 
-def _prefer(
-    extents: Callable[..., tuple[int, int]], op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device
-) -> dict[str, Any]:
-    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    def shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
+        return (balanced(extents(outs[0])[0], rows),)
 
-    def candidates() -> Iterator[dict[str, Any]]:
-        for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
-            config = {"rows": rows, "vectors": vectors, "lanes": lanes}
-            if _fits(extents, op, ins, outs, device, **config):
-                yield config
+    def columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+        return extents(outs[0])[1]
 
-    def cost(config: dict[str, Any]) -> float:
-        tiling = Tiling.of(*extents(ins, outs), **config)
-        return tiling.tiles * tiling.panels * step_cost(tiling.rows, config["vectors"])
+    rules = {"something to compute": elements, **tile_rules(shape, columns, SPACE["rows"])}
 
-    return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes})
+    def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+        lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
 
+        def cost(config: dict[str, Any]) -> float:
+            tiling = Tiling.of(*extents(outs[0]), **config)
+            return tiling.tiles * tiling.panels * step_cost(tiling.rows, config["vectors"])
 
-FORWARD = {"fits": partial(_fits, _forward_extents), "prefer": partial(_prefer, _forward_extents)}
-FILTERS = {"fits": partial(_fits, _filter_extents), "prefer": partial(_prefer, _filter_extents)}
+        configs = [{"rows": r, "vectors": v, "lanes": lanes} for r, v in product(SPACE["rows"], SPACE["vectors"])]
+        fitting = (config for config in configs if broken(rules, op, ins, outs, device, config) is None)
+        return min(fitting, key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes})
+
+    return {"fits": rules, "prefer": prefer}
 
 
 def _writer(tiling: Tiling, epilogue: Epilogue) -> Callable[..., None]:
@@ -117,7 +104,7 @@ def _writer(tiling: Tiling, epilogue: Epilogue) -> Callable[..., None]:
     return write
 
 
-@template("local_conv", "cpu", space=SPACE, **FORWARD)
+@template("local_conv", "cpu", space=SPACE, **_choices(_of_samples))
 def positions(
     op: Any,
     ins: Sequence[Spec],
@@ -164,7 +151,7 @@ def positions(
     return Loop(body, count)
 
 
-@template("local_conv_input_grad", "cpu", space=SPACE, **FORWARD)
+@template("local_conv_input_grad", "cpu", space=SPACE, **_choices(_of_samples))
 def elements_back(
     op: Any,
     ins: Sequence[Spec],
@@ -231,7 +218,7 @@ def elements_back(
     return Loop(body, count)
 
 
-@template("local_conv_filter_grad", "cpu", space=SPACE, **FILTERS)
+@template("local_conv_filter_grad", "cpu", space=SPACE, **_choices(_of_filters))
 def filters_back(
     op: Any,
     ins: Sequence[Spec],

@@ -165,6 +165,20 @@ def test_each_element_passes_the_epilogue_once(sample, i):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["conv", "conv_input_grad", "conv_filter_grad"])
+def test_nothing_to_compute_has_no_config(family):
+    geometry = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+    x, w, y = Spec((2, 5, 5, 0)), Spec((3, 3, 0, 4)), Spec((2, 5, 5, 4))
+    op, ins, out = {
+        "conv": (Conv(**geometry), (x, w), y),
+        "conv_input_grad": (ConvInputGrad(size=(5, 5), **geometry), (y, w), x),
+        "conv_filter_grad": (ConvFilterGrad(window=(3, 3), **geometry), (x, y), w),
+    }[family]
+    for one in templates(family, "cpu"):
+        assert one.default(op, ins, (out,), device(64)) is None
+        assert not one.space_of(op, ins, (out,), device(64))
+
+
 def test_parts_of_a_filter_gradient_add_up():
     geometry = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
     op, ins = ConvFilterGrad(window=(3, 3), **geometry), (Spec((9, 6, 6, 5)), Spec((9, 6, 6, 4)))
