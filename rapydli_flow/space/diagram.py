@@ -10,7 +10,8 @@ constraints that are complete by then, and then the *maximal known parts* of tho
 equal node. Counting from right to left gives each node the number of its completions, and with that the i-th
 point, uniform samples and the whole list, none of which looks at a point that is not valid.
 
-A diagram is made for each part of a space that no constraint connects with the rest. Method: a multi-valued
+A diagram is made for each part of a space that no constraint connects with the rest, unless the part is small
+enough for a `Table`. Method: a multi-valued
 decision diagram compiled breadth first (Andersen et al. 2007, "A constraint store based on multivalued
 decision diagrams"), with states merged by the partly evaluated constraints themselves.
 """
@@ -60,15 +61,10 @@ class Diagram:
         self._domains = domains
         whole = prod(max(1, len(d.values)) for d in domains.values())
         self.dtype: Any = np.int64 if whole < 2**62 else object
-        if len(domains) == 1 and not rules and domains[self.order[0]].chosen is None:  # nothing to find out
-            size = len(domains[self.order[0]].values)
-            none = np.zeros(size, np.int64)
-            self.layers = [Layer(self.order[0], np.array([0, size]), np.arange(size), none, np.arange(size + 1))]
-        else:
-            values = {n: d.values for n, d in domains.items()}
-            self._limits = Limits(values)
-            self._columns = {n: column(v) for n, v in values.items()}
-            self.layers = self._counted(self._grown(rules))
+        values = {n: d.values for n, d in domains.items()}
+        self._limits = Limits(values)
+        self._columns = {n: column(v) for n, v in values.items()}
+        self.layers = self._counted(self._grown(rules))
         self.count = int(self.layers[0].before[-1])
 
     # building ---------------------------------------------------------------------------------------

@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SpaceError
-from .diagram import Diagram, Domain
+from .diagram import Domain
 from .expression import Called, Node, const, node, of_function, parse, replaced, scalar
+from .table import Part, connected
 
 Point = dict[str, Any]
 Expression = str | Callable[..., Any] | Node
@@ -149,7 +150,7 @@ class Space:
         """All that constraints may name."""
         return frozenset((*self._declared, *self._derived, *self._given))
 
-    # the diagrams -----------------------------------------------------------------------------------
+    # its parts --------------------------------------------------------------------------------------
 
     @cached_property
     def domains(self) -> dict[str, Domain]:
@@ -173,8 +174,7 @@ class Space:
         if not tree.names:
             return Domain(scalar(listed, {}))
         needed = _closed(tree.names, known)
-        part = Diagram({n: known[n] for n in known if n in needed}, [])
-        columns = part.all()
+        columns = connected({n: known[n] for n in known if n in needed}, []).all()
         points = zip(*(map(known[n].values.__getitem__, columns[n]) for n in tree.names), strict=True)
         found: dict[Any, None] = {}
         for values in dict.fromkeys(points):
@@ -182,11 +182,11 @@ class Space:
         return Domain(tuple(found), listed)
 
     @cached_property
-    def _parts(self) -> list[Diagram]:
-        return self._diagrams(self.rules)
+    def _parts(self) -> list[Part]:
+        return self._made(self.rules)
 
-    def _diagrams(self, rules: Sequence[Rule]) -> list[Diagram]:
-        """A diagram for each part that nothing connects with the rest, in the order of their first parameters."""
+    def _made(self, rules: Sequence[Rule]) -> list[Part]:
+        """Parts that nothing connects with the rest, in the order of their first parameters."""
         trees = [r.tree for r in rules if r.tree.names]
         domains = self.domains
         if any(not r.tree.names and not scalar(r.tree, {}) for r in rules):  # false wherever one looks
@@ -202,14 +202,14 @@ class Space:
             if n not in seen:
                 seen |= group[n]
                 inside = {m: d for m, d in domains.items() if m in group[n]}
-                out.append(Diagram(inside, [t for t in trees if t.names <= group[n]]))
+                out.append(connected(inside, [t for t in trees if t.names <= group[n]]))
         return out
 
     # asking -----------------------------------------------------------------------------------------
 
     def count(self, rules: Sequence[Rule] | None = None) -> int:
         """How many points are valid (under all constraints, or under these), without listing them."""
-        parts = self._parts if rules is None else self._diagrams(rules)
+        parts = self._parts if rules is None else self._made(rules)
         if not parts:  # no parameters: the empty point, unless a constraint is plainly false
             return int(all(scalar(r.tree, {}) for r in (self.rules if rules is None else rules)))
         return prod(part.count for part in parts)

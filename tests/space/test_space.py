@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rapydli_flow.errors import SpaceError
-from rapydli_flow.space import Space, parse, read_spaces
+from rapydli_flow.space import Space, parse, read_spaces, table
 
 NAMES = "abcdef"
+
+
+@pytest.fixture(params=["tables", "diagrams"], scope="module", autouse=True)
+def parts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small parts are tables; everything holds for diagrams of them as well."""
+    most = table.MOST
+    table.MOST = most if request.param == "tables" else -1
+    yield
+    table.MOST = most
 
 
 def brute(parameters: dict[str, Any], texts: list[str]) -> set[tuple[Any, ...]]:
