@@ -20,7 +20,7 @@ from rapydli_flow.template import Config, Device, Epilogue, template
 from . import tiles
 from .grid import INDEX_LIMIT, Grid
 from .ptx import FAR, hold, inside, load, select, unroll
-from .tiles import SPACE, Loader, Share, Tile, columns_loader, holds, multiply, put_transposed, share
+from .tiles import SPACE, Loader, Product, Share, columns_loader, multiply, put_transposed
 
 
 @dataclass(frozen=True)
@@ -103,46 +103,49 @@ def window_loader(g: Geometry, pixels: int, s: Share, pitch: int) -> Loader:
     return Loader(prepare, fetch, put_transposed(s, pitch), s.each * s.vector, pitch, 4 * s.each)
 
 
-def _cut(ins: Sequence[Spec], outs: Sequence[Spec], config: Config) -> tuple[Tile, Share | None, Share | None]:
+def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
+    """Pixels by filters, over taps and channels; for each pixel a thread keeps where its taps lie."""
     filters = outs[0].shape[-1]
-    cut = {name: config[name] for name in ("bm", "bn", "bk", "tm", "tn", "stages", "order", "resident")}
-    t = Tile(outs[0].size // filters, filters, prod(ins[1].shape[:-1]), **cut)
-    return (
-        t,
-        share(t.bm, t.bk, config["vector_a"], t.threads),
-        share(t.bk, t.bn, config["vector_b"], t.threads),
-    )
+    return Product(outs[0].size // filters, filters, prod(ins[1].shape[:-1]), rows_a=True, rows_b=False, state=3)
 
 
-def fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+def _ungrouped(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    return bool(op.groups == 1)
+
+
+def _vectors(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector_a: int, vector_b: int
+) -> bool:
+    return ins[0].shape[-1] % vector_a == 0 and ins[1].shape[-1] % vector_b == 0
+
+
+def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int) -> bool:
+    """Offsets of taps that lie outside are computed too."""
     x, w = ins
-    if op.groups != 1 or not tiles.fp32(*ins, *outs):
-        return False
-    if x.shape[-1] % config["vector_a"] or w.shape[-1] % config["vector_b"]:
-        return False
-    t, a, b = _cut(ins, outs, config)
-    if not holds(t, (a, b), (config["pad"], 0), state=3 * a.each if a else 0):
-        return False
     g = geometry(op, x, w, outs[0])
     reach = [abs(low) + (r + 32) * d + s for low, r, d, s in zip(g.low, g.window, g.dilation, g.stride, strict=True)]
     far = prod(size + 2 * more for size, more in zip(g.size, reach, strict=True)) * x.shape[-1]
-    return x.size + 2 * far + t.bm * max(g.stride) * x.shape[-1] < INDEX_LIMIT
+    return x.size + 2 * far + bm * max(g.stride) * x.shape[-1] < INDEX_LIMIT
+
+
+RULES = {
+    "float32 operands": tiles.fp32,
+    "no groups": _ungrouped,
+    "loads divide channels": _vectors,
+    "taps in 32-bit indices": _reach,
+    **tiles.rules(product),
+}
 
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    first = {name: values[0] for name, values in SPACE.items()}
-    if op.groups != 1 or not tiles.fp32(*ins, *outs):
-        return first
     filters = outs[0].shape[-1]
-    tried = tiles.prefer(outs[0].size // filters, filters, device, largest=128 * 64)  # 128 x 128 spills
-    return next((c for c in tried if fits(op, ins, outs, device, **c)), first)
+    tried = tiles.prefer(outs[0].size // max(1, filters), filters, device, largest=128 * 64)  # 128 x 128 spills
+    return tiles.first(RULES, op, ins, outs, device, tried)
 
 
-@template("conv", "cuda", space=SPACE, fits={**tiles.RULES, "operands, loads and indices": fits}, prefer=prefer)
+@template("conv", "cuda", space=SPACE, fits=RULES, prefer=prefer)
 def implicit_gemm(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Register tiles over pixels and filters."""
-    t, a, b = _cut(ins, outs, config)
-    assert a is not None  # fits
-    assert b is not None
+    t, a, b = product(op, ins, outs).cut(config)
     windows = window_loader(geometry(op, *ins, outs[0]), t.m, a, t.bm + config["pad"])
     return multiply(t, windows, columns_loader(t.n, t.k, b, t.bn), epilogue)

@@ -10,46 +10,33 @@ from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import tiles
 from .grid import Grid
-from .tiles import SPACE, Share, Tile, columns_loader, holds, multiply, rows_loader, share
+from .tiles import SPACE, Product, columns_loader, multiply, rows_loader
 
 
-def _cut(op: Any, ins: Sequence[Spec], config: Config) -> tuple[Tile, Share | None, Share | None, tuple[int, int]]:
-    """The tile, what a thread loads of each operand, and the padding of their rows in shared memory."""
+def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
+    """m, n and k of the operands, and which way they lie."""
     a, b = ins
-    m, k, n = a.shape[int(op.ta)], a.shape[1 - op.ta], b.shape[1 - op.tb]
-    cut = {name: config[name] for name in ("bm", "bn", "bk", "tm", "tn", "stages", "order", "resident")}
-    t = Tile(m, n, k, **cut)
-    of_a = (t.bk, t.bm) if op.ta else (t.bm, t.bk)
-    of_b = (t.bn, t.bk) if op.tb else (t.bk, t.bn)
-    pads = (0 if op.ta else config["pad"], config["pad"] if op.tb else 0)
-    return (
-        t,
-        share(*of_a, config["vector_a"], t.threads),
-        share(*of_b, config["vector_b"], t.threads),
-        pads,
-    )
+    return Product(a.shape[int(op.ta)], b.shape[1 - op.tb], a.shape[1 - op.ta], rows_a=not op.ta, rows_b=op.tb)
 
 
-def fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    if not tiles.fp32(*ins, *outs) or any(s.shape[1] % config[f"vector_{x}"] for s, x in zip(ins, "ab", strict=True)):
-        return False
-    t, a, b, pads = _cut(op, ins, config)
-    return holds(t, (a, b), pads)
+def _vectors(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector_a: int, vector_b: int
+) -> bool:
+    return ins[0].shape[1] % vector_a == 0 and ins[1].shape[1] % vector_b == 0
+
+
+RULES = {"float32 operands": tiles.fp32, "loads divide rows": _vectors, **tiles.rules(product)}
 
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    if not tiles.fp32(*ins, *outs):
-        return {name: values[0] for name, values in SPACE.items()}
-    tried = tiles.prefer(*outs[0].shape, device)
-    return next((c for c in tried if fits(op, ins, outs, device, **c)), {n: v[0] for n, v in SPACE.items()})
+    return tiles.first(RULES, op, ins, outs, device, tiles.prefer(*outs[0].shape, device))
 
 
-@template("matmul", "cuda", space=SPACE, fits={**tiles.RULES, "operands, loads and indices": fits}, prefer=prefer)
+@template("matmul", "cuda", space=SPACE, fits=RULES, prefer=prefer)
 def simt(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Register tiles of fused multiply-adds; both operands pass through shared memory."""
-    t, a, b, (pad_a, pad_b) = _cut(op, ins, config)
-    assert a is not None  # fits
-    assert b is not None
+    p = product(op, ins, outs)
+    (t, a, b), (pad_a, pad_b) = p.cut(config), p.pads(config["pad"])
     load_a = columns_loader(t.m, t.k, a, t.bm) if op.ta else rows_loader(t.m, t.k, a, t.bm + pad_a)
     load_b = rows_loader(t.n, t.k, b, t.bn + pad_b) if op.tb else columns_loader(t.n, t.k, b, t.bn)
     return multiply(t, load_a, load_b, epilogue)

@@ -24,7 +24,7 @@ from itertools import product
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue
+from rapydli_flow.template import Config, Device, Epilogue, broken
 
 from .grid import INDEX_LIMIT, REGISTERS, STATIC_SHARED_BYTES, Grid, blocks_of, widest
 from .ptx import (
@@ -57,13 +57,6 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
 # bm, bn, bk, tm, tn of the defaults; 128 x 128 x 16 needs more than the 128 registers that two blocks leave
 SHAPES = ((128, 128, 8, 8, 8), (128, 64, 16, 8, 8), (64, 128, 16, 8, 8), (64, 64, 16, 8, 4))
 SHAPES += ((64, 32, 16, 4, 4), (32, 64, 16, 4, 4), (32, 32, 16, 4, 4))
-RULES: Mapping[str, str] = {  # what every card must have; `holds` knows the operands too
-    "whole warps, few enough threads": (
-        "bm % tm == 0 and bn % tn == 0 and bm // tm * (bn // tn) % 32 == 0 and bm // tm * (bn // tn) <= threads"
-    ),
-    "sums in registers": "tm * tn + tm + tn + 24 <= min(255, registers // (bm // tm * (bn // tn) * resident))",
-    "tiles in shared memory": "4 * stages * bk * (bm + bn) <= shared_bytes",
-}
 STAGED_VALUES = 32  # the most elements that a thread may have under way
 
 
@@ -138,6 +131,40 @@ def share(rows: int, columns: int, vector: int, threads: int) -> Share | None:
         return None
     step = threads // across
     return Share(vector, across, step, rows // step)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is multiplied: ``m x n`` sums over ``k``. ``rows_a``, ``rows_b``: k runs along the operand's memory, so that
+    it is transposed on its way to shared memory, where its rows are padded. ``state``: registers of a thread for each
+    of its loads of a."""
+
+    m: int
+    n: int
+    k: int
+    rows_a: bool
+    rows_b: bool
+    state: int = 0
+
+    def shares(self, vector_a: int, vector_b: int, *, threads: int, bm: int, bn: int, bk: int) -> list[Share | None]:
+        """What a thread loads of either operand."""
+        of_a = (bm, bk) if self.rows_a else (bk, bm)
+        of_b = (bn, bk) if self.rows_b else (bk, bn)
+        return [share(*of_a, vector_a, threads), share(*of_b, vector_b, threads)]
+
+    def pads(self, pad: int) -> tuple[int, int]:
+        """Values after a row of either operand in shared memory."""
+        return pad if self.rows_a else 0, pad if self.rows_b else 0
+
+    def cut(self, config: Config) -> tuple[Tile, Share, Share]:
+        """The tile of a config that keeps the rules, and what a thread loads."""
+        names = ("bm", "bn", "bk", "tm", "tn", "stages", "order", "resident")
+        t = Tile(self.m, self.n, self.k, **{name: config[name] for name in names})
+        vectors = config["vector_a"], config["vector_b"]
+        a, b = self.shares(*vectors, threads=t.threads, bm=t.bm, bn=t.bn, bk=t.bk)
+        assert a is not None, "loads of a are not shared out evenly"
+        assert b is not None, "loads of b are not shared out evenly"
+        return t, a, b
 
 
 def nothing(state: Any, first: Any, thread: Any) -> None:
@@ -243,19 +270,82 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue) -> Grid:
     return Grid(kernel, t.blocks_m * t.blocks_n, t.threads, resident=t.resident)
 
 
-def holds(t: Tile, parts: Sequence[Share | None], pads: tuple[int, int], *, state: int = 0) -> bool:
-    """The hard constraints of a tile, the cheapest first: threads, even loads, shared memory, registers, indices."""
-    if t.bm % t.tm or t.bn % t.tn or t.threads % 32 or not 32 <= t.threads <= 1024:
-        return False
-    if None in parts:
-        return False
-    held = sum(part.each * part.vector for part in parts if part)
-    if held > STAGED_VALUES or 4 * t.stages * t.bk * (t.bm + pads[0] + t.bn + pads[1]) > STATIC_SHARED_BYTES:
-        return False
-    registers = t.tm * t.tn + t.tm + t.tn + held + state + 24
-    if registers > min(255, REGISTERS // (t.threads * t.resident)):
-        return False
-    return t.k > 0 and 0 < (t.m + t.bm) * (t.n + t.bn) < INDEX_LIMIT
+def rules(product: Callable[[Any, Sequence[Spec], Sequence[Spec]], Product]) -> dict[str, str | Callable[..., bool]]:
+    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a product."""
+
+    def loads(
+        op: Any,
+        ins: Sequence[Spec],
+        outs: Sequence[Spec],
+        device: Device,
+        *,
+        bm: int,
+        bn: int,
+        bk: int,
+        tm: int,
+        tn: int,
+        vector_a: int,
+        vector_b: int,
+    ) -> bool:
+        return _held(product(op, ins, outs), bm, bn, bk, tm, tn, vector_a, vector_b) is not None
+
+    def registers(
+        op: Any,
+        ins: Sequence[Spec],
+        outs: Sequence[Spec],
+        device: Device,
+        *,
+        bm: int,
+        bn: int,
+        bk: int,
+        tm: int,
+        tn: int,
+        vector_a: int,
+        vector_b: int,
+        resident: int,
+    ) -> bool:
+        held = _held(product(op, ins, outs), bm, bn, bk, tm, tn, vector_a, vector_b)
+        threads = bm // tm * (bn // tn)
+        used = tm * tn + tm + tn + 24 + (held or 0)
+        return used <= min(255, (device.registers or REGISTERS) // (threads * resident))
+
+    def shared(
+        op: Any,
+        ins: Sequence[Spec],
+        outs: Sequence[Spec],
+        device: Device,
+        *,
+        bm: int,
+        bn: int,
+        bk: int,
+        stages: int,
+        pad: int,
+    ) -> bool:
+        rows = bm + bn + sum(product(op, ins, outs).pads(pad))
+        return 4 * stages * bk * rows <= min(STATIC_SHARED_BYTES, device.shared_bytes or STATIC_SHARED_BYTES)
+
+    def indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int, bn: int) -> bool:
+        p = product(op, ins, outs)
+        return (p.m + bm) * (p.n + bn) < INDEX_LIMIT
+
+    return {
+        "whole warps, few enough threads": (
+            "bm % tm == 0 and bn % tn == 0 and bm // tm * (bn // tn) % 32 == 0 and bm // tm * (bn // tn) <= threads"
+        ),
+        "loads shared out evenly": loads,
+        "sums and loads in registers": registers,
+        "tiles in shared memory": shared,
+        "results in 32-bit indices": indices,
+    }
+
+
+def _held(p: Product, bm: int, bn: int, bk: int, tm: int, tn: int, vector_a: int, vector_b: int) -> int | None:
+    """Registers of a thread for its loads and their state; None where they are not shared out evenly, or too many."""
+    shares = p.shares(vector_a, vector_b, threads=bm // tm * (bn // tn), bm=bm, bn=bn, bk=bk)
+    values = sum(s.each * s.vector for s in shares if s is not None)
+    if None in shares or values > STAGED_VALUES:
+        return None
+    return values + p.state * (shares[0].each if shares[0] is not None else 0)
 
 
 def prefer(m: int, n: int, device: Device, *, largest: int = 128 * 128) -> Iterator[dict[str, Any]]:
@@ -280,6 +370,19 @@ def prefer(m: int, n: int, device: Device, *, largest: int = 128 * 128) -> Itera
                 }
 
 
-def fp32(*specs: Spec) -> bool:
+def first(
+    rules: Mapping[str, str | Callable[..., bool]],
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    tried: Iterator[dict[str, Any]],
+) -> Config:
+    """The first of these that keeps the rules, or one that does not."""
+    fitting = (config for config in tried if broken(rules, op, ins, outs, device, config) is None)
+    return next(fitting, {name: values[0] for name, values in SPACE.items()})
+
+
+def fp32(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
     """Are these non-empty float32 arrays that 32 bits can index?"""
-    return all(spec.dtype == "float32" and 0 < spec.size < INDEX_LIMIT for spec in specs)
+    return all(spec.dtype == "float32" and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))

@@ -1,6 +1,8 @@
 """Typed settings, read once from the environment.
 
 RAPYDLI_CACHE_DIR   where compiled kernels and tuning results are kept
+RAPYDLI_KNOWN_DIR   a folder of exported tuning results that count where nothing was tuned here (default: those that
+                    ship with the package)
 RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
 RAPYDLI_LANES       force the number of float32 lanes of CPU kernels (4, 8 or 16)
 RAPYDLI_VERIFY      1: verify every graph after every pass
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from .errors import SettingError
 
+SHIPPED = Path(__file__).parent / "tuner" / "known"
 TUNINGS = ("on", "off", "offline", "strict")
 
 
@@ -30,6 +33,7 @@ class Settings:
     lanes: int | None
     verify: bool
     tuning: str = "on"
+    known_dir: Path = SHIPPED
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -44,7 +48,11 @@ class Settings:
         tuning = environ.get("RAPYDLI_TUNING") or "on"
         if tuning not in TUNINGS:
             raise SettingError(f"RAPYDLI_TUNING={tuning!r} is not one of {', '.join(TUNINGS)}.")
-        return cls(Path(folder), threads, lanes or None, environ.get("RAPYDLI_VERIFY", "0") != "0", tuning)
+        verify = environ.get("RAPYDLI_VERIFY", "0") != "0"
+        known = Path(environ.get("RAPYDLI_KNOWN_DIR") or SHIPPED)
+        if not known.is_dir():
+            raise SettingError(f"RAPYDLI_KNOWN_DIR={str(known)!r} is not a folder.")
+        return cls(Path(folder), threads, lanes or None, verify, tuning, known)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

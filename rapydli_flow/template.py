@@ -136,13 +136,16 @@ def _no_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: 
 Rule = str | Callable[..., bool]
 
 
+_read = cache(parse)  # rules are asked again and again
+
+
 def broken(
     rules: Mapping[str, Rule], op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config
 ) -> str | None:
     """The name of the first rule that a config breaks, or None."""
     for name, rule in rules.items():
         if isinstance(rule, str):
-            kept = scalar(parse(rule), {**device.limits, **config})
+            kept = scalar(_read(rule), {**device.limits, **config})
         else:
             kept = rule(op, ins, outs, device, **{n: config[n] for n in _parameters(rule, tuple(config))})
         if not kept:
@@ -167,14 +170,18 @@ class Template:
         return self.build.__name__
 
     def space_of(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Space:
-        """The configs that this op on these specs allows on a device; the template's rules are the hard constraints."""
+        """The configs that this op on these specs allows on a device; the template's rules are the hard constraints.
+
+        A parameter hides a limit of the device that has its name.
+        """
         hard: dict[str, Any] = {}
         for name, rule in self.rules.items():
             if not isinstance(rule, str):
                 hard[name] = calling(partial(rule, op, ins, outs, device), _parameters(rule, tuple(self.space)))
             else:
                 hard[name] = rule
-        return Space(self.space, hard=hard, given=device.limits)
+        limits = {name: value for name, value in device.limits.items() if name not in self.space}
+        return Space(self.space, hard=hard, given=limits)
 
     def broken(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> str | None:
         """The first rule that a config breaks."""
@@ -197,11 +204,10 @@ class Template:
             config = dict(self.prefer(op, ins, outs, device))
             if self.fits(op, ins, outs, device, **config):
                 return config
-        for values in product(*self.space.values()):
-            config = dict(zip(self.space, values, strict=True))
-            if self.fits(op, ins, outs, device, **config):
-                return config
-        return None
+        if not self.space_of(op, ins, outs, device):
+            return None
+        configs = (dict(zip(self.space, values, strict=True)) for values in product(*self.space.values()))
+        return next(config for config in configs if self.fits(op, ins, outs, device, **config))
 
     def check(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> None:
         """Raise TemplateError unless ``config`` is a point of this template that fits."""

@@ -1,10 +1,14 @@
 """Long tests run only where they are asked for by name: ``pytest -m slow``, ``-m papers``, ``-m exhaustive``.
 
+Nothing is known beforehand: results that ship with the package are of some machines and not of others.
+
 Coverage does not look into the compiler: Numba under a trace function takes twice as long, and none of what it
 runs is ours.
 """
 
+import os
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -13,6 +17,10 @@ import cpu_kernels.compile
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "RAPYDLI_KNOWN_DIR" not in os.environ:  # else a process of xdist, or the user's own
+        nothing = tempfile.TemporaryDirectory(prefix="rapydli-known-")
+        os.environ["RAPYDLI_KNOWN_DIR"] = nothing.name
+        config.add_cleanup(nothing.cleanup)
     load = cpu_kernels.compile._load
 
     def untraced(*args: Any) -> Any:

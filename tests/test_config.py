@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rapydli_flow.config import Settings, settings
+from rapydli_flow.config import SHIPPED, Settings, settings
 from rapydli_flow.errors import SettingError
 
 
@@ -14,6 +14,7 @@ def test_defaults() -> None:
     assert found.cache_dir == Path.home() / ".cache" / "rapydli_flow"
     assert found.threads == len(os.sched_getaffinity(0))
     assert (found.lanes, found.verify, found.tuning) == (None, False, "on")
+    assert found.known_dir == SHIPPED
 
 
 def test_everything_can_be_set() -> None:
@@ -22,6 +23,7 @@ def test_everything_can_be_set() -> None:
     assert Settings.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/rapydli_flow")
     assert Settings.read({"RAPYDLI_TUNING": "strict"}).tuning == "strict"
     assert not Settings.read({"RAPYDLI_VERIFY": "0"}).verify
+    assert Settings.read({"RAPYDLI_KNOWN_DIR": "/"}).known_dir == Path("/")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,7 @@ def test_everything_can_be_set() -> None:
         ({"RAPYDLI_LANES": "5"}, "RAPYDLI_LANES=5: lanes are 4, 8 or 16"),
         ({"RAPYDLI_THREADS": "0"}, "RAPYDLI_THREADS=0: a rank has 1 thread or more"),
         ({"RAPYDLI_TUNING": "maybe"}, "RAPYDLI_TUNING='maybe' is not one of on, off, offline, strict"),
+        ({"RAPYDLI_KNOWN_DIR": "/not/there"}, "RAPYDLI_KNOWN_DIR='/not/there' is not a folder"),
         ({"RAPYDLI_THREADS": "many"}, "RAPYDLI_THREADS='many' is not a whole number"),
     ],
 )

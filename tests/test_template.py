@@ -32,6 +32,13 @@ def test_device_key_tells_what_shares_kernels() -> None:
     assert DEVICE.key == Device("cpu", "renamed", target="skylake-1", cores=9, vector_bytes=64).key
 
 
+def test_a_parameter_hides_a_limit_of_its_name() -> None:
+    one = Template("test_family", "cpu", build, {"cores": (8, 64), "lanes": (4,)}, {"few": "cores * lanes < 100"})
+    assert DEVICE.limits["cores"] == 1
+    assert one.space_of(Relu(), (X,), (X,), DEVICE).columns()["cores"].tolist() == [8]
+    assert one.default(Relu(), (X,), (X,), DEVICE) == {"cores": 8, "lanes": 4}
+
+
 def test_configs_begin_with_the_default_and_are_those_that_fit() -> None:
     one = made({"rows": (2, 4, 8), "wide": (True, False)}, fits=small)
     configs = list(one.configs(Relu(), (X,), (X,), DEVICE))

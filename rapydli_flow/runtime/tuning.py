@@ -41,7 +41,7 @@ SIMILAR = 3  # winners of similar shapes that a search starts with
 
 def cache() -> TuningCache:
     """The tuning results of this user on this host."""
-    return TuningCache(settings().cache_dir / "tuning.sqlite")
+    return TuningCache(settings().cache_dir / "tuning.sqlite", settings().known_dir)
 
 
 def known(device: Device) -> Tuning:

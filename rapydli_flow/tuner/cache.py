@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config import SHIPPED
 from ..errors import TemplateError
 from ..template import Device, Template, templates
 from .choice import Choice, Request, Tuning
@@ -38,8 +39,6 @@ from .rows import (
 from .source import compilers, source_key
 from .store import Store
 from .trial import Trial
-
-SHIPPED = Path(__file__).parent / "known"
 
 
 @dataclass(frozen=True)

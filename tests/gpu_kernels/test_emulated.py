@@ -183,6 +183,18 @@ def test_grouped_convolution_does_not_fit():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_space_has_what_fits(family):
+    sample = BIGGER[family][0]
+    outs, draw = sample.op.out_specs(*sample.ins), random.Random(5)
+    for template in templates(family, "cuda"):
+        space = template.space_of(sample.op, sample.ins, outs, CARD)
+        assert 0 < len(space) <= space.cartesian
+        for _ in range(200):
+            config = {name: draw.choice(values) for name, values in template.space.items()}
+            assert (config in space) == template.fits(sample.op, sample.ins, outs, CARD, **config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_does_not_fit_is_left_out(family):
     """float64 matrices have no fp32 template; too many elements for 32-bit indices none at all."""
     template = templates(family, "cuda")[0]

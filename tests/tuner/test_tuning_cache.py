@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import rapydli_flow.template as registry
+from rapydli_flow.config import SHIPPED
 from rapydli_flow.errors import SettingError, TemplateError
 from rapydli_flow.ops import Op, Relu, Tanh
 from rapydli_flow.spec import Spec
@@ -431,8 +432,9 @@ def test_shipped_results_count_least(filled: TuningCache, tmp_path: Path) -> Non
 
 
 def test_what_ships_with_the_package_can_be_read() -> None:
-    assert caches.SHIPPED.is_dir()
-    caches._shipped(caches.SHIPPED)
+    rows = caches._shipped(SHIPPED)
+    assert rows
+    assert {row["device"] for row in rows} == {path.stem for path in SHIPPED.glob("*.jsonl")}
 
 
 # files that cannot be used -----------------------------------------------------------------------------
