@@ -35,7 +35,7 @@ from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.runtime.bench import Bench
 from rapydli_flow.space import Space
 from rapydli_flow.spec import Spec
-from rapydli_flow.tuner import STRATEGIES, Budget, Choice, Request, Trial, Tuner, Tuning
+from rapydli_flow.tuner import STRATEGIES, Choice, Request, Trial, Tuner, Tuning
 from rapydli_flow.tuner.simulate import Recording, compare
 
 HERE = Path(__file__).resolve().parent
@@ -210,15 +210,19 @@ def strategies(repeats: int) -> None:
 
 
 def stability(threads: int, repeats: int) -> None:
-    """Tune the same convolutions again and again, from nothing, and compare winners with the default at the end."""
+    """Tune the same convolutions again and again, from nothing and other chances, until the search itself ends.
+
+    Winners are compared with one another and with the default at the end, in the same rounds.
+    """
     rows = []
-    for name in ("input gradient 28x28x64",):
-        request, winners = requests()[name], []
+    for name in ("input gradient 28x28x64", PICTURED):
+        request, winners, tried = requests()[name], [], []
         with Bench(host(), threads=threads) as bench:
             for seed in range(repeats):
-                found = Tuner(request, host(), bench, budget=Budget(trials=40), seed=seed).run()
+                found = Tuner(request, host(), bench, seed=seed).run()
                 winners.append(found.best.choice)
-                print(f"{name} {seed}: {found.best.choice} {found.gain:.3f}x", flush=True)
+                tried.append(len(found.trials))
+                print(f"{name} {seed}: {found.best.choice} {found.gain:.3f}x {len(found.trials)} trials", flush=True)
             default = found.default.choice
             different = sorted({*winners, default}, key=str)
             trials = {t.choice: t for t in bench(request, different, thorough=True)}
@@ -227,6 +231,7 @@ def stability(threads: int, repeats: int) -> None:
             {
                 "kernel": name,
                 "repeats": repeats,
+                "trials": median(tried),
                 "different winners": len(set(winners)),
                 "slowest winner / best winner": max(_time(trials[c]) for c in winners) / best,
                 "slowest winner / default": max(_time(trials[c]) for c in winners) / _time(trials[default]),

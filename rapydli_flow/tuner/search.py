@@ -30,7 +30,7 @@ from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
 FINALISTS, NEAR = 5, 0.06
-PATIENCE = 0.15  # of the space, tried without an improvement: enough
+PATIENCE = 0.25  # of the space, tried without an improvement: enough
 LEAST_PATIENCE = 24
 DROPPED = 1.5  # a template whose best is so much slower, after two batches, is not tried further
 
