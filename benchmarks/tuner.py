@@ -5,8 +5,9 @@
     python benchmarks/tuner.py strategies    strategies on what was recorded, no kernel runs
     python benchmarks/tuner.py stability     tune one convolution ten times; is it the same config?
     python benchmarks/tuner.py step          tune a LeNet step in less than two minutes; what is it worth?
+    python benchmarks/tuner.py known         tune LeNet, cifar10_quick and the digits of `make demo` for this processor
 
-Each prints a table and writes benchmarks/results/tuner_<name>.json.
+Each prints a table and writes benchmarks/results/tuner_<name>.json; `known` writes what ships with the package.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from networks import CASES
 import rapydli_flow as rf
 from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
-from rapydli_flow.config import settings
+from rapydli_flow.cli import main as cli
+from rapydli_flow.config import SHIPPED, settings
 from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.runtime.bench import Bench
 from rapydli_flow.space import Space
@@ -278,9 +280,24 @@ def step(threads: int, budget_s: float) -> None:
     write("tuner_step", rows, threads=threads, budget_s=budget_s)
 
 
+def known(threads: int, budget_s: float) -> None:
+    """Tune what the package's own examples and benchmarks run, and write it where it ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"RAPYDLI_CACHE_DIR": folder, "RAPYDLI_KNOWN_DIR": folder}  # nothing is known at first
+        settings.cache_clear()
+        for case in CASES:
+            graph = rf.trace(case.network, rf.Spec((case.batch, *case.record)))
+            training = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.01, momentum=0.9))
+            print(rf.autotune(training, budget_s=budget_s, plan=rf.Plan(1, threads)), flush=True)
+        digits = str(HERE.parent / "examples" / "digits.py")
+        demo = ["--ranks", "2", "--threads", "1", "--budget", str(budget_s)]  # as in `make demo` on two cores
+        cli(["tune", digits, *demo], standalone_mode=False)
+        cli(["tune", "export", str(SHIPPED / f"{host().key}.jsonl")], standalone_mode=False)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("spaces", "record", "strategies", "stability", "step"))
+    parser.add_argument("what", choices=("spaces", "record", "strategies", "stability", "step", "known"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=None)
@@ -294,6 +311,8 @@ def main(arguments: Sequence[str]) -> None:
         strategies(given.repeats or 20)
     elif given.what == "stability":
         stability(given.threads, given.repeats or 10)
+    elif given.what == "known":
+        known(given.threads, given.budget)
     else:
         step(given.threads, given.budget)
 

@@ -3,8 +3,10 @@
     for each round:   against  A  B  C         all in turn, so that a busy moment of the machine meets all of them
                       against  A     C         what is clearly slower than the best `against` is not timed further
 
-Samples are ratios to the first of `against` (or of all that work) in the same round, times its median: what changes
-the speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its own.
+All choices work on the same memory, laid out as a rank's: where arrays lie decides how fast they are, by ten percent
+and more. Samples are ratios to the first of `against` (or of all that work) in the same round, times its median: what
+changes the speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from ..ops import Sample
 from ..spec import Array, Block, Spec
 from ..template import Device
 from ..tuner import Choice, Request, Trial, Tuning
-from .rank import at_array, kernel_of
+from .rank import ALIGN, at_array, kernel_of, memory_of
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
-ROUNDS, THOROUGH = 7, 21
-ROUND_S, LIST_S = 0.004, 0.0003
+ROUNDS, THOROUGH = 20, 60
+ROUND_S, LIST_S = 0.001, 0.0003  # many short samples: what disturbs one half of a round should disturb the other half
 MOST_CALLS = 256
-REJECT = {2: 1.30, 3: 1.15, 5: 1.06}  # after so many rounds: slower than this, even at its best, is out
-OUT_OF_TIME_S = 2.0  # rounds of one choice take no longer, but for the first three
+REJECT = {4: 1.30, 8: 1.15, 14: 1.06}  # after so many rounds: slower than this, even at its best, is out
+OUT_OF_TIME_S = 2.0  # rounds of one choice take no longer, but for the first few
+FEWEST = 5
 Say = Callable[[int], None]
 
 
@@ -50,6 +53,7 @@ class Measure:
     ) -> None:
         self.device, self.threads, self.seed, self.operands = device, threads, seed, operands
         self._request: Request | None = None
+        self._memory = np.empty(0, np.uint8)
 
     def __call__(
         self,
@@ -62,7 +66,7 @@ class Measure:
     ) -> list[Trial]:
         """A trial for each choice, those of ``against`` first. ``say`` is told which one is run for the first time."""
         everyone = [*against, *choices]
-        self._take(request)
+        self._take(request, everyone)
         trials: dict[int, Trial] = {}
         ready: dict[int, Callable[[], float]] = {}
         for i, choice in enumerate(everyone):
@@ -76,6 +80,7 @@ class Measure:
                 ready[i] = self._checked(request, run)
             except Exception as failure:
                 trials[i] = Trial.failed(choice, "check", f"{type(failure).__name__}: {failure}")
+                self._fill()  # what is wrong may have written where it should not
         say(-1)
         for i, samples in self._rounds(ready, len(against), thorough).items():
             trials[i] = replace(Trial.timed(everyone[i], samples), threads=self.threads)
@@ -83,26 +88,57 @@ class Measure:
 
     # inputs and reference ---------------------------------------------------------------------------
 
-    def _take(self, request: Request) -> None:
-        """Draw operands and compute what is right, once for a request."""
-        if request == self._request:
-            return
-        rng = np.random.default_rng(self.seed)
-        drawn = self.operands or Sample(request.op, request.ins, _ranges(request)).draw(rng)
-        self._ins = [np.asarray(a, order="C") for a in drawn]
-        extras = request.epilogue.extras
-        channels = {i: (0.5, 2.0) for i, s in enumerate(extras) if s.floating and len(s.shape) == 1}
-        self._extras = [np.asarray(a, order="C") for a in Sample(request.op, extras, channels).draw(rng)]
-        whole = request.whole or (request.op if request.epilogue.identity else None)
-        self._wanted = whole.run(*self._ins, *self._extras) if whole else None
-        self._request = request
+    def _take(self, request: Request, choices: Sequence[Choice]) -> None:
+        """Draw operands and compute what is right, once for a request; make room for the largest workspace."""
+        if request != self._request:
+            self._request = None
+            rng = np.random.default_rng(self.seed)
+            drawn = self.operands or Sample(request.op, request.ins, _ranges(request)).draw(rng)
+            extras = request.epilogue.extras
+            channels = {i: (0.5, 2.0) for i, s in enumerate(extras) if s.floating and len(s.shape) == 1}
+            self._drawn = [*map(np.asarray, drawn), *Sample(request.op, extras, channels).draw(rng)]
+            whole = request.whole or (request.op if request.epilogue.identity else None)
+            self._wanted = whole.run(*self._drawn) if whole else None
+            self._work_at = -1
+        specs = [*request.ins, *request.outs, *request.epilogue.extras]
+        most = max((sum(map(_room, self._work(request, choice))) for choice in choices), default=0)
+        needed = sum(map(_room, specs)) + most
+        if request != self._request or needed > len(self._memory):
+            self._memory = memory_of(needed)
+            self._arrays, self._work_at = self._laid(specs, 0)
+            self._request = request
+            self._fill()
+
+    def _work(self, request: Request, choice: Choice) -> tuple[Spec, ...]:
+        try:
+            return Tuning(self.device).workspace(request, choice)
+        except Exception:  # its template's; `_prepare` will say so
+            return ()
+
+    def _laid(self, specs: Sequence[Spec], at: int) -> tuple[list[Array], int]:
+        """Arrays one behind the other, and where the next would be."""
+        out = []
+        for spec in specs:
+            out.append(self._memory[at : at + spec.size_bytes].view(spec.dtype).reshape(spec.shape))
+            at += _room(spec)
+        return out, at
+
+    def _fill(self) -> None:
+        """Put the operands where kernels read them."""
+        assert self._request is not None
+        first, last = len(self._request.ins), len(self._arrays) - len(self._request.epilogue.extras)
+        for array, drawn in zip([*self._arrays[:first], *self._arrays[last:]], self._drawn, strict=True):
+            array[...] = drawn
 
     def _prepare(self, request: Request, choice: Choice) -> tuple[CallList, list[Array], list[Array]]:
         kernel = kernel_of(request, choice, self.device)
-        outs = [_unwritten(s) for s in request.outs]
-        work = [np.empty(s.shape, s.dtype) for s in Tuning(self.device).workspace(request, choice)]
+        work, _ = self._laid(Tuning(self.device).workspace(request, choice), self._work_at)
+        n_ins, n_outs = len(request.ins), len(request.outs)
+        ins, outs, extras = self._arrays[:n_ins], self._arrays[n_ins:][:n_outs], self._arrays[n_ins + n_outs :]
+        for out in outs:
+            out.view(np.uint8)[...] = 0xFF  # floats are NaN, so that an element that no kernel writes is found out
         at = at_array(Block.all(request.outs[0].shape))
-        buffers = [*self._ins, *outs, *work, *self._extras, at]
+        buffers = [*ins, *outs, *work, *extras, at]
         call = (kernel, [address_of(b) for b in buffers])
         once = CallList([call])
         begin = time.perf_counter()
@@ -146,7 +182,7 @@ class Measure:
                 beside = [i for i in running if i < max(1, against)] or [base]
                 limit = REJECT[r + 1] * min(median(samples[i]) for i in beside)
                 running = [i for i in running if i == base or i in beside or min(samples[i]) <= limit]
-            if r >= 2 and max(spent.values()) > OUT_OF_TIME_S * (4 if thorough else 1):
+            if r + 1 >= FEWEST and max(spent.values()) > OUT_OF_TIME_S * (4 if thorough else 1):
                 break
         middle = median(samples[base])
         return {i: [t / b * middle for t, b in zip(mine, samples[base], strict=False)] for i, mine in samples.items()}
@@ -160,9 +196,9 @@ def _ranges(request: Request) -> dict[int, tuple[float, float]]:
     return out | {i: (0.5, 2.0) for i, s in enumerate(request.ins) if s.floating and len(s.shape) == 1}
 
 
-def _unwritten(spec: Spec) -> Array:
-    """Floats are NaN, so that an element that no kernel writes is found out."""
-    return np.full(spec.size_bytes, 0xFF, np.uint8).view(spec.dtype).reshape(spec.shape)
+def _room(spec: Spec) -> int:
+    """Bytes of an array, up to the next cache line."""
+    return -(-spec.size_bytes // ALIGN) * ALIGN
 
 
 def _compare(outs: Sequence[Array], wanted: Sequence[Array]) -> None:

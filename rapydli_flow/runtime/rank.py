@@ -19,7 +19,7 @@ from ..template import Device
 from ..tuner import Choice, Request
 from .transport import Alone, Transport
 
-ALIGN = 64
+ALIGN, HUGE_BYTES = 64, 1 << 21
 CLOCKS: Mapping[str, float] = {"rate_factor": 1.0}  # clock leaves beside seed and step, where a run does not set them
 
 
@@ -29,6 +29,15 @@ class _Run:
 
     first: int
     last: int
+
+
+def memory_of(size: int) -> Array:
+    """Bytes for arrays, on huge pages where the system has them: NumPy asks for those from 4 MiB on.
+
+    On small pages the same kernel takes half as long again, or does not, by where its arrays happen to lie.
+    """
+    whole = np.empty(max(size, HUGE_BYTES) + HUGE_BYTES, np.uint8)
+    return whole[-whole.ctypes.data % HUGE_BYTES :][:size]
 
 
 class Rank:
@@ -45,11 +54,9 @@ class Rank:
     ) -> None:
         self.program, self.device, self.threads = program, device, threads
         self.transport = transport or Alone()
-        memory = np.empty(program.arena_bytes + ALIGN, np.uint8)
+        self._arena = memory_of(program.arena_bytes)
         if poison:  # NaN: nothing may read what was not written
-            memory[:] = 0xFF
-        shift = -memory.ctypes.data % ALIGN
-        self._arena = memory[shift : shift + program.arena_bytes]
+            self._arena[:] = 0xFF
         self._views: dict[Buffer, Array] = {}
         self._ats: list[Array] = []
         self._bind()

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass, field, replace
+from math import inf, sqrt
+from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +30,9 @@ from .strategies import Strategy, named
 from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
-FINALISTS, NEAR = 5, 0.06
+FINALISTS, NEAR = 8, 0.10
+FINALS, FINAL_SHARE = 6, 0.1  # how often finalists are measured at most, and which part of the search that may take
+UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
 PATIENCE = 0.25  # of the space, tried without an improvement: enough
 LEAST_PATIENCE = 24
 DROPPED = 1.5  # a template whose best is so much slower, after two batches, is not tried further
@@ -123,7 +126,7 @@ class Tuner:
         self._trials: dict[Choice, Trial] = {}
         self._estimates: dict[Choice, list[Trial]] = {}
         self._history: list[tuple[int, float, float]] = []
-        self._since, self.interrupted = 0, False
+        self._since, self._sure, self.interrupted = 0, inf, False
         self._races = self._begin()
         first = Tuning(self.device).choose(self.request)
         self._allowed = any(
@@ -218,15 +221,19 @@ class Tuner:
             for trial in self._to_scale(measured):
                 self._estimates.setdefault(trial.choice, []).append(trial)
                 self._trials[trial.choice] = _middle(self._estimates[trial.choice])
+        self._since += len(self._trials) - before
         new = self._best()
-        if new is not None and (best is None or new.seconds < (best.seconds)):
-            improved = best is None or new.seconds < 0.99 * (best.seconds)
-            self._since = 0 if improved else self._since + len(self._trials) - before
-            self._history.append((len(self._trials), time.monotonic() - self._begun, new.seconds))
-        else:
-            self._since += len(self._trials) - before
+        if new is not None:
+            if best is None or new.seconds < best.seconds:
+                self._history.append((len(self._trials), time.monotonic() - self._begun, new.seconds))
+            if self._confirmed(new.choice) and new.seconds < (1 - TIE) * self._sure:
+                self._since, self._sure = 0, new.seconds
         self.watch(self.request, list(self._trials.values()))
         return [self._trials[c] for c in choices]
+
+    def _confirmed(self, choice: Choice) -> bool:
+        """Is its time more than luck? The best is timed with every batch, and soon was three times."""
+        return choice == self._anchor() or len(self._estimates.get(choice, ())) not in (1, 2)
 
     def _anchor(self) -> Choice | None:
         """What times are relative to: the default, or the first that has a time if that has none."""
@@ -253,8 +260,8 @@ class Tuner:
         ties: tuple[Choice, ...] = (best.choice,)
         near = [t for t in chosen if t.seconds <= (1 + NEAR) * (best.seconds)][:FINALISTS]
         final = [t.choice for t in near]
-        if default.time_s is not None and default.choice not in final:
-            final.append(default.choice)
+        if (anchor := self._anchor()) is not None:
+            final = [anchor, *(c for c in final if c != anchor)]
         if len(final) > 1 and not self.interrupted:
             best, ties = self._decide(final)
         trials = tuple(self._trials.values())
@@ -273,19 +280,31 @@ class Tuner:
         return sorted(good, key=lambda t: t.seconds)
 
     def _decide(self, final: Sequence[Choice]) -> tuple[Trial, tuple[Choice, ...]]:
-        """Measure the few best for longer. Of those that tie the default, else the first by template and config."""
-        try:
-            timed = [t.checked() for t in self.measure(self.request, final, thorough=True)]
-        except KeyboardInterrupt:
-            self.interrupted = True
-            timed = []
-        good = [t for t in timed if t.time_s is not None]
-        good = self._to_scale(good) + [self._trials[t.choice] for t in good if t.choice == self._anchor()]
-        self._trials.update((t.choice, t) for t in good)
-        best = self._ranked()[0]
-        good = [t for t in good if self._allowed or t.choice != self._default.choice] or [best]
-        least = min(t.seconds for t in good)
-        ties = sorted((t for t in good if t.seconds <= (1 + TIE) * least), key=lambda t: str(t.choice))
+        """Measure the few best for longer, those that stay near the best again and again.
+
+        Of those that tie the default, else the first by template and config.
+        """
+        allowed_s = FINAL_SHARE * (time.monotonic() - self._begun)
+        begun, left, timed = time.monotonic(), list(final), {}  # type: float, list[Choice], dict[Choice, list[Trial]]
+        for n in range(1, FINALS + 1):
+            try:
+                measured = [t.checked() for t in self.measure(self.request, left, thorough=True)]
+            except KeyboardInterrupt:
+                self.interrupted = True
+                break
+            for trial in self._to_scale(measured):
+                timed.setdefault(trial.choice, []).append(trial)
+                self._trials[trial.choice] = _pooled(timed[trial.choice])
+            near = [t for t in self._ranked() if t.choice in left]
+            if not near:
+                break
+            most = (1 + TIE + UNSURE / sqrt(n)) * near[0].seconds
+            close = [t.choice for t in near if t.seconds <= most]
+            left = list(dict.fromkeys([final[0], *close]))
+            if len(close) < 2 or time.monotonic() - begun > allowed_s:
+                break
+        good = [t for t in self._ranked() if t.choice in final] or [self._ranked()[0]]
+        ties = sorted((t for t in good if t.seconds <= (1 + TIE) * good[0].seconds), key=lambda t: str(t.choice))
         chosen = min(ties, key=lambda t: t.choice != self._default.choice)
         return chosen, tuple(t.choice for t in ties)
 
@@ -296,6 +315,21 @@ def _middle(trials: Sequence[Trial]) -> Trial:
         return trials[-1]
     good = sorted((t for t in trials if t.time_s is not None), key=lambda t: t.seconds)
     return good[len(good) // 2]
+
+
+def _pooled(trials: Sequence[Trial]) -> Trial:
+    """Several measurements of one choice as one: their mean, and the interval that so many give; a failure if one is."""
+    for trial in trials:
+        if trial.time_s is None:
+            return trial
+    time_s = fmean(t.seconds for t in trials)
+
+    def side(bounds: list[float | None]) -> float | None:
+        known = [b for b in bounds if b is not None]
+        return time_s + (fmean(known) - time_s) / sqrt(len(trials)) if known else None
+
+    low_s, high_s = side([t.low_s for t in trials]), side([t.high_s for t in trials])
+    return replace(trials[-1], time_s=time_s, low_s=low_s, high_s=high_s, rounds=sum(t.rounds for t in trials))
 
 
 def _applying(soft: Rules, space: Space) -> Mapping[str, Any]:

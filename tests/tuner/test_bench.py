@@ -13,6 +13,7 @@ from cpu_kernels.compile import host
 from rapydli_flow.ops import Op, Scale
 from rapydli_flow.runtime.bench import Bench
 from rapydli_flow.runtime.contained import Contained, Failed, Lost, share
+from rapydli_flow.runtime.measure import THOROUGH
 from rapydli_flow.runtime.own import carry, unpack
 from rapydli_flow.runtime.peak import measured_peak
 from rapydli_flow.spec import Spec
@@ -202,7 +203,7 @@ def test_nothing_that_a_kernel_does_ends_a_tuning_run() -> None:
         assert trials[Choice("lost")].error.startswith("TemplateError: test_halved has no template 'lost'")
         again = bench(asked(), [FAST], against=[SLOW], thorough=True)
         assert [t.choice for t in again] == [SLOW, FAST]
-        assert [t.rounds for t in again] == [21, 21]
+        assert [t.rounds for t in again] == [THOROUGH, THOROUGH]
         low, middle, high = again[1].low_s, again[1].time_s, again[1].high_s
         assert low is not None
         assert middle is not None
