@@ -318,7 +318,7 @@ def _middle(trials: Sequence[Trial]) -> Trial:
 
 
 def _pooled(trials: Sequence[Trial]) -> Trial:
-    """Several measurements of one choice as one: their mean, and the interval that so many give; a failure if one is."""
+    """Several measurements of one choice as one: their mean, and its interval; a failure if one is."""
     for trial in trials:
         if trial.time_s is None:
             return trial
