@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -184,14 +185,12 @@ def serve(descriptor: int) -> None:
     def tell(kind: str, value: Any) -> None:
         connection.send_bytes(dumps((kind, value)))
 
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the parent is gone
+        while True:
             message = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            function, arguments = loads(message)
-            tell("begun", None)
-            tell("done", function(*arguments, say=lambda value: tell("said", value)))
-        except Exception as error:  # of any kind: it is the answer
-            tell("failed", f"{type(error).__name__}: {error}")
+            try:
+                function, arguments = loads(message)
+                tell("begun", None)
+                tell("done", function(*arguments, say=lambda value: tell("said", value)))
+            except Exception as error:  # of any kind: it is the answer
+                tell("failed", f"{type(error).__name__}: {error}")

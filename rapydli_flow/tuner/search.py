@@ -31,7 +31,7 @@ from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
 FINALISTS, NEAR = 8, 0.10
-FINALS, FINAL_SHARE = 6, 0.1  # how often finalists are measured at most, and which part of the search that may take
+FINALS, FINAL_SHARE = 8, 0.2  # how often finalists are measured at most, and which part of all time that may take
 UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
 PATIENCE = 0.25  # of the space, tried without an improvement: enough
 LEAST_PATIENCE = 24
@@ -203,7 +203,7 @@ class Tuner:
 
     def _spent(self) -> bool:
         trials = self.budget.trials
-        return time.monotonic() - self._begun >= self.budget.seconds or (
+        return time.monotonic() - self._begun >= (1 - FINAL_SHARE) * self.budget.seconds or (
             trials is not None and len(self._trials) >= trials
         )
 
@@ -284,7 +284,7 @@ class Tuner:
 
         Of those that tie the default, else the first by template and config.
         """
-        allowed_s = FINAL_SHARE * (time.monotonic() - self._begun)
+        allowed_s = FINAL_SHARE / (1 - FINAL_SHARE) * (time.monotonic() - self._begun)
         begun, left, timed = time.monotonic(), list(final), {}  # type: float, list[Choice], dict[Choice, list[Trial]]
         for n in range(1, FINALS + 1):
             try:
