@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ...space import Point, Space
 from .asking import Asking
 
-FIRST, TREES, CANDIDATES = 6, 60, 4096
+FIRST, TREES, CANDIDATES = 12, 60, 4096
 
 
 def guided(
