@@ -136,7 +136,9 @@ class Measure:
         n_ins, n_outs = len(request.ins), len(request.outs)
         ins, outs, extras = self._arrays[:n_ins], self._arrays[n_ins:][:n_outs], self._arrays[n_ins + n_outs :]
         for out in outs:
-            out.view(np.uint8)[...] = 0xFF  # floats are NaN, so that an element that no kernel writes is found out
+            out.reshape(-1).view(np.uint8)[...] = (
+                0xFF  # floats are NaN, so that an element that no kernel writes is found out
+            )
         at = at_array(Block.all(request.outs[0].shape))
         buffers = [*ins, *outs, *work, *extras, at]
         call = (kernel, [address_of(b) for b in buffers])

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
 FINALISTS, NEAR = 8, 0.10
-FINALS, FINAL_SHARE = 8, 0.2  # how often finalists are measured at most, and which part of all time that may take
+FINALS, FINAL_SHARE = 10, 0.2  # how often finalists are measured at most, and which part of a budget that may take
 UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
 PATIENCE = 0.25  # of the space, tried without an improvement: enough
 LEAST_PATIENCE = 24
@@ -126,6 +126,7 @@ class Tuner:
         self._trials: dict[Choice, Trial] = {}
         self._estimates: dict[Choice, list[Trial]] = {}
         self._history: list[tuple[int, float, float]] = []
+        self._paces: list[float] = []  # the anchor's times, as they were measured
         self._since, self._sure, self.interrupted = 0, inf, False
         self._races = self._begin()
         first = Tuning(self.device).choose(self.request)
@@ -245,6 +246,7 @@ class Tuner:
         beside = next((t for t in measured if t.choice == anchor), None)
         if anchor is None or beside is None or not beside.time_s:
             return list(measured)
+        self._paces.append(beside.time_s)
         factor = (self._trials[anchor].time_s or beside.time_s) / beside.time_s
         return [t.scaled(factor) for t in measured if t.choice != anchor]
 
@@ -264,13 +266,22 @@ class Tuner:
             final = [anchor, *(c for c in final if c != anchor)]
         if len(final) > 1 and not self.interrupted:
             best, ties = self._decide(final)
+        pace = self._pace()
+        self._trials = {c: t.scaled(pace) for c, t in self._trials.items()}
+        best, history = best.scaled(pace), tuple((n, s, time_s * pace) for n, s, time_s in self._history)
         trials = tuple(self._trials.values())
         names = [race.template.name for race in self._races]
         tried = {name: [t for t in trials if t.choice.template == name] for name in names}
         funnel = sum((Funnel.of(race.space, tried[race.template.name]) for race in self._races), Funnel.empty())
         strategy = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "own")
         default = self._trials.get(default.choice, default)
-        return Found(self.request, default, best, ties, trials, funnel, tuple(self._history), ended, strategy)
+        return Found(self.request, default, best, ties, trials, funnel, history, ended, strategy)
+
+    def _pace(self) -> float:
+        """All times are on the scale of the anchor's first, which may have met a busy machine: how far it was off."""
+        anchor = self._anchor()
+        first = None if anchor is None else self._trials[anchor].time_s
+        return median([first, *self._paces]) / first if first else 1.0
 
     def _ranked(self) -> list[Trial]:
         """What may be chosen, the fastest first."""
@@ -285,6 +296,8 @@ class Tuner:
         Of those that tie the default, else the first by template and config.
         """
         allowed_s = FINAL_SHARE / (1 - FINAL_SHARE) * (time.monotonic() - self._begun)
+        if self.budget.seconds == inf:
+            allowed_s = inf
         begun, left, timed = time.monotonic(), list(final), {}  # type: float, list[Choice], dict[Choice, list[Trial]]
         for n in range(1, FINALS + 1):
             try:

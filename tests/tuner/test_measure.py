@@ -154,6 +154,7 @@ def test_a_choice_that_does_not_exist_is_a_trial() -> None:
     ("op", "ins"),
     [
         (Scale(by=2.0), (X,)),
+        (Scale(by=2.0), (Spec(()),)),
         (Scale(by=2.0), (Spec((8, 4), "float64"),)),
         (CrossEntropy(), (Spec((6, 5)), Spec((6,), "int64"))),
         (MaxPool(window=(2,), stride=(2,), padding=((0, 0),)), (Spec((2, 8, 3)),)),
@@ -167,6 +168,31 @@ def test_a_choice_that_does_not_exist_is_a_trial() -> None:
 def test_kernels_of_the_package_are_right_and_timed(op: Op, ins: tuple[Spec, ...]) -> None:
     asked = request(op, *ins)
     assert not any(trial.error for trial in measured(asked, exhaustive(asked)[:2], threads=2).values())
+
+
+class Spoiled(Tripled, abstract=True):
+    family = "test_spoiled"
+
+
+@template("test_spoiled", "cpu")
+def spoils(op: Any, ins: Any, outs: Any, epilogue: Any) -> Loop:
+    """Wrong, and writes over what it reads."""
+    n = ins[0].size
+
+    def body(task, x, y, extras, at):
+        for i in range(n):
+            x[i] = y[i] = 1.0
+
+    return Loop(body, 1)
+
+
+template("test_spoiled", "cpu")(straight)
+
+
+def test_what_writes_over_its_operands_does_not_spoil_them_for_others() -> None:
+    trials = measured(request(Spoiled(), X), [Choice("spoils"), Choice("straight"), Choice("spoils")])
+    assert "deviates from the reference" in trials["spoils"].error
+    assert trials["straight"].time_s is not None
 
 
 # tuning a graph ----------------------------------------------------------------------------------------

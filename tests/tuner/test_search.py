@@ -144,6 +144,19 @@ def test_luck_does_not_add_up() -> None:
     assert 0.85 < ratio < 1.15
 
 
+def test_a_busy_moment_at_the_beginning_is_found_out() -> None:
+    calls = []
+
+    def time_of(choice: Choice) -> float:
+        calls.append(choice)
+        return landscape(choice) * (9.0 if len(calls) == 1 else 1.0)
+
+    found = tuned(Bench(time_of))
+    assert found.default.time_s == pytest.approx(landscape(DEFAULT), rel=1e-6)
+    assert found.best.time_s == pytest.approx(landscape(BEST), rel=1e-6)
+    assert found.history[-1][2] == pytest.approx(landscape(BEST), rel=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["exhaustive", "guided", "greedy"])
 def test_a_machine_that_slows_down_does_not_mislead(strategy: str) -> None:
     found = tuned(Bench(drift=0.2), strategy=strategy)
