@@ -30,7 +30,7 @@ from .strategies import Strategy, named
 from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
-FINALISTS, NEAR = 8, 0.10
+FINALISTS, NEAR = 12, 0.12
 FINALS, FINAL_SHARE = 10, 0.2  # how often finalists are measured at most, and which part of a budget that may take
 UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
 PATIENCE = 0.25  # of the space, tried without an improvement: enough

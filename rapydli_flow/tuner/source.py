@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
+import linecache
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType, FunctionType, ModuleType
@@ -160,36 +160,58 @@ def _constant(value: Any, name: str) -> str:
 @cache
 def _text(code: CodeType, *, bare: bool) -> str:
     """The syntax of a function, or its code where there is no text. ``bare``: without its ``@template(...)``."""
-    try:
-        tree = _plain(inspect.getsource(code))
-    except (OSError, TypeError, SyntaxError):  # no file, or a lambda in the middle of a statement
+    tree = _definition(code.co_filename, code.co_name, code.co_firstlineno)
+    if tree is None:  # no file, or a lambda
         return _code(code)
-    if bare and isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        tree.decorator_list = [
-            d for d in tree.decorator_list if not ast.unparse(d).partition("(")[0].endswith("template")
-        ]
+    if bare:
+        kept = [d for d in tree.decorator_list if not ast.unparse(d).partition("(")[0].endswith("template")]
+        tree = copy(tree)
+        tree.decorator_list = kept
     return ast.dump(tree)
 
 
-def _plain(text: str) -> ast.stmt:
-    """The syntax of a definition, without docstrings."""
-    (tree,) = ast.parse(textwrap.dedent(text)).body
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _definition(file: str, name: str, line: int) -> Definition | None:
+    """The syntax, without docstrings, of a function by its name and first line, or of a class by its qualified name."""
+    linecache.checkcache(file)
+    return _definitions(tuple(linecache.getlines(file))).get((name, line))
+
+
+@cache
+def _definitions(lines: tuple[str, ...]) -> dict[tuple[str, int], Definition]:
+    """All functions and classes of a file: one parse for all of them is far faster than one for each."""
+    try:
+        tree = ast.parse("".join(lines))
+    except SyntaxError:  # changed since it was imported
+        return {}
+    found: dict[tuple[str, int], Definition] = {}
+
+    def visit(node: ast.AST, above: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = above
+            if isinstance(child, Definition):
+                name = above + child.name
+                is_class = isinstance(child, ast.ClassDef)
+                inside = f"{name}." if is_class else f"{name}.<locals>."
+                line = min(d.lineno for d in (child, *child.decorator_list))
+                found.setdefault((name, 0) if is_class else (child.name, line), child)
+                if ast.get_docstring(child, clean=False) is not None:
+                    child.body = child.body[1:] or [ast.Pass()]
+            visit(child, inside)
+
+    visit(tree, "")
+    return found
 
 
 @cache
 def _class_text(cls: type) -> tuple[str, Mapping[str, None]]:
     """The syntax of a class, and the names that it reads while it is made: bases, decorators, types and defaults of
     fields. Nothing where there is no text."""
-    try:
-        tree = _plain(inspect.getsource(cls))
-    except (OSError, TypeError, SyntaxError):
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    tree = None if file is None else _definition(file, cls.__qualname__, 0)
+    if tree is None:
         return "", {}
     return ast.dump(tree), dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
