@@ -165,7 +165,7 @@ def test_in_a_network_it_runs_compiled_and_nothing_is_fused_into_it(folder):
     (fused,) = rf.plan(graph, threads=1).rank_graphs(graph)
     assert [n.op.title for n in fused if isinstance(n.op, Fused)] == ["subtract+relu"]
     u = random()
-    got = rf.predict(graph, {}, u).compute()
+    got = rf.predict(graph, {}, u).compute(scheduler="threads")  # whatever client another test left
     np.testing.assert_allclose(got, np.maximum(2 * u - 1, 0), rtol=1e-6)
     assert "doubled" in [c.template for _, c in compile_program(fused, Tuning(host())).requests]
     trained = rf.trace(lambda x: double(nn.dense(x, 3)), rf.Spec((4, 2)))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SpaceError
+from ..errors import RapydliError, SpaceError
 from .expression import ARITHMETIC, COMPARISONS, DIVISIONS, FUNCTIONS, Node, scalar
 
 Column = NDArray[Any]
@@ -231,6 +231,8 @@ class Columns:
             point = dict(zip(names, row, strict=True))
             try:
                 values.append(scalar(body, point))
+            except RapydliError:  # it says what is wrong already
+                raise
             except Exception as error:  # of a user's function, or of arithmetic: which one, and where
                 at = ", ".join(f"{leaf}={value!r}" for leaf, value in zip(leaves, row, strict=True))
                 raise SpaceError(f"{tree} fails for {at}: {type(error).__name__}: {error}.") from error
