@@ -77,7 +77,7 @@ def tuning() -> str:
         )
     for r in result("tuner_stability")["rows"]:
         lines.append(
-            f"Tuned {r['repeats']} times from nothing and other chances, {r['kernel']}: {r['different winners']} configs "
+            f"Tuned {r['repeats']} times from nothing, {r['kernel']}: {r['different winners']} configs "
             f"were chosen, the slowest {r['slowest winner / best winner'] - 1:.1%} behind the best of them, "
             f"and {1 / r['slowest winner / default']:.2f} times as fast as the default."
         )

@@ -185,6 +185,7 @@ EVERYTHING = optim.average(
 )
 
 
+@pytest.mark.slow
 def test_wrappers_of_wrappers_give_the_same_on_any_number_of_ranks() -> None:
     """And through kernels as through references; and the graph goes through JSON."""
     step = step_of(traced(perceptron, Spec((8, 4), "float64")), EVERYTHING)

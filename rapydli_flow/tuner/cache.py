@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SHIPPED
 from ..errors import TemplateError
 from ..template import Device, Template, templates
 from .choice import Choice, Request, Tuning
@@ -90,7 +89,7 @@ class TuningCache:
     the folder cannot be written to; reading finds nothing there. ``shipped``: a folder of exported results.
     """
 
-    def __init__(self, path: Path, shipped: Path = SHIPPED) -> None:
+    def __init__(self, path: Path, shipped: Path | None = None) -> None:
         self.path, self.shipped = path, shipped
         self._store = Store(path)
 
@@ -269,10 +268,10 @@ def _measured(request: Request, device: Device) -> Any:
 
 
 @cache
-def _shipped(folder: Path) -> tuple[Row, ...]:
+def _shipped(folder: Path | None) -> tuple[Row, ...]:
     """The choices of a folder of exported results, each with its request, the oldest first."""
     rows: list[Row] = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl")) if folder else ():
         told = read_rows(path)
         requests = {(row["device"], row["key"]): row for kind, row in told if kind == "request"}
         rows += [requests[row["device"], row["key"]] | row for kind, row in told if kind == "choice"]

@@ -165,6 +165,7 @@ def test_wrong_options_are_told_by_click(recipe):
     assert call("fly").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("digits", [Path(rf.__file__).parents[1] / "examples" / "digits.py"])
 def test_the_example_in_a_process_of_its_own(digits, tmp_path):
     where = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "digits.zarr")]

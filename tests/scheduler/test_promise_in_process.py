@@ -165,7 +165,7 @@ def test_samples_that_do_not_divide_evenly(plan: str) -> None:
     assert_same_run(train(made, 200), alone(), 1e-10)
 
 
-@pytest.mark.parametrize("plan", ["rows", "columns", "filters", "sharded state"])
+@pytest.mark.parametrize("plan", ["rows", pytest.param("columns", marks=pytest.mark.slow), "filters", "sharded state"])
 def test_other_splits(plan: str) -> None:
     made = programs(plan)
     run = train(made, 20)
@@ -182,7 +182,7 @@ def test_several_threads_give_the_same_bits() -> None:
     assert all(np.array_equal(run.state[name], value) for name, value in again.state.items())
 
 
-@pytest.mark.parametrize("plan", ["2 ranks", "3 ranks"])
+@pytest.mark.parametrize("plan", ["2 ranks", pytest.param("3 ranks", marks=pytest.mark.slow)])
 def test_float32_gradients(plan: str) -> None:
     one, several = (train(programs(p, "float32", False, True), 1) for p in ("1 rank", plan))
     names = [name for name in one.outputs if name.startswith("d ")]
