@@ -75,11 +75,15 @@ def tuning() -> str:
             f"Tuning a step of {r['network']} from nothing took {r['seconds']:.0f} s ({r['configs tried']} configs): "
             f"{r['default_ms']:.1f} ms became {r['tuned_ms']:.1f} ms, {r['gain']:.2f} times as fast."
         )
+    lines += [
+        "",
+        "| tuned again and again, from nothing | seed | chose the same | slowest / best choice | slowest / default |",
+        "|---|---|---|---|---|",
+    ]
     for r in result("tuner_stability")["rows"]:
         lines.append(
-            f"Tuned {r['repeats']} times from nothing, {r['kernel']}: {r['different winners']} configs "
-            f"were chosen, the slowest {r['slowest winner / best winner'] - 1:.1%} behind the best of them, "
-            f"and {1 / r['slowest winner / default']:.2f} times as fast as the default."
+            f"| {r['kernel']} | {r['chance']} | {r['chose the one most chosen']} of {r['repeats']} | "
+            f"{r['slowest winner / best winner']:.3f} | {r['slowest winner / default']:.2f} |"
         )
     return "\n".join(lines)
 
