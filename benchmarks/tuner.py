@@ -43,7 +43,7 @@ from rapydli_flow.tuner.simulate import Recording, compare
 
 HERE = Path(__file__).resolve().parent
 SPACES = HERE / "search_spaces.json"
-CHECKS = 10  # thorough measurements of all winners, beside one another
+CHECKS = 10  # thorough measurements of all winners, beside one another, each in a process of its own
 PICTURED = "conv 56x56x32, stride 2"
 RECORDED = RESULTS / "recorded_spaces.json"
 KERNEL_TUNER = HERE.parent / ".kernel-tuner" / "bin" / "python"
@@ -217,21 +217,27 @@ def stability(threads: int, repeats: int) -> None:
     """Tune the same convolutions again and again, from nothing, until the search itself ends.
 
     As a user who repeats it, with the same seed; and with another seed each time, which is harder. Winners are
-    compared with one another and with the default at the end, in the same rounds.
+    compared with one another and with the default at the end, in the same rounds. The default's time in each repeat
+    shows what the machine was doing: a core whose sibling is busy with somebody else's work is another machine.
     """
     rows = []
     for name, other in product(("input gradient 28x28x64", PICTURED), (False, True)):
-        request, winners, tried = requests()[name], [], []
+        request, winners, tried, paces = requests()[name], [], [], []
         for i in range(repeats):
             with Bench(host(), threads=threads) as bench:  # processes and memory of its own
                 found = Tuner(request, host(), bench, seed=i if other else 0).run()
             winners.append(found.best.choice)
             tried.append(len(found.trials))
-            print(f"{name} {i}: {found.best.choice} {found.gain:.3f}x {len(found.trials)} trials", flush=True)
-        with Bench(host(), threads=threads) as bench:
-            default = found.default.choice
-            different = [default, *sorted({*winners} - {default}, key=str)]  # times are relative to the first
-            calls = [bench(request, different, thorough=True) for _ in range(CHECKS)]
+            paces.append(_time(found.default))
+            told = f"{found.best.choice} {found.gain:.3f}x {paces[-1] * 1e3:.3f} ms {len(found.trials)} trials"
+            print(f"{name} {i}: {told}", flush=True)
+        default = found.default.choice
+        different = [default, *sorted({*winners} - {default}, key=str)]  # times are relative to the first
+        calls = []
+        for _ in range(CHECKS):
+            with Bench(host(), threads=threads) as bench:
+                calls.append(bench(request, different, thorough=True))
+        paces += [_time(trials[0]) for trials in calls]
         times = {c: fmean(_time(trials[i]) for trials in calls) for i, c in enumerate(different)}
         best, slowest = (pick(times[c] for c in winners) for pick in (min, max))
         rows.append(
@@ -244,6 +250,7 @@ def stability(threads: int, repeats: int) -> None:
                 "chose the one most chosen": max(map(winners.count, winners)),
                 "slowest winner / best winner": slowest / best,
                 "slowest winner / default": slowest / times[default],
+                "default, slowest / fastest": max(paces) / min(paces),
             }
         )
     print(table(rows))

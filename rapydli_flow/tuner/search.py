@@ -30,6 +30,7 @@ from .strategies import Strategy, named
 from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
+EQUAL = 0.01  # of those, these are chosen from by rule: the rest of the ties may well be slower by more than they look
 FINALISTS, NEAR = 12, 0.12
 FINALS, FINAL_SHARE = 10, 0.2  # how often finalists are measured at most, and which part of a budget that may take
 UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
@@ -293,7 +294,7 @@ class Tuner:
     def _decide(self, final: Sequence[Choice]) -> tuple[Trial, tuple[Choice, ...]]:
         """Measure the few best for longer, those that stay near the best again and again.
 
-        Of those that tie the default, else the first by template and config.
+        Of those that are equal to the fastest the default, else the first by template and config.
         """
         allowed_s = FINAL_SHARE / (1 - FINAL_SHARE) * (time.monotonic() - self._begun)
         if self.budget.seconds == inf:
@@ -318,7 +319,8 @@ class Tuner:
                 break
         good = [t for t in self._ranked() if t.choice in final] or [self._ranked()[0]]
         ties = sorted((t for t in good if t.seconds <= (1 + TIE) * good[0].seconds), key=lambda t: str(t.choice))
-        chosen = min(ties, key=lambda t: t.choice != self._default.choice)
+        equal = [t for t in ties if t.seconds <= (1 + EQUAL) * good[0].seconds]
+        chosen = min(equal, key=lambda t: t.choice != self._default.choice)
         return chosen, tuple(t.choice for t in ties)
 
 
