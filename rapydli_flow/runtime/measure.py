@@ -4,9 +4,9 @@
                       against  A     C         what is clearly slower than the best `against` is not timed further
 
 All choices work on the same memory, laid out as a rank's: where arrays lie decides how fast they are, by ten percent
-and more. Samples are ratios to the first of `against` (or of all that work) in the same round, times its median: what
-changes the speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a process of its
-own.
+and more. Samples are ratios to the geometric mean of `against` (or of all, where all stay) in the same round, times its
+median: what changes the speed of the whole machine from round to round cancels out. `runtime.bench` runs this in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import geometric_mean, median
 
 import numpy as np
 
@@ -169,10 +169,11 @@ class Measure:
     # rounds -----------------------------------------------------------------------------------------
 
     def _rounds(self, ready: dict[int, Callable[[], float]], against: int, thorough: bool) -> dict[int, list[float]]:
-        """Samples of each: in seconds, as ratios to the first in the same round, times its median."""
+        """Samples of each: in seconds, as ratios to what stays in all rounds, times its median."""
         if not ready:
             return {}
-        base, samples = min(ready), {i: [] for i in ready}  # type: dict[int, list[float]]
+        stay = [i for i in ready if thorough or i < against] or [min(ready)]
+        samples: dict[int, list[float]] = {i: [] for i in ready}
         spent = dict.fromkeys(ready, 0.0)
         running = list(ready)
         for r in range(THOROUGH if thorough else ROUNDS):
@@ -181,13 +182,15 @@ class Measure:
                 samples[i].append(ready[i]())
                 spent[i] += time.perf_counter() - begin
             if r + 1 in REJECT and not thorough:
-                beside = [i for i in running if i < max(1, against)] or [base]
-                limit = REJECT[r + 1] * min(median(samples[i]) for i in beside)
-                running = [i for i in running if i == base or i in beside or min(samples[i]) <= limit]
+                limit = REJECT[r + 1] * min(median(samples[i]) for i in stay)
+                running = [i for i in running if i in stay or min(samples[i]) <= limit]
             if r + 1 >= FEWEST and max(spent.values()) > OUT_OF_TIME_S * (4 if thorough else 1):
                 break
-        middle = median(samples[base])
-        return {i: [t / b * middle for t, b in zip(mine, samples[base], strict=False)] for i, mine in samples.items()}
+        if len(ready) == 1:
+            return samples
+        base = [geometric_mean(each) for each in zip(*(samples[i] for i in stay), strict=True)]
+        middle = median(base)
+        return {i: [t / b * middle for t, b in zip(mine, base, strict=False)] for i, mine in samples.items()}
 
 
 def _ranges(request: Request) -> dict[int, tuple[float, float]]:

@@ -1,22 +1,21 @@
 """Searching for the fastest config of one request: strategies ask, a harness measures, budgets end it.
 
-    candidates of each template -> strategy asks for a batch -> measured beside the default and the best so far -> told
+    candidates of each template -> strategy asks for a batch -> measured beside the default and the few best -> told
                         ... until the budget is spent, nothing is left, or nothing has improved for long
     the few best and the default -> measured once more, for longer -> ties -> one of them, by rule
 
-The harness is given: a `Measure` compiles, checks and times choices, and times them *against* others in the same
-rounds. Times are relative to the default in the same rounds, brought to the scale of its first measurement: what the
-whole machine does at the moment cancels out. (Not to the best so far: who looks best was also lucky, and luck on luck
-adds up.) The best so far is timed again with every batch, so its luck is averaged out.
+The harness is given: a `Measure` compiles, checks and times choices, and times them *beside* others in the same
+rounds; `Scale` makes one scale of many such sets. The few best are timed again with every batch: that is cheap next
+to compiling, it averages out their luck, and new ones are compared with what behaves as they do.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf, sqrt
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,15 +25,17 @@ from ..space import Rules, Space, as_rules
 from ..template import Device, Template
 from .choice import Choice, Request, Tuning
 from .funnel import Funnel
+from .scale import Scale
 from .strategies import Strategy, named
 from .trial import Trial
 
 TIE = 0.02  # times this near to the best are ties
 EQUAL = 0.01  # of those, these are chosen from by rule: the rest of the ties may well be slower by more than they look
-FINALISTS, NEAR = 12, 0.12
+BESIDE = 6  # of the best so far are timed again with each batch, if they are NEAR
+FINALISTS, NEAR = 20, 0.12
 FINALS, FINAL_SHARE = 10, 0.2  # how often finalists are measured at most, and which part of a budget that may take
-UNSURE = 0.05  # two of these may be apart though they are equal, when each was measured once
-PATIENCE = 0.25  # of the space, tried without an improvement: enough
+UNSURE = 0.08  # two of these may be apart though they are equal, when each was measured once
+PATIENCE = 0.3  # of the space, tried without an improvement: enough
 LEAST_PATIENCE = 24
 DROPPED = 1.5  # a template whose best is so much slower, after two batches, is not tried further
 
@@ -124,19 +125,19 @@ class Tuner:
         Raises SpaceError if the constraints of ``soft`` leave no config.
         """
         self._begun = time.monotonic()
-        self._trials: dict[Choice, Trial] = {}
-        self._estimates: dict[Choice, list[Trial]] = {}
-        self._history: list[tuple[int, float, float]] = []
-        self._paces: list[float] = []  # the anchor's times, as they were measured
-        self._since, self._sure, self.interrupted = 0, inf, False
+        self._tried: dict[Choice, tuple[int, float]] = {}  # with what number, and at which second, in their order
+        self._scale, self._last = Scale(), Scale()  # of the search, and of the finalists
+        self._improved, self._sure, self.interrupted = 0, inf, False  # at which trial, to which part of the default
+        if self.known:
+            self._scale.add([t.checked() for t in self.known])
         self._races = self._begin()
         first = Tuning(self.device).choose(self.request)
         self._allowed = any(
             race.template.name == first.template and dict(first.config) in race.space for race in self._races
         )
-        self._default = Trial.failed(first, "time", "interrupted")
+        self._first = first
         try:
-            self._default = self._time([first])[0]
+            self._time([first])
             ended = self._search()
         except KeyboardInterrupt:
             self.interrupted, ended = True, "interrupted"
@@ -187,12 +188,14 @@ class Tuner:
                 return "nothing left to try"
             if self._spent():
                 return "budget spent"
-            if self._since >= patience and isinstance(self.strategy, str) and self.strategy != "exhaustive":
-                return f"no improvement in {self._since} trials"
+            since = len(self._tried) - self._improved
+            if since >= patience and self.strategy != "exhaustive" and not self._hopeful():
+                return f"no improvement in {since} trials"
             assert race.waiting is not None
-            room = len(race.waiting) if self.budget.trials is None else self.budget.trials - len(self._trials)
+            room = len(race.waiting) if self.budget.trials is None else self.budget.trials - len(self._tried)
             asked = race.waiting[: max(1, room)]
-            told = [t.seconds for t in self._time(asked)]
+            self._time(asked)
+            told = [self._ratio(c) if c in self._scale else inf for c in asked]
             race.best, race.batches = min([race.best, *told]), race.batches + 1
             race.waiting = self._ask(race, [*told, *[inf] * (len(race.waiting) - len(asked))])
 
@@ -206,145 +209,133 @@ class Tuner:
     def _spent(self) -> bool:
         trials = self.budget.trials
         return time.monotonic() - self._begun >= (1 - FINAL_SHARE) * self.budget.seconds or (
-            trials is not None and len(self._trials) >= trials
+            trials is not None and len(self._tried) >= trials
         )
 
-    def _time(self, choices: Sequence[Choice]) -> list[Trial]:
-        """Measure those that are not known, on the scale of the default's time."""
-        known = {t.choice: t for t in self.known}
-        fresh = [c for c in choices if c not in self._trials and c not in known]
-        before, best = len(self._trials), self._best()
-        for choice in choices:
-            if choice in known and choice not in self._trials:
-                self._trials[choice] = known[choice].checked()
+    def _time(self, choices: Sequence[Choice]) -> None:
+        """Measure those that are not known."""
+        fresh = [c for c in choices if not self._scale.sets(c)]
         if fresh:
-            beside = list(dict.fromkeys(c for c in (self._anchor(), best.choice if best else None) if c is not None))
-            measured = [t.checked() for t in self.measure(self.request, fresh, against=beside)]
-            for trial in self._to_scale(measured):
-                self._estimates.setdefault(trial.choice, []).append(trial)
-                self._trials[trial.choice] = _middle(self._estimates[trial.choice])
-        self._since += len(self._trials) - before
-        new = self._best()
-        if new is not None:
-            if best is None or new.seconds < best.seconds:
-                self._history.append((len(self._trials), time.monotonic() - self._begun, new.seconds))
-            if self._confirmed(new.choice) and new.seconds < (1 - TIE) * self._sure:
-                self._since, self._sure = 0, new.seconds
-        self.watch(self.request, list(self._trials.values()))
-        return [self._trials[c] for c in choices]
+            measured = self.measure(self.request, fresh, against=self._beside())
+            self._scale.add([t.checked() for t in measured])
+        spent = time.monotonic() - self._begun
+        for choice in choices:
+            self._tried.setdefault(choice, (len(self._tried) + 1, spent))
+        if (sure := next(filter(self._confirmed, self._ranked()), None)) is not None:
+            ratio = self._ratio(sure)
+            if ratio < (1 - TIE) * self._sure:
+                self._improved, self._sure = self._tried[sure][0], ratio
+        self.watch(self.request, list(self._told().values()))
+
+    def _told(self) -> dict[Choice, Trial]:
+        """All that were tried, on the scale of the anchor's usual time; finalists by their last measurements."""
+        anchor = self._anchor()
+        usual = median([*self._scale.measured(anchor), *self._last.measured(anchor)]) if anchor else 1.0
+
+        def trial(choice: Choice) -> Trial:
+            scale = self._last if self._last.sets(choice) else self._scale
+            return scale.trial(choice, anchor if anchor and anchor in scale else None, usual)
+
+        return {c: trial(c) for c in self._tried}
+
+    def _beside(self) -> list[Choice]:
+        """What a batch is timed beside: the anchor, and the best that are near one another."""
+        anchor = self._anchor()
+        if anchor is None:
+            return []
+        ranked = self._ranked()
+        near = [c for c in ranked if self._scale.ratio(c, ranked[0]) <= 1 + NEAR][:BESIDE]
+        return list(dict.fromkeys([anchor, *near]))
+
+    def _ratio(self, choice: Choice) -> float:
+        """To the anchor's time."""
+        anchor = self._anchor()
+        return self._scale.ratio(choice, anchor) if anchor else inf
+
+    def _hopeful(self) -> bool:
+        """Does the best look like an improvement that is not confirmed yet?"""
+        best = next(iter(self._ranked()), None)
+        return best is not None and not self._confirmed(best) and self._ratio(best) < (1 - TIE) * self._sure
 
     def _confirmed(self, choice: Choice) -> bool:
-        """Is its time more than luck? The best is timed with every batch, and soon was three times."""
-        return choice == self._anchor() or len(self._estimates.get(choice, ())) not in (1, 2)
+        """Is its time more than luck? The best are timed with every batch, and soon were three times."""
+        return choice == self._anchor() or self._scale.sets(choice) > 2 or any(choice == t.choice for t in self.known)
 
     def _anchor(self) -> Choice | None:
         """What times are relative to: the default, or the first that has a time if that has none."""
-        return next((c for c, t in self._trials.items() if t.time_s is not None), None)
+        return next((c for c in self._tried if c in self._scale), None)
 
-    def _to_scale(self, measured: Sequence[Trial]) -> list[Trial]:
-        """Trials on the scale of the anchor's first time; the anchor itself is left out but for the first time."""
-        anchor = self._anchor()
-        beside = next((t for t in measured if t.choice == anchor), None)
-        if anchor is None or beside is None or not beside.time_s:
-            return list(measured)
-        self._paces.append(beside.time_s)
-        factor = (self._trials[anchor].time_s or beside.time_s) / beside.time_s
-        return [t.scaled(factor) for t in measured if t.choice != anchor]
-
-    def _best(self) -> Trial | None:
-        good = [t for t in self._trials.values() if t.time_s is not None]
-        return min(good, key=lambda t: t.seconds, default=None)
+    def _ranked(self) -> list[Choice]:
+        return self._scale.ranked(self._tried)
 
     # deciding ---------------------------------------------------------------------------------------
 
     def _found(self, ended: str) -> Found:
-        default, chosen = self._default, self._ranked()
-        best = chosen[0] if chosen else default
-        ties: tuple[Choice, ...] = (best.choice,)
-        near = [t for t in chosen if t.seconds <= (1 + NEAR) * (best.seconds)][:FINALISTS]
-        final = [t.choice for t in near]
-        if (anchor := self._anchor()) is not None:
-            final = [anchor, *(c for c in final if c != anchor)]
-        if len(final) > 1 and not self.interrupted:
-            best, ties = self._decide(final)
-        pace = self._pace()
-        self._trials = {c: t.scaled(pace) for c, t in self._trials.items()}
-        best, history = best.scaled(pace), tuple((n, s, time_s * pace) for n, s, time_s in self._history)
-        trials = tuple(self._trials.values())
+        ranked, scale = self._ranked(), self._scale
+        if not self._allowed:
+            ranked = [c for c in ranked if c != self._first] or ranked
+        anchor, stayed = self._anchor(), []  # type: Choice | None, list[Choice]
+        while ranked and not stayed and not self.interrupted:
+            near = [c for c in ranked if scale.ratio(c, ranked[0]) <= 1 + NEAR][:FINALISTS]
+            final = list(dict.fromkeys([*([anchor] if anchor else []), *near]))
+            if len(final) == 1:
+                break
+            stayed = [c for c in self._final(final) if c in near]
+            ranked = [c for c in ranked if c in self._last or not self._last.sets(c)]  # without those that failed now
+        if stayed:
+            ranked, scale = stayed, self._last
+        else:
+            ranked = ranked[:1]
+        ties = sorted((c for c in ranked if scale.ratio(c, ranked[0]) <= 1 + TIE), key=str)
+        equal = [c for c in ties if scale.ratio(c, ranked[0]) <= 1 + EQUAL] or [self._first]
+        told, never = self._told(), Trial.failed(self._first, "time", "interrupted")
+        default, best = (told.get(c, never) for c in (self._first, min(equal, key=lambda c: c != self._first)))
         names = [race.template.name for race in self._races]
-        tried = {name: [t for t in trials if t.choice.template == name] for name in names}
+        tried = {name: [t for t in told.values() if t.choice.template == name] for name in names}
         funnel = sum((Funnel.of(race.space, tried[race.template.name]) for race in self._races), Funnel.empty())
-        strategy = self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "own")
-        default = self._trials.get(default.choice, default)
-        return Found(self.request, default, best, ties, trials, funnel, history, ended, strategy)
+        return Found(
+            self.request,
+            default,
+            best,
+            tuple(ties) or (best.choice,),
+            tuple(told.values()),
+            funnel,
+            self._history(told),
+            ended,
+            self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "own"),
+        )
 
-    def _pace(self) -> float:
-        """All times are on the scale of the anchor's first, which may have met a busy machine: how far it was off."""
-        anchor = self._anchor()
-        first = None if anchor is None else self._trials[anchor].time_s
-        return median([first, *self._paces]) / first if first else 1.0
+    def _history(self, told: Mapping[Choice, Trial]) -> tuple[tuple[int, float, float], ...]:
+        """When the best time improved, as times are known at the end."""
+        out: list[tuple[int, float, float]] = []
+        for choice, (number, spent) in self._tried.items():
+            if told[choice].seconds < (out[-1][2] if out else inf):
+                out.append((number, spent, told[choice].seconds))
+        return tuple(out)
 
-    def _ranked(self) -> list[Trial]:
-        """What may be chosen, the fastest first."""
-        good = [t for t in self._trials.values() if t.time_s is not None]
-        if not self._allowed and len(good) > 1:
-            good = [t for t in good if t.choice != self._default.choice]
-        return sorted(good, key=lambda t: t.seconds)
+    def _final(self, final: Sequence[Choice]) -> list[Choice]:
+        """Measure the few best for longer, those that stay near the best again and again: these, the fastest first.
 
-    def _decide(self, final: Sequence[Choice]) -> tuple[Trial, tuple[Choice, ...]]:
-        """Measure the few best for longer, those that stay near the best again and again.
-
-        Of those that are equal to the fastest the default, else the first by template and config.
+        Only they are compared, for they met the same machine. The first of ``final`` stays in any case.
         """
         allowed_s = FINAL_SHARE / (1 - FINAL_SHARE) * (time.monotonic() - self._begun)
         if self.budget.seconds == inf:
             allowed_s = inf
-        begun, left, timed = time.monotonic(), list(final), {}  # type: float, list[Choice], dict[Choice, list[Trial]]
+        begun, left, last = time.monotonic(), list(final), self._last
         for n in range(1, FINALS + 1):
             try:
-                measured = [t.checked() for t in self.measure(self.request, left, thorough=True)]
+                last.add([t.checked() for t in self.measure(self.request, left, thorough=True)])
             except KeyboardInterrupt:
                 self.interrupted = True
                 break
-            for trial in self._to_scale(measured):
-                timed.setdefault(trial.choice, []).append(trial)
-                self._trials[trial.choice] = _pooled(timed[trial.choice])
-            near = [t for t in self._ranked() if t.choice in left]
-            if not near:
-                break
-            most = (1 + TIE + UNSURE / sqrt(n)) * near[0].seconds
-            close = [t.choice for t in near if t.seconds <= most]
-            left = list(dict.fromkeys([final[0], *close]))
+            good = last.ranked(left)
+            rivals = [c for c in good if self._allowed or c != self._first]
+            most = 1 + TIE + UNSURE / sqrt(n)
+            close = [c for c in rivals if last.ratio(c, rivals[0]) <= most]
+            left = [c for c in good if c in close or c == final[0]]
             if len(close) < 2 or time.monotonic() - begun > allowed_s:
                 break
-        good = [t for t in self._ranked() if t.choice in final] or [self._ranked()[0]]
-        ties = sorted((t for t in good if t.seconds <= (1 + TIE) * good[0].seconds), key=lambda t: str(t.choice))
-        equal = [t for t in ties if t.seconds <= (1 + EQUAL) * good[0].seconds]
-        chosen = min(equal, key=lambda t: t.choice != self._default.choice)
-        return chosen, tuple(t.choice for t in ties)
-
-
-def _middle(trials: Sequence[Trial]) -> Trial:
-    """Of several measurements the one in the middle; the last if that failed."""
-    if trials[-1].time_s is None:
-        return trials[-1]
-    good = sorted((t for t in trials if t.time_s is not None), key=lambda t: t.seconds)
-    return good[len(good) // 2]
-
-
-def _pooled(trials: Sequence[Trial]) -> Trial:
-    """Several measurements of one choice as one: their mean, and its interval; a failure if one is."""
-    for trial in trials:
-        if trial.time_s is None:
-            return trial
-    time_s = fmean(t.seconds for t in trials)
-
-    def side(bounds: list[float | None]) -> float | None:
-        known = [b for b in bounds if b is not None]
-        return time_s + (fmean(known) - time_s) / sqrt(len(trials)) if known else None
-
-    low_s, high_s = side([t.low_s for t in trials]), side([t.high_s for t in trials])
-    return replace(trials[-1], time_s=time_s, low_s=low_s, high_s=high_s, rounds=sum(t.rounds for t in trials))
+        return last.ranked(left)
 
 
 def _applying(soft: Rules, space: Space) -> Mapping[str, Any]:
