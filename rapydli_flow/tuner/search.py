@@ -275,13 +275,15 @@ class Tuner:
         if not self._allowed:
             ranked = [c for c in ranked if c != self._first] or ranked
         anchor, stayed = self._anchor(), []  # type: Choice | None, list[Choice]
-        while ranked and not stayed and not self.interrupted:
+        while ranked and not self.interrupted:
             near = [c for c in ranked if scale.ratio(c, ranked[0]) <= 1 + NEAR][:FINALISTS]
             final = list(dict.fromkeys([*([anchor] if anchor else []), *near]))
             if len(final) == 1:
                 break
-            stayed = [c for c in self._final(final) if c in near]
-            ranked = [c for c in ranked if c in self._last or not self._last.sets(c)]  # without those that failed now
+            stayed = [c for c in self._final(final) if c in ranked]
+            if self.interrupted or any(c in self._last for c in near):
+                break
+            ranked = [c for c in ranked if c not in near]  # these failed now, all of them: the next best
         if stayed:
             ranked, scale = stayed, self._last
         else:

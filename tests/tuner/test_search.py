@@ -349,9 +349,21 @@ def test_finalists_that_fail_are_not_chosen() -> None:
     found = tuned(Late())
     assert found.best.choice not in (BEST, DEFAULT)
     assert {t.choice: t.error for t in found.trials}[BEST] == "hung"
-    lost = {t.choice for t in found.trials}  # whatever gets that far
-    found = tuned(Late())
-    assert found.best.time_s is None or found.best.choice not in lost
+    lost = {t.choice for t in found.trials} - {DEFAULT}  # whatever gets that far
+    assert tuned(Late()).best.choice == DEFAULT
+
+
+def test_a_default_that_is_the_fastest_after_all_is_chosen() -> None:
+    class Turned(Bench):
+        def __call__(self, *args: Any, **options: Any) -> list[Trial]:
+            trials = super().__call__(*args, **options)
+            return [t.scaled(0.1) if options.get("thorough") and t.choice == DEFAULT else t for t in trials]
+
+    bench = Turned()
+    found = tuned(bench)
+    assert found.best.choice == DEFAULT
+    assert found.ties == (DEFAULT,)
+    assert [thorough for *_, thorough in bench.calls].count(True) == 1
 
 
 def test_an_interrupt_while_finalists_are_measured() -> None:
