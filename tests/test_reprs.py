@@ -134,7 +134,7 @@ def test_a_tuning_shows_its_choices(step):
     assert cells(tuning._repr_html_()) == [["kernel of", "template and config"], [request.op.family, "blocked tile=2"]]
     assert ODD in words(tuning._repr_html_())
     wrong = Trial.failed(Choice(ODD), "check", f"deviates {ODD}")
-    found = Found(request, default, best, (), (default, best, wrong), Funnel.empty(), (), "budget spent", "random")
+    found = Found(request, default, best, (), (default, best, wrong), Funnel.empty(), (), "budget spent", 1.0, "random")
     session = Session(device, (found,), (Job(request), Job(request)), None, StepTime(3e-3, 2e-3), 1.0, False)
     report = TuningReport((session,), tuning, lost=(ODD,))
     row = cells(report._repr_html_())[1]

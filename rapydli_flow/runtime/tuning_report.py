@@ -188,6 +188,7 @@ def _kernel(found: Found, calls: int) -> dict[str, Any]:
         "trials": [_trial(trial) for trial in found.trials],
         "history": [{"trials": n, "elapsed_s": s, "best_s": best} for n, s, best in found.history],
         "ended": found.ended,
+        "elapsed_s": found.elapsed_s,
         "strategy": found.strategy,
         "funnel": found.funnel.to_json(),
     }
@@ -206,7 +207,9 @@ def _curve(found: Found) -> str:
         if points:
             points.append((elapsed_s, points[-1][1]))
         points.append((elapsed_s, best_s * 1e3))
-    picture = markup.curve("ms", points, labels=("", "")) if len(points) > 1 else ""
+    if len(points) > 1:
+        points.append((found.elapsed_s, points[-1][1]))
+    picture = markup.curve("ms over seconds", points, labels=("", "")) if len(points) > 1 else ""
     return f'<div><div style="font-size:12px">{escape(str(found.request)[:60])}</div>{picture}</div>' if picture else ""
 
 

@@ -69,7 +69,7 @@ class Found:
     """What tuning one request found.
 
     ``best`` is the choice to use, ``ties`` those that are as fast within 2 %. ``history``: trials, seconds and
-    the best time so far, whenever it improved. ``ended`` says why the search stopped.
+    the best time so far, whenever it improved. ``ended`` says why the search stopped, after ``elapsed_s`` seconds.
     """
 
     request: Request
@@ -80,6 +80,7 @@ class Found:
     funnel: Funnel
     history: tuple[tuple[int, float, float], ...]
     ended: str
+    elapsed_s: float
     strategy: str
 
     @property
@@ -98,7 +99,8 @@ class _Race:
     template: Template
     space: Space
     search: Any
-    waiting: list[Choice] | None = None
+    waiting: list[Choice] | None = None  # what it asked for
+    told: list[float] = field(default_factory=list)  # what is known of that, a few at a time
     best: float = inf
     batches: int = 0
 
@@ -192,12 +194,13 @@ class Tuner:
             if since >= patience and self.strategy != "exhaustive" and not self._hopeful():
                 return f"no improvement in {since} trials"
             assert race.waiting is not None
-            room = len(race.waiting) if self.budget.trials is None else self.budget.trials - len(self._tried)
-            asked = race.waiting[: max(1, room)]
+            room = self.batch if self.budget.trials is None else self.budget.trials - len(self._tried)
+            asked = race.waiting[len(race.told) :][: max(1, min(self.batch, room))]
             self._time(asked)
-            told = [self._ratio(c) if c in self._scale else inf for c in asked]
-            race.best, race.batches = min([race.best, *told]), race.batches + 1
-            race.waiting = self._ask(race, [*told, *[inf] * (len(race.waiting) - len(asked))])
+            race.told += [self._ratio(c) if c in self._scale else inf for c in asked]
+            race.best = min([race.best, *race.told])
+            if len(race.told) == len(race.waiting):
+                race.waiting, race.told, race.batches = self._ask(race, race.told), [], race.batches + 1
 
     def _next(self) -> _Race | None:
         """The template whose turn it is: in turns, without those that are far behind."""
@@ -304,6 +307,7 @@ class Tuner:
             funnel,
             self._history(told),
             ended,
+            time.monotonic() - self._begun,
             self.strategy if isinstance(self.strategy, str) else getattr(self.strategy, "__name__", "own"),
         )
 
