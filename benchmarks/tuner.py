@@ -232,7 +232,7 @@ def stability(threads: int, repeats: int) -> None:
             told = f"{found.best.choice} {found.gain:.3f}x {paces[-1] * 1e3:.3f} ms {len(found.trials)} trials"
             print(f"{name} {i}: {told}", flush=True)
         default = found.default.choice
-        different = [default, *sorted({*winners} - {default}, key=str)]  # times are relative to the first
+        different = [default, *sorted({*winners} - {default}, key=str)]
         calls = []
         for _ in range(CHECKS):
             with Bench(host(), threads=threads) as bench:

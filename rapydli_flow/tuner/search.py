@@ -133,11 +133,10 @@ class Tuner:
         if self.known:
             self._scale.add([t.checked() for t in self.known])
         self._races = self._begin()
-        first = Tuning(self.device).choose(self.request)
-        self._allowed = any(
+        self._first = first = Tuning(self.device).choose(self.request)  # the default
+        self._allowed = any(  # to be chosen, by the constraints of `soft`
             race.template.name == first.template and dict(first.config) in race.space for race in self._races
         )
-        self._first = first
         try:
             self._time([first])
             ended = self._search()
@@ -251,7 +250,7 @@ class Tuner:
         return list(dict.fromkeys([anchor, *near]))
 
     def _ratio(self, choice: Choice) -> float:
-        """To the anchor's time."""
+        """How many times as long as the anchor it takes."""
         anchor = self._anchor()
         return self._scale.ratio(choice, anchor) if anchor else inf
 
@@ -277,7 +276,8 @@ class Tuner:
         ranked, scale = self._ranked(), self._scale
         if not self._allowed:
             ranked = [c for c in ranked if c != self._first] or ranked
-        anchor, stayed = self._anchor(), []  # type: Choice | None, list[Choice]
+        anchor = self._anchor()
+        stayed: list[Choice] = []
         while ranked and not self.interrupted:
             near = [c for c in ranked if scale.ratio(c, ranked[0]) <= 1 + NEAR][:FINALISTS]
             final = list(dict.fromkeys([*([anchor] if anchor else []), *near]))
