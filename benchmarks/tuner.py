@@ -218,7 +218,7 @@ def stability(threads: int, repeats: int) -> None:
 
     As a user who repeats it, with the same seed; and with another seed each time, which is harder. Winners are
     compared with one another and with the default at the end, in the same rounds. The default's time in each repeat
-    shows what the machine was doing: a core whose sibling is busy with somebody else's work is another machine.
+    shows what the machine was doing: shared with others, it is not the same machine all the time.
     """
     rows = []
     for name, other in product(("input gradient 28x28x64", PICTURED), (False, True)):

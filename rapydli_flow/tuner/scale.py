@@ -2,8 +2,8 @@
 
     log time of a choice in a set  =  what the choice takes  +  what the machine did in that set  +  noise
 
-A set of rounds compares its choices well; the next one may meet another machine: a neighbour on the sibling of a core
-makes kernels 30 % slower, and not all by the same. Both terms are fitted to all measurements at once, in turns: the
+A set of rounds compares its choices well; the next one may meet another machine: what others do on it makes kernels
+30 % slower, and not all by the same. Both terms are fitted to all measurements at once, in turns: the
 machine's as the median over choices that were timed in other sets too, the choice's as the mean over its sets. Then no
 single choice carries the scale from one set to the next: neither the default, which a neighbour slows down
 differently from the good ones, nor the best so far, which was also lucky.
