@@ -102,7 +102,7 @@ def test_features_are_numbers() -> None:
         Space({"a": (1, 2, 8), "b": ("x", "y"), "c": (0, 3), "d": (False, True)}),
         [{"a": 8, "b": "y", "c": 0, "d": True}],
     )
-    assert table.tolist() == [[3.0, 1.0, 0.0, 1.0]]
+    assert table.tolist() == [[3.0, 1.0, 0.0, 1.0, 4.0, 3.0, 4.0, 1.0, 2.0, 1.0]], "four columns, then sums of any two"
 
 
 def test_unknown_strategies_are_named() -> None:

@@ -1,16 +1,17 @@
 """Model-guided search: a forest of trees learns the times so far and says where to look next.
 
 The model (scikit-learn's `ExtraTreesRegressor`, as in SMAC: Hutter, Hoos, Leyton-Brown 2011) predicts the logarithm of
-the time from the values of parameters. Points are asked by expected improvement over the best so far, where the spread
-of the trees stands for what the model does not know, and half of them next to the best, for trees are blunt where a
-slope is gentle. Candidates are all points of a small space; of a large one a
-sample, and the neighbours of the best. Points without a time count as slow as the slowest, so that
-regions that fail are left.
+the time from the values of parameters and the products of any two, for caches and registers hold products of blocks and
+a tree by itself cuts along one parameter at a time. Points are asked by expected improvement over the best so far,
+where the spread of the trees stands for what the model does not know, and half of them next to the best, for trees are
+blunt where a slope is gentle. Candidates are all points of a small space; of a large one a sample, and the neighbours
+of the best. Points without a time count as slow as the slowest, so that regions that fail are left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import combinations
 from math import erf, inf
 from typing import Any
 
@@ -54,6 +55,13 @@ def guided(
 
 
 def features(space: Space, points: Sequence[Point]) -> NDArray[np.float64]:
+    """What the forest sees of points: each parameter, and the sum (of logarithms: the product) of any two."""
+    columns = _columns(space, points)
+    sums = [columns[:, a] + columns[:, b] for a, b in combinations(range(columns.shape[1]), 2)]
+    return np.column_stack([columns, *sums])
+
+
+def _columns(space: Space, points: Sequence[Point]) -> NDArray[np.float64]:
     """Points as numbers: logarithms of positive ones, else places in the list of values."""
     columns = []
     for name, domain in space.domains.items():
@@ -71,7 +79,7 @@ def _spread(space: Space, asking: Asking, n: int, rng: np.random.Generator) -> l
     pool = asking.fresh(16 * n, rng)
     if not pool:
         return []
-    table = features(space, pool)
+    table = _columns(space, pool)
     scale = np.ptp(table, axis=0)
     table = table / np.where(scale > 0, scale, 1.0)
     chosen = [int(rng.integers(len(pool)))]
