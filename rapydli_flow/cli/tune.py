@@ -20,7 +20,7 @@ from .. import api
 from ..errors import SettingError
 from ..runtime.tuning import cache
 from ..space import Space, read_spaces
-from ..tuner import STRATEGIES, Choice, Known, Trial, TuningCache
+from ..tuner import STRATEGIES, Choice, Known, Trial, TuningCache, time_text
 from ..tuner.simulate import compare, read_recordings
 from .cluster import cluster
 from .failing import plain_errors
@@ -163,9 +163,9 @@ def show(what: str, top: int, as_json: bool) -> None:
         rows = [("key", "kernel", "default", "best", "gain", "state", "config")]
         for one in known:
             gain = "" if one.gain is None else f"{one.gain:.2f}x"
-            times = (_ms(one.default), _ms(one.best))
+            times = (_time(one.default), _time(one.best))
             rows.append((_short(one.key), one.request[:60], *times, gain, one.state, str(one.best.choice)))
-            rows += [("", "", "", _ms(trial), "", "tried", str(trial.choice)) for trial in tried[one.key]]
+            rows += [("", "", "", _time(trial), "", "tried", str(trial.choice)) for trial in tried[one.key]]
         click.echo(table(rows))
         click.echo(f"{len(known)} kernels known for {device.key}")
 
@@ -283,16 +283,16 @@ def _short(key: str) -> str:
     return f"{family}-{digest[:8]}"
 
 
-def _ms(trial: Trial | None) -> str:
+def _time(trial: Trial | None) -> str:
     if trial is None or (trial.time_s is None and not trial.error):
         return ""
-    return "failed" if trial.time_s is None else f"{trial.time_s * 1e3:.3f} ms"
+    return time_text(trial.time_s)
 
 
 def _side(choice: Choice | None, time_s: float | None) -> str:
     if choice is None:
         return "nothing"
-    return str(choice) if time_s is None else f"{choice} ({time_s * 1e3:.3f} ms)"
+    return str(choice) if time_s is None else f"{choice} ({time_text(time_s)})"
 
 
 def _told(one: Known, tried: Sequence[Trial]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bokeh.layouts import column
 from bokeh.models import ColumnDataSource, Div, HoverTool
 from bokeh.plotting import figure
 
-from ..tuner import Funnel
+from ..tuner import Funnel, time_text
 from . import parts
 from .curves import INK, TRAIN, plain
 from .serving import CARD, SHEET, fill, prefix_of, serve
@@ -146,8 +146,8 @@ def kernels(told: Told) -> str:
         best, default, speed = line.get("best_s"), line.get("default_s"), line.get("gflops") or 0.0
         share = min(1.0, speed / line["peak_gflops"]) if line.get("peak_gflops") else 0.0
         cells = [
-            f"{default * 1e3:.3f} ms" if default else "failed",
-            f"{best * 1e3:.3f} ms" if best else "failed",
+            time_text(default),
+            time_text(best),
             f"{default / best:.2f}x" if best and default else "",
             f"{line['trials']}",
         ]

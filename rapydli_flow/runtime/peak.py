@@ -25,6 +25,10 @@ class Peak:
     bytes_s: float
     threads: int
 
+    def better(self, other: Peak) -> Peak:
+        """The larger figure of each: what slows a machine down makes a peak smaller, never larger."""
+        return Peak(max(self.flops_s, other.flops_s), max(self.bytes_s, other.bytes_s), self.threads)
+
     def __str__(self) -> str:
         return f"{self.flops_s / 1e9:,.0f} GFLOP/s, {self.bytes_s / 1e9:,.1f} GB/s with {self.threads} threads"
 

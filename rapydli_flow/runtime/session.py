@@ -163,6 +163,9 @@ class Sitting:
         if self.graph is not None and not self.interrupted:
             with suppress(KeyboardInterrupt):
                 step = _step_time(self.graph, self.device, self.options.threads, self.found)
+        if self.peak is not None and not self.interrupted:  # once more: the first time may have been a busy moment
+            with suppress(KeyboardInterrupt):
+                self.peak = self.peak.better(measured_peak(self.device, self.options.threads))
         spent = time.monotonic() - self.begun
         return Session(self.device, tuple(self.found), self.jobs, self.peak, step, spent, self.interrupted)
 

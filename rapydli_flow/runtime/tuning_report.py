@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import reduce
 from html import escape
@@ -12,7 +13,7 @@ from typing import Any
 
 from .. import markup
 from ..errors import SettingError
-from ..tuner import Found, Funnel, Request, Trial, Tuning
+from ..tuner import Found, Funnel, Request, Trial, Tuning, time_text
 from .session import Session, gflops
 
 HEAD = ("kernel", "calls", "default", "best", "gain", "GFLOP/s", "of peak", "trials", "config")
@@ -123,7 +124,7 @@ class TuningReport:
         out = []
         for session in self.sessions:
             out.append(markup.title("Tuning", _words(session)))
-            rows = [[cell.replace(" ms", "\N{NO-BREAK SPACE}ms") for cell in row] for row in _rows(session)]
+            rows = [[re.sub(" (?=[mµ]s$)", "\N{NO-BREAK SPACE}", cell) for cell in row] for row in _rows(session)]
             right = [(row[0], row[-1], *row[1:-1]) for row in rows]
             out.append(markup.table((HEAD[0], HEAD[-1], *HEAD[1:-1]), right, right=len(HEAD) - 2))
         why = [(str(request)[:60], str(trial.choice), trial.error) for request, trial in self.failed]
@@ -147,8 +148,8 @@ def _rows(session: Session) -> list[tuple[str, ...]]:
             (
                 str(found.request)[:60],
                 f"{_calls(session, found)}",
-                _ms(found.default),
-                _ms(found.best),
+                time_text(found.default.time_s),
+                time_text(found.best.time_s),
                 f"{found.gain:.2f}x",
                 f"{speed:,.1f}" if speed else "",
                 f"{speed * 1e9 / peak:.0%}" if speed and peak else "",
@@ -211,7 +212,3 @@ def _curve(found: Found) -> str:
         points.append((found.elapsed_s, points[-1][1]))
     picture = markup.curve("ms over seconds", points, labels=("", "")) if len(points) > 1 else ""
     return f'<div><div style="font-size:12px">{escape(str(found.request)[:60])}</div>{picture}</div>' if picture else ""
-
-
-def _ms(trial: Trial) -> str:
-    return "failed" if trial.time_s is None else f"{trial.time_s * 1e3:.3f} ms"

@@ -11,7 +11,7 @@ from .search import Budget, Found, Measure, Tuner
 from .similar import nearest
 from .source import compilers, source_key
 from .strategies import STRATEGIES
-from .trial import Trial
+from .trial import Trial, time_text
 
 __all__ = [
     "REFERENCE",
@@ -33,4 +33,5 @@ __all__ = [
     "compilers",
     "nearest",
     "source_key",
+    "time_text",
 ]

@@ -79,6 +79,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[cut], ordered[-1 - cut]
 
 
+def time_text(time_s: float | None) -> str:
+    """A kernel's time for people: ``1.234 ms``, ``4.56 µs``; ``failed`` without one."""
+    if time_s is None:
+        return "failed"
+    return f"{time_s * 1e3:.3f} ms" if time_s >= 1e-5 else f"{time_s * 1e6:.2f} µs"
+
+
 def _is_time(seconds: float) -> bool:
     return isfinite(seconds) and seconds > 0
 

@@ -15,7 +15,7 @@ from rapydli_flow.runtime.bench import Bench
 from rapydli_flow.runtime.contained import Contained, Failed, Lost, share
 from rapydli_flow.runtime.measure import THOROUGH
 from rapydli_flow.runtime.own import carry, unpack
-from rapydli_flow.runtime.peak import measured_peak
+from rapydli_flow.runtime.peak import Peak, measured_peak
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Loop, template
 from rapydli_flow.tuner import Choice, Request, Tuning
@@ -224,3 +224,4 @@ def test_the_peak_is_more_than_nothing() -> None:
     assert peak.flops_s > 1e9
     assert peak.bytes_s > 1e8
     assert "GFLOP/s" in str(peak)
+    assert peak.better(Peak(1e20, 1.0, 1)) == Peak(1e20, peak.bytes_s, 1)

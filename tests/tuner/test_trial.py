@@ -5,7 +5,7 @@ from math import inf, log, nan
 
 import pytest
 
-from rapydli_flow.tuner import Choice, Trial
+from rapydli_flow.tuner import Choice, Trial, time_text
 from rapydli_flow.tuner.trial import median_interval
 
 CHOICE = Choice("rows", (("grain", 4096),))
@@ -47,3 +47,14 @@ def test_good_trials_and_failures_stay_what_they_are() -> None:
     for trial in (Trial(CHOICE, 1.0), Trial(CHOICE, error="deviates", stage="check")):
         assert trial.checked() is trial
     assert sorted([Trial(CHOICE, error="no"), Trial(CHOICE, 1.0)], key=lambda t: t.seconds)[0].time_s == 1.0
+
+
+def test_times_for_people() -> None:
+    assert [time_text(t) for t in (1.25, 0.0012346, 1e-5, 4.567e-6, 3.1e-7, None)] == [
+        "1250.000 ms",
+        "1.235 ms",
+        "0.010 ms",
+        "4.57 \N{MICRO SIGN}s",
+        "0.31 \N{MICRO SIGN}s",
+        "failed",
+    ]
