@@ -47,7 +47,7 @@ def tune() -> None:
 
 
 @tune.command("RECIPE")
-@click.argument("recipe")
+@click.argument("recipe", metavar="")  # the name of the command stands for it
 @click.option("--budget", default=100.0, show_default=True, help="Seconds to spend.")
 @click.option("--trials", default=None, type=int, help="Configs of each kernel to try, at most.")
 @click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="guided", show_default=True)

@@ -151,7 +151,9 @@ def test_recipes_come_first(results, tmp_path):
         )
     for arguments in (("--help",), ("show", "-h"), ("some.py", "--help")):
         assert "Usage:" in said(*arguments)
-    assert "--budget" in said("some.py", "--help")
+    usage = said("some.py", "--help")
+    assert "--budget" in usage
+    assert "tune RECIPE [OPTIONS]\n" in usage
     assert call("export").exit_code == 2
 
 
