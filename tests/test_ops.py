@@ -30,16 +30,15 @@ def kernel_cases() -> list[Any]:
     ]
 
 
-def slow_but_first(cases: list[Any]) -> list[Any]:
-    """float64 after a family's first sample of it is left to `make test-slow`, as what compiles most of all."""
-    out, seen = [], set()
-    for case in cases:
-        sample, dtype, _ = case.values
-        family = parts(sample.op, sample.ins)[0].family
-        later = dtype == "float64" and family in seen
-        out.append(pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) if later else case)
-        seen |= {family} if dtype == "float64" else set()
-    return out
+def soon_and_slow(cases: list[Any]) -> list[Any]:
+    """All float32 and each family's first float64 soon; other float64 is marked slow, for compiling takes long."""
+    first = {parts(case.values[0].op, case.values[0].ins)[0].family: case for case in reversed(cases) if wide(case)}
+    later = [case for case in cases if wide(case) and case not in first.values()]
+    return [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) if case in later else case for case in cases]
+
+
+def wide(case: Any) -> bool:
+    return bool(case.values[1] == "float64")
 
 
 each_class = pytest.mark.parametrize("op", CLASSES, ids=lambda op: op.name)
@@ -74,7 +73,7 @@ def test_has_template(op: type[Op]) -> None:
     kernels.check_has_template(op)
 
 
-@pytest.mark.parametrize(("sample", "dtype", "random_configs"), slow_but_first(KERNELS))
+@pytest.mark.parametrize(("sample", "dtype", "random_configs"), soon_and_slow(KERNELS))
 def test_templates(sample: Sample, dtype: str, random_configs: int) -> None:
     assert kernels.check_templates(sample, dtype, random_configs=0, corner=False) > 0
 
@@ -82,7 +81,7 @@ def test_templates(sample: Sample, dtype: str, random_configs: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sample", "dtype", "random_configs"),
-    [case for case in KERNELS if case.values[1] == "float32" or case.values[2]],
+    [case for case in KERNELS if not wide(case) or case.values[2]],
 )
 def test_other_configs(sample: Sample, dtype: str, random_configs: int) -> None:
     """The corner, and some by chance."""

@@ -24,7 +24,7 @@ from ..scheduler import Program, compile_program
 from ..space import Rules
 from ..spec import Array
 from ..template import Device
-from ..tuner import Budget, Choice, Found, Request, Trial, Tuner, Tuning
+from ..tuner import Budget, Choice, Found, Request, Trial, Tuner, Tuning, time_text
 from .bench import Bench
 from .peak import Peak, measured_peak
 from .rank import Rank
@@ -84,7 +84,7 @@ class Progress:
         return cls(**{field.name: form[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
-        best = "failed" if self.best_s is None else f"{self.best_s * 1e3:.3f} ms"
+        best = time_text(self.best_s)
         gain = f", {self.default_s / self.best_s:.2f}x" if self.best_s and self.default_s else ""
         speed = f", {self.gflops:,.0f} GFLOP/s" if self.gflops and self.gflops >= 1 else ""
         end = f" ({self.ended})" if self.ended else ""
