@@ -32,6 +32,8 @@ from .conv_tiling import (
     RULES,
     SPACE,
     Blocking,
+    cost,
+    cost_grad,
     prefer,
     prefer_grad,
     tiling,
@@ -41,7 +43,7 @@ from .conv_tiling import (
 from .tile import local, natural, outer, store, zeros
 
 
-@template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer)
+@template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer, cost=cost)
 def tiles(
     op: Any,
     ins: Sequence[Spec],
@@ -60,7 +62,15 @@ def tiles(
     return _loop(b, ins[1].shape, epilogue, vectors=vectors, lanes=lanes, reverse=False)
 
 
-@template("conv_input_grad", "cpu", space=GRAD_SPACE, fits=GRAD_RULES, workspace=workspace_grad, prefer=prefer_grad)
+@template(
+    "conv_input_grad",
+    "cpu",
+    space=GRAD_SPACE,
+    fits=GRAD_RULES,
+    workspace=workspace_grad,
+    prefer=prefer_grad,
+    cost=cost_grad,
+)
 def reversed_tiles(
     op: Any,
     ins: Sequence[Spec],

@@ -19,7 +19,7 @@ makes few tasks, ``split`` cuts the records into parts; their sums are made firs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -125,6 +125,12 @@ RULES = {
 }
 
 
+def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about."""
+    b = Blocking.of(_geometry(op, ins, outs), **config)
+    return b.pieces * b.tiles * b.pixel_rows * b.g.axes[2].out * step_cost(b.lines * b.rows, config["vectors"])
+
+
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
     g, lanes = _geometry(op, ins, outs), device.vector_bytes // np.dtype(outs[0].dtype).itemsize
 
@@ -140,11 +146,8 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
                     yield config
                     break
 
-    def cost(config: dict[str, Any]) -> float:
-        b = Blocking.of(g, **config)
-        return b.pieces * b.tiles * step_cost(b.lines * b.rows, config["vectors"])
-
-    return min(candidates(), key=cost, default={"rows": 6, "vectors": 1, "lanes": lanes, "split": 1})
+    first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1}
+    return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
 
 
 def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
@@ -154,7 +157,7 @@ def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any
     return Spec((sums,), outs[0].dtype), Spec((padded,), outs[0].dtype)
 
 
-@template("conv_filter_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer)
+@template("conv_filter_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
 def tiles(
     op: Any,
     ins: Sequence[Spec],

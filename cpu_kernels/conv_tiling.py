@@ -166,13 +166,18 @@ def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any)
     return _workspace_tiles(op, ins, outs, config, forward)
 
 
+def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about."""
+    return _tile_cost(tiling(op, ins, outs, config, forward), config["vectors"])
+
+
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
     lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
     first = {"lanes": lanes, **FIRST_RUN}
     configs = [{"rows": r, "vectors": v, **first} for r, v in product(SPACE["rows"], SPACE["vectors"])]
     return min(
         (config for config in configs if broken(RULES, op, ins, outs, device, config) is None),
-        key=lambda config: _tile_cost(tiling(op, ins, outs, config, forward), config["vectors"]),
+        key=lambda config: cost(op, ins, outs, device, config),
         default=configs[0],
     )
 
@@ -257,20 +262,21 @@ def workspace_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config:
     return Spec((size,), outs[0].dtype), Spec((1,), outs[0].dtype)
 
 
+def cost_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about."""
+    if not config["overlap"]:
+        return _tile_cost(tiling(op, ins, outs, config, backward), config["vectors"])
+    g = _overlap(op, ins, outs, config)
+    # each pixel of dy is added to a row of dx, after each row of taps it stands for
+    adding = 0.5 * outs[0].size * g.axes[2].window / config["lanes"]
+    return g.multiplies * step_cost(g.rows, config["vectors"]) + adding
+
+
 def prefer_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
     lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
     configs = [
         {"rows": rows, "vectors": vectors, "lanes": lanes, **FIRST_RUN, "overlap": overlap}
         for overlap, rows, vectors in product(GRAD_SPACE["overlap"], SPACE["rows"], SPACE["vectors"])
     ]
-
-    def cost(config: dict[str, Any]) -> float:
-        if not config["overlap"]:
-            return _tile_cost(tiling(op, ins, outs, config, backward), config["vectors"])
-        g = _overlap(op, ins, outs, config)
-        # each pixel of dy is added to a row of dx, after each row of taps it stands for
-        adding = 0.5 * outs[0].size * g.axes[2].window / lanes
-        return g.multiplies * step_cost(g.rows, config["vectors"]) + adding
-
     fitting = (config for config in configs if broken(GRAD_RULES, op, ins, outs, device, config) is None)
-    return min(fitting, key=cost, default=configs[0])
+    return min(fitting, key=lambda config: cost_grad(op, ins, outs, device, config), default=configs[0])

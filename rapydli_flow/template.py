@@ -164,6 +164,7 @@ class Template:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace
     prefer: Callable[..., Config] | None = None
+    cost: Callable[..., float] | None = None
 
     @property
     def name(self) -> str:
@@ -259,15 +260,17 @@ def template(
     fits: Mapping[str, Rule] | Callable[..., bool] | None = None,
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace,
     prefer: Callable[..., Config] | None = None,
+    cost: Callable[..., float] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a template for a family of ops on a kind of device ('cpu' or 'cuda').
 
-    ``fits``: rules by name, or one function that is a rule of its own.
+    ``fits``: rules by name, or one function that is a rule of its own. ``cost``, a function of op, specs, device and
+    config, foretells time, in a unit that templates of one family share: untuned, the cheapest default is taken.
     """
     rules = fits if isinstance(fits, Mapping) else {"fits": fits} if fits is not None else {}
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer)
+        made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer, cost)
         _register(made)
         return build
 
@@ -293,7 +296,7 @@ def _load(kind: str) -> None:
 
 
 def templates(family: str, kind: str) -> tuple[Template, ...]:
-    """All templates for a family on a kind of device; the first is the default choice."""
+    """All templates for a family on a kind of device."""
     if kind not in PACKAGES:
         raise TemplateError(f"no kernels for devices of kind {kind!r}; kinds are {', '.join(PACKAGES)}.")
     _load(kind)

@@ -88,6 +88,7 @@ class Op(ABC):
     view: ClassVar[bool] = False  # the output is the input's memory, under another shape
     takes_tail: ClassVar[bool] = True  # pointwise ops behind it may be fused into its kernels
     by_name: ClassVar[bool] = False  # pickled as a name in its module, of a script too; it has `by_value` as well
+    usual: ClassVar[tuple[str, ...]] = ()  # attributes that are told only where they are not False
     linear: ClassVar[bool] = False  # f(a + b) = f(a) + f(b): passes partial sums through
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -183,7 +184,8 @@ class Op(ABC):
 
     def __str__(self) -> str:
         given = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in given)})"
+        told = (f"{k}={v}" for k, v in given if v is not False or k not in self.usual)
+        return f"{self.name}({', '.join(told)})"
 
 
 def _home(op: type[Op]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,16 +31,22 @@ def check_dtypes(op: Op, **operands: Spec) -> None:
 
 
 class _Sliding(Op, abstract=True):
-    """The attributes that a convolution shares with its gradients."""
+    """The attributes that a convolution shares with its gradients.
+
+    ``exact``: only kernels that add up the products of this formula, no faster algorithm with larger rounding errors.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[Pair, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    exact: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("exact",)
 
     @property
     def geometry(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        names = ("stride", "padding", "dilation", "groups", "exact")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def sliding(self) -> tuple[tuple[int, ...], tuple[Pair, ...], tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,17 @@ class Request:
         """The templates that have at least one config for this request."""
         found = templates(self.op.family, device.kind)
         return tuple(t for t in found if t.default(self.op, self.ins, self.outs, device) is not None)
+
+    def default(self, device: Device) -> Choice:
+        """What serves untuned: of the defaults of all templates the one that foretells the least time, the first of
+        those that foretell nothing; the reference where there is none."""
+        found: list[tuple[float, Choice]] = []
+        for template in templates(self.op.family, device.kind):
+            config = template.default(self.op, self.ins, self.outs, device)
+            if config is not None:
+                told = template.cost(self.op, self.ins, self.outs, device, config) if template.cost else math.inf
+                found.append((told, Choice.of(template, config)))
+        return min(found, key=lambda pair: pair[0], default=(0.0, REFERENCE))[1]
 
     def __str__(self) -> str:
         return f"{self.title or self.op.name} {', '.join(map(str, self.ins))}"
@@ -97,7 +109,7 @@ class Tuning:
     strict: bool = False
 
     def choose(self, request: Request) -> Choice:
-        """The tuned choice, else the default of the first template that fits, else the reference.
+        """The tuned choice, else the cheapest default of a template that fits, else the reference.
 
         A choice whose template is gone, or that does not fit, counts as unknown; RuntimeWarning if it is pinned.
         """
@@ -115,11 +127,7 @@ class Tuning:
                 f"RAPYDLI_TUNING=strict, and nothing is known for {request} ({key}) on {self.device.key}. Tune it with "
                 "rf.autotune or `rapydli tune` under RAPYDLI_TUNING=on, or import results with `rapydli tune import`."
             )
-        for template in request.templates(self.device):
-            config = template.default(request.op, request.ins, request.outs, self.device)
-            if config is not None:
-                return Choice.of(template, config)
-        return REFERENCE
+        return request.default(self.device)
 
     def _fault(self, request: Request, choice: Choice) -> str:
         """Why a choice cannot serve a request, and '' if it can."""

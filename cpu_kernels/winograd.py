@@ -1,0 +1,399 @@
+"""Winograd convolution and its input gradient: F(4x4, 3x3) and F(2x2, 3x3), with the transforms fused to the products.
+
+    patches of x (n x n, overlapping, m apart) --B--> v   n*n matrices, tiles by channels
+    filters (3 x 3)                            --G--> u   n*n matrices, channels by filters
+    sums = v times u, n*n matrix products on register tiles
+    sums                                       --A--> y   m x m pixels of each tile
+
+The input gradient is the same over dy, with the filters' taps in reverse order and their last axes exchanged. A task
+has a block of tiles. It transforms their patches, then takes ``panels`` column panels of filters at a time through
+all products, transforms back and writes, so that what passes between the steps stays in its caches. Where channels
+are many, ``staged`` transforms all patches beforehand, and tasks share out the panels too. `before` transforms the
+filters: they are different in every training step. Transforms and their accuracy: `winograd_transform`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
+
+from .conv_geometry import Axis, backward, forward, sizes
+from .tile import load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile_rules import tile_rules
+from .winograd_transform import along, filter_lines, input_lines, output_lines
+
+LOCAL_BYTES = 3 << 18  # most of a block's transformed patches, and of its sums, on the stack of a task
+TAPS, TAP_COUNT = 3, 9
+GAP = 16  # elements between rows of v, which would evict each other from a cache if they were a power of two apart
+SPACE: dict[str, tuple[Any, ...]] = {
+    "m": (4, 2),  # pixels of a tile along each axis
+    "rows": (14, 12, 8, 6, 4),
+    "vectors": (2, 1, 3, 4),
+    "lanes": (16, 8, 4, 2),
+    "block": (4, 2, 8, 1, 16),  # of ``rows`` tiles
+    "panels": (2, 1, 4, 8),
+    "staged": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """What slides over a source [n, height, width, inner] to a result [n, out_h, out_w, outer], and how it is cut."""
+
+    records: int
+    h: Axis
+    w: Axis
+    inner: int
+    outer: int
+    m: int
+    rows: int
+    width: int
+    block: int
+    panels: int
+
+    @classmethod
+    def of(cls, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], slide: Any, config: Mapping[str, Any]) -> Blocking:
+        source, result = ins[0].shape, outs[0].shape
+        x, y = (source, result) if slide is forward else (result, source)
+        _, h, w = (slide(s) for s in sizes(op, x[1:-1], y[1:-1], ins[1].shape[:-2]))
+        rows, width = config["rows"], config["vectors"] * config["lanes"]
+        block, panels = config["block"] * rows, config["panels"]
+        return cls(source[0], h, w, source[-1], result[-1], config["m"], rows, width, block, panels)
+
+    @property
+    def n(self) -> int:
+        return self.m + TAPS - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of a record."""
+        return -(-self.h.out // self.m), -(-self.w.out // self.m)
+
+    @property
+    def tiles(self) -> int:
+        return self.records * self.grid[0] * self.grid[1]
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.tiles // self.block)
+
+    @property
+    def all_panels(self) -> int:
+        return -(-self.outer // self.width)
+
+    @property
+    def groups(self) -> int:
+        """Groups of panels."""
+        return -(-self.all_panels // self.panels)
+
+    @property
+    def pitch(self) -> int:
+        """Distance of the rows of v."""
+        return self.inner + GAP
+
+    @property
+    def patch_size(self) -> int:
+        """Elements of a block's transformed patches."""
+        return self.n * self.n * self.block * self.pitch
+
+    @property
+    def sums_size(self) -> int:
+        return self.n * self.n * self.block * self.panels * self.width
+
+    @property
+    def filters_size(self) -> int:
+        return self.n * self.n * self.all_panels * self.inner * self.width
+
+
+def _slides(op: Any) -> Any:
+    return backward if op.family == "conv_input_grad" else forward
+
+
+def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    """3 x 3 windows that move by one pixel, and something to compute."""
+    plain = op.stride == op.dilation == (1, 1) and op.groups == 1 and ins[1].shape[:-2] == (TAPS, TAPS)
+    return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
+
+
+def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
+    return (rows,)
+
+
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+    return outs[0].shape[-1]
+
+
+def _small(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    m: int,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    block: int,
+    panels: int,
+    staged: bool,
+) -> bool:
+    """What a task keeps fits on its stack."""
+    config = {"m": m, "rows": rows, "vectors": vectors, "lanes": lanes, "block": block, "panels": panels}
+    b, itemsize = Blocking.of(op, ins, outs, _slides(op), config), np.dtype(outs[0].dtype).itemsize
+    patches = 0 if staged else b.patch_size
+    raw = b.n * b.n * b.inner
+    return max(patches, b.sums_size, raw) * itemsize <= LOCAL_BYTES
+
+
+def _filled(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, m: int, rows: int, block: int
+) -> bool:
+    """No smaller block holds all tiles."""
+    config = {"m": m, "rows": rows, "vectors": 1, "lanes": 1, "block": 1, "panels": 1}
+    tiles = Blocking.of(op, ins, outs, _slides(op), config).tiles
+    return block == 1 or (block // 2) * rows < tiles
+
+
+def _panels(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int, panels: int
+) -> bool:
+    """No group with panels that no filter fills."""
+    return panels == 1 or (panels - 1) * vectors * lanes < outs[0].shape[-1]
+
+
+RULES = {
+    "3 x 3 windows, one pixel apart": _allowed,
+    **tile_rules(_shape, _columns, SPACE["rows"]),
+    "tiles for a block": _filled,
+    "filters for a group of panels": _panels,
+    "patches and sums on the stack": _small,
+}
+
+
+def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    b, dtype = Blocking.of(op, ins, outs, _slides(op), config), outs[0].dtype
+    return Spec((b.filters_size,), dtype), Spec((b.blocks * b.patch_size if config["staged"] else 1,), dtype)
+
+
+def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about: products, and transforms as loads and stores of vectors."""
+    b, lanes, vectors = Blocking.of(op, ins, outs, _slides(op), config), config["lanes"], config["vectors"]
+    area = b.n * b.n
+    products = area * b.blocks * (b.block // b.rows) * b.all_panels * b.inner * step_cost(b.rows, vectors)
+    repeats = 1
+    moved = b.tiles * (3.0 * area * b.inner * repeats + 3.5 * area * b.outer) + area * 3.0 * b.inner * b.outer
+    # u comes from a far cache once a block, but where few tiles share it
+    far = area * b.inner * b.outer * b.blocks * 1.0
+    tasks = b.blocks * (b.groups if config["staged"] else 1)
+    idle = -(-tasks // device.cores) * device.cores / tasks
+    staging = 4.0 * area * b.tiles * b.inner if config["staged"] else 0.0
+    return (products + 2 * (moved + far + staging) / lanes) * idle
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+
+    def candidates() -> Iterator[dict[str, Any]]:
+        names = [name for name in SPACE if name != "lanes"]
+        for values in product(*(SPACE[name] for name in names)):
+            config = {"lanes": lanes, **dict(zip(names, values, strict=True))}
+            if broken(RULES, op, ins, outs, device, config) is None:
+                yield config
+
+    first = {name: values[0] for name, values in SPACE.items()}
+    if not _allowed(op, ins, outs, device):
+        return first
+    return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
+
+
+@template("conv", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
+def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
+    """Winograd convolution."""
+    b = Blocking.of(op, ins, outs, forward, config)
+    gather = _rows_of_filters(b, config["lanes"])
+    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["staged"])
+
+
+@template("conv_input_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
+def reversed_winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
+    """Winograd convolution of dy with reversed filters."""
+    b = Blocking.of(op, ins, outs, backward, config)
+    gather = _columns_of_filters(b, config["lanes"])
+    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["staged"])
+
+
+def _rows_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
+    """Copies the taps of ``count`` channels and one panel of filters to lines [tap, channel, column]."""
+    width, columns, inner, filters = b.width, min(b.outer, b.width), b.inner, b.outer
+
+    def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
+        for tap in range(TAP_COUNT):
+            for i in range(count):
+                source, into = natural((tap * inner + start + i) * filters + column), (tap * lanes + i) * width
+                for j in range(columns):
+                    lines[into + j] = w[source + j]
+
+    return gather
+
+
+def _columns_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
+    """The same of filters in reverse order, whose channels are the columns here: transposed in registers."""
+    width, columns, inner, channels = b.width, min(b.outer, b.width), b.inner, b.outer
+    squares = columns // lanes
+
+    def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
+        for tap in range(TAP_COUNT):
+            source, into = natural(((8 - tap) * channels + column) * inner + start), natural(tap * lanes * width)
+            whole = squares if count == lanes else 0
+            for v in range(whole):
+                square = zeros(1, lanes, 1, lanes, lines)
+                square = load(square, w, source + v * lanes * inner, inner, 0)
+                store(transpose(square), lines, into + v * lanes, width, 0)
+            for j in range(whole * lanes, columns):
+                for i in range(count):
+                    lines[into + i * width + j] = w[source + j * inner + i]
+
+    return gather
+
+
+def _loop(
+    b: Blocking, gather: Callable[..., None], epilogue: Epilogue, dtype: str, vectors: int, lanes: int, staged: bool
+) -> Loop:
+    m, n, rows, width, block, panels = b.m, b.n, b.rows, b.width, b.block, b.panels
+    inner, pitch, area = b.inner, b.pitch, b.n * b.n
+    total, groups, all_panels = b.tiles, b.groups, b.all_panels
+    grid_h, grid_w = b.grid
+    grid_size = grid_h * grid_w
+    columns = min(b.outer, width)
+    last, channels = b.outer - columns, b.outer
+    # the first output reads here
+    low_h, low_w = b.h.first[0] - b.h.low, b.w.first[0] - b.w.low
+    high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
+    record, result_record = high * wide * inner, out_h * out_w * channels
+    patch_size, raw_size, turned_size = b.patch_size, n * n * inner, n * n * inner
+    sums_width, sums_size = panels * width, b.sums_size
+    matrix, lines_size, tap_rows = block * pitch, TAP_COUNT * lanes * width, TAPS * width
+    square_size, back_size, pixels_size = n * TAPS * width, m * n * width, m * m * width
+    panel_size = area * inner * width
+    tap_line, sum_line = lanes * width, block * sums_width
+    own_size = 1 if staged else patch_size
+
+    to_points = along(input_lines(n), n, n, dtype)
+    filter_to_points = along(filter_lines(n, TAPS), TAPS, n, dtype)
+    to_pixels = along(output_lines(n, m), n, m, dtype)
+
+    def filters_of(panel, w, u):  # type: ignore[no-untyped-def]
+        lines, half = local(lines_size, w), local(square_size, w)
+        for i in range(lines_size):
+            lines[i] = 0
+        for start in range(0, inner, lanes):
+            count = min(lanes, inner - start)
+            gather(w, lines, start, count, min(panel * width, last))
+            for i in range(count):
+                for s in range(TAPS):
+                    at = s * tap_line + i * width
+                    filter_to_points(lines, at, TAPS * tap_line, half, s * width, tap_rows, width)
+                for p in range(n):
+                    into = panel * panel_size + (p * n * inner + start + i) * width
+                    filter_to_points(half, p * tap_rows, width, u, into, inner * width, width)
+
+    def patch_of(tile, x, raw, turned, v, into):  # type: ignore[no-untyped-def]
+        record_of, top = tile // grid_size, tile % grid_size // grid_w * m + low_h
+        left = tile % grid_w * m + low_w
+        at, line = record_of * record + (top * wide + left) * inner, wide * inner
+        source = x
+        if top < 0 or left < 0 or top + n > high or left + n > wide:
+            for i in range(n):
+                for j in range(n):
+                    to, there = natural((i * n + j) * inner), at + i * line + j * inner
+                    if 0 <= top + i < high and 0 <= left + j < wide:
+                        there = natural(there)
+                        for c in range(inner):
+                            raw[to + c] = x[there + c]
+                    else:
+                        for c in range(inner):
+                            raw[to + c] = 0
+            source, at, line = raw, 0, n * inner
+        for j in range(n):
+            to_points(source, at + j * inner, line, turned, j * inner, n * inner, inner)
+        for i in range(n):
+            to_points(turned, i * n * inner, inner, v, into + i * n * matrix, matrix, inner)
+
+    def multiply(v, at_v, u, at_u, sums, at_sums):  # type: ignore[no-untyped-def]
+        acc = zeros(1, rows, vectors, lanes, sums)
+        for c in range(inner):
+            acc = outer(acc, v, at_v + c, pitch, 0, u, at_u + c * width, 0)
+        store(acc, sums, at_sums, sums_width, 0)
+
+    def products(v, at_v, count, first_panel, panel_count, u, sums):  # type: ignore[no-untyped-def]
+        for p in range(area):
+            for panel in range(panel_count):
+                at_u = (first_panel + panel) * panel_size + p * inner * width
+                for t in range(0, count, rows):
+                    at_sums = p * sum_line + t * sums_width + panel * width
+                    multiply(v, at_v + p * matrix + t * pitch, u, at_u, sums, at_sums)
+
+    def write(tile, t, panel, column, skip, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
+        for j in range(n):
+            source = j * sum_line + t * sums_width + panel * width
+            to_pixels(sums, source, n * sum_line, back, j * width, n * width, width)
+        for i in range(m):
+            to_pixels(back, i * n * width, width, pixels, i * m * width, width, width)
+        top, left = tile % grid_size // grid_w * m, tile % grid_w * m
+        corner = tile // grid_size * result_record + (top * out_w + left) * channels + column
+        for i in range(min(m, out_h - top)):
+            for j in range(min(m, out_w - left)):
+                o, s = natural(corner + (i * out_w + j) * channels), natural((i * m + j) * width)
+                k = natural(column)
+                for e in range(skip, columns):
+                    y[o + e] = epilogue(pixels[s + e], extras, o + e, k + e, at)
+
+    def panels_of(first, count, group, v, at_v, u, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
+        first_panel = group * panels
+        panel_count = min(panels, all_panels - first_panel)
+        products(v, at_v, count, first_panel, panel_count, u, sums)
+        for t in range(count):
+            for panel in range(panel_count):
+                column = min((first_panel + panel) * width, last)
+                skip = natural((first_panel + panel) * width - column)
+                write(first + t, t, panel, column, skip, sums, back, pixels, y, extras, at)
+
+    def before(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
+        if task < all_panels:
+            filters_of(task, w, u)
+        else:
+            raw, turned = local(raw_size, y), local(turned_size, y)
+            first = (task - all_panels) * block
+            for t in range(min(block, total - first)):
+                patch_of(first + t, x, raw, turned, patches, (task - all_panels) * patch_size + t * pitch)
+
+    def before_filters(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
+        filters_of(task, w, u)
+
+    def body_staged(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
+        sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
+        first = task // groups * block
+        count = min(block, total - first)
+        at_v = task // groups * patch_size
+        panels_of(first, count, task % groups, patches, at_v, u, sums, back, pixels, y, extras, at)
+
+    def body(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
+        raw, turned, v = local(raw_size, y), local(turned_size, y), local(own_size, y)
+        sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
+        first = task * block
+        count = min(block, total - first)
+        for t in range(count):
+            patch_of(first + t, x, raw, turned, v, t * pitch)
+        for group in range(groups):
+            panels_of(first, count, group, v, 0, u, sums, back, pixels, y, extras, at)
+
+    if staged:
+        return Loop(body_staged, b.blocks * groups, before=before, before_tasks=all_panels + b.blocks)
+    return Loop(body, b.blocks, before=before_filters, before_tasks=all_panels)

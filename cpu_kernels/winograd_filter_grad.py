@@ -1,0 +1,332 @@
+"""Filter gradient of 3 x 3 convolutions by Winograd's algorithm: F(3x3, 4x4) and F(3x3, 2x2).
+
+    dw = sum over tiles of  (n x n patch of x)  correlated with  (m x m tile of dy)
+
+    patches of x   --B-->  v   n*n matrices, tiles by channels
+    tiles of dy    --G-->  d   n*n matrices, tiles by filters
+    sums = transposed v times d, n*n matrix products over all tiles
+    sums           --A-->  dw  3 x 3 taps of each channel and filter
+
+Either each of ``split`` parts of the tiles is transformed, block by block, and added to sums of its own, which are
+added in order in the end; or, ``staged``, everything is transformed beforehand, and a task has a rectangle of channels
+and filters. The first keeps what is transformed in a core's cache, the second keeps the sums there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, Loop, broken, template
+
+from .conv_geometry import Axis, forward, sizes
+from .tile import load, local, natural, outer, step_cost, store, zeros
+from .tile_rules import tile_rules
+from .winograd import GAP, LOCAL_BYTES, TAPS
+from .winograd_transform import along, filter_lines, input_lines, output_lines
+
+DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
+SUMS = 1 << 23  # most partial sums
+SPACE: dict[str, tuple[Any, ...]] = {
+    "m": (4, 2),  # pixels of a tile of dy along each axis
+    "rows": (14, 12, 8, 6, 4),
+    "vectors": (2, 1, 3, 4),
+    "lanes": (16, 8, 4, 2),
+    "block": (32, 16, 64, 8),  # tiles
+    "split": (4, 2, 8, 16, 32),
+    "staged": (False, True),
+}
+BLOCK, SPLIT = SPACE["block"][0], SPACE["split"][0]
+TALL, WIDE = 4, 2  # tiles of sums that a task has along channels and filters, where all is staged
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """What is summed, and how it is cut."""
+
+    records: int
+    h: Axis
+    w: Axis
+    channels: int
+    filters: int
+    m: int
+    rows: int
+    width: int
+    block: int
+    split: int
+
+    @classmethod
+    def of(cls, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], config: Mapping[str, Any]) -> Blocking:
+        x, dy, dw = ins[0].shape, ins[1].shape, outs[0].shape
+        _, h, w = (forward(s) for s in sizes(op, x[1:-1], dy[1:-1], dw[:-2]))
+        m, width = config["m"], config["vectors"] * config["lanes"]
+        return cls(x[0], h, w, x[-1], dy[-1], m, config["rows"], width, config["block"], config["split"])
+
+    @property
+    def n(self) -> int:
+        return self.m + TAPS - 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return -(-self.h.out // self.m), -(-self.w.out // self.m)
+
+    @property
+    def tiles(self) -> int:
+        return self.records * self.grid[0] * self.grid[1]
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of sums along the channels."""
+        return -(-self.channels // self.rows)
+
+    @property
+    def panels(self) -> int:
+        """Tiles of sums along the filters."""
+        return -(-self.filters // self.width)
+
+    @property
+    def pitches(self) -> tuple[int, int]:
+        """Distance of the rows of v and of d."""
+        return self.channels + GAP, self.filters + GAP
+
+    @property
+    def sums_size(self) -> int:
+        """Sums of a part."""
+        return self.n * self.n * self.row_tiles * self.panels * self.rows * self.width
+
+    @property
+    def rectangles(self) -> int:
+        """Tasks of the second phase, where all is staged."""
+        return -(-self.row_tiles // TALL) * -(-self.panels // WIDE)
+
+
+def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    """3 x 3 windows that move by one pixel, and something to compute."""
+    plain = op.stride == op.dilation == (1, 1) and op.groups == 1 and op.window == (TAPS, TAPS)
+    return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
+
+
+def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
+    return (rows,)
+
+
+def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+    return outs[0].shape[-1]
+
+
+def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
+    """As many channels as a tile has rows."""
+    return rows <= outs[0].shape[-2]
+
+
+def _small(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    """What a task keeps fits on its stack; partial sums are not too many."""
+    b, itemsize = Blocking.of(op, ins, outs, config), np.dtype(outs[0].dtype).itemsize
+    area = b.n * b.n
+    raw = area * max(b.channels, b.filters)
+    if config["staged"]:
+        return raw * itemsize <= LOCAL_BYTES
+    kept = area * b.block * (sum(b.pitches))
+    return max(raw, kept) * itemsize <= LOCAL_BYTES and b.split * b.sums_size <= SUMS
+
+
+def _parts(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, m: int, block: int, split: int, staged: bool
+) -> bool:
+    """A block for each part; what is staged is neither split nor cut otherwise."""
+    if staged:
+        return (block, split) == (BLOCK, SPLIT)
+    config = {"m": m, "rows": 1, "vectors": 1, "lanes": 1, "block": block, "split": split}
+    return split * block <= Blocking.of(op, ins, outs, config).tiles or (block, split) == (8, 2)
+
+
+RULES = {
+    "3 x 3 windows, one pixel apart": _allowed,
+    **tile_rules(_shape, _columns, SPACE["rows"]),
+    "channels for a tile": _rows,
+    "a block for each part": _parts,
+    "blocks on the stack": _small,
+}
+
+
+def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    b, dtype = Blocking.of(op, ins, outs, config), outs[0].dtype
+    if config["staged"]:
+        return tuple(Spec((b.n * b.n * b.tiles * pitch,), dtype) for pitch in b.pitches)
+    return Spec((b.split * b.sums_size,), dtype), Spec((1,), dtype)
+
+
+def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about."""
+    b, lanes, vectors = Blocking.of(op, ins, outs, config), config["lanes"], config["vectors"]
+    area = b.n * b.n
+    sums = area * b.row_tiles * b.panels
+    products = sums * b.tiles * step_cost(b.rows, vectors)
+    moved = 3.0 * area * b.tiles * (b.channels + b.filters)
+    if config["staged"]:
+        moved += 4.0 * area * b.tiles * (b.channels + b.filters)
+        tasks = b.rectangles
+    else:
+        moved += 1.5 * sums * b.rows * b.width * (b.tiles / b.block + 2 * b.split)
+        tasks = b.split
+    idle = -(-tasks // device.cores) * device.cores / tasks
+    return (products + 2 * moved / lanes) * idle
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    first = {name: values[0] for name, values in SPACE.items()}
+    if not _allowed(op, ins, outs, device):
+        return first
+    names = [name for name in SPACE if name != "lanes"]
+    every = ({"lanes": lanes, **dict(zip(names, v, strict=True))} for v in product(*(SPACE[n] for n in names)))
+    fitting = (config for config in every if broken(RULES, op, ins, outs, device, config) is None)
+    return min(fitting, key=lambda config: cost(op, ins, outs, device, config), default=first)
+
+
+@template("conv_filter_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
+def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
+    """Winograd, with tiles of dy as filters."""
+    b, lanes, vectors, dtype = Blocking.of(op, ins, outs, config), config["lanes"], config["vectors"], outs[0].dtype
+    m, n, rows, width, area = b.m, b.n, b.rows, b.width, b.n * b.n
+    channels, filters, total = b.channels, b.filters, b.tiles
+    row_tiles, panels = b.row_tiles, b.panels
+    grid_w, grid_size = b.grid[1], b.grid[0] * b.grid[1]
+    pitch, pitch_d = b.pitches
+    low_h, low_w = b.h.first[0] - b.h.low, b.w.first[0] - b.w.low
+    high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
+    last_row, last_column = max(0, channels - rows), max(0, filters - width)
+    columns = min(filters, width)
+    tail = columns % lanes
+    record, dy_record = high * wide * channels, out_h * out_w * filters
+    raw_size = max(n * n * channels, n * n * filters)
+    tile_size = rows * width
+    back_size, taps_size = TAPS * n * width, TAPS * TAPS * width
+    block, split, sums_size = b.block, b.split, b.sums_size
+    size_v, size_d = area * block * pitch, area * block * pitch_d
+    matrix = total if config["staged"] else block  # rows of each matrix of v and d
+    depth, whole_size = min(DEPTH, total), area * tile_size
+    across, rectangle_size = -(-panels // WIDE), TALL * WIDE * area * tile_size
+
+    to_points = along(input_lines(n), n, n, dtype)
+    dy_to_points = along(filter_lines(n, m), m, n, dtype)
+    to_taps = along(output_lines(n, TAPS), n, TAPS, dtype)
+
+    def window(x, record_at, top, left, height, breadth, size, source_h, source_w, raw):  # type: ignore[no-untyped-def]
+        for i in range(height):
+            for j in range(breadth):
+                to = natural((i * breadth + j) * size)
+                if 0 <= top + i < source_h and 0 <= left + j < source_w:
+                    there = natural(record_at + ((top + i) * source_w + left + j) * size)
+                    for c in range(size):
+                        raw[to + c] = x[there + c]
+                else:
+                    for c in range(size):
+                        raw[to + c] = 0
+
+    def patch_of(tile, x, raw, turned, v, row):  # type: ignore[no-untyped-def]
+        top, left = tile % grid_size // grid_w * m + low_h, tile % grid_w * m + low_w
+        start = tile // grid_size * record
+        source, at, line = x, start + (top * wide + left) * channels, wide * channels
+        if top < 0 or left < 0 or top + n > high or left + n > wide:
+            window(x, start, top, left, n, n, channels, high, wide, raw)
+            source, at, line = raw, 0, n * channels
+        for j in range(n):
+            to_points(source, at + j * channels, line, turned, j * channels, n * channels, channels)
+        for i in range(n):
+            into = (i * n * matrix + row) * pitch
+            to_points(turned, i * n * channels, channels, v, into, matrix * pitch, channels)
+
+    def tile_of(tile, dy, raw, turned, d, row):  # type: ignore[no-untyped-def]
+        top, left = tile % grid_size // grid_w * m, tile % grid_w * m
+        start = tile // grid_size * dy_record
+        source, at, line = dy, start + (top * out_w + left) * filters, out_w * filters
+        if top + m > out_h or left + m > out_w:
+            window(dy, start, top, left, m, m, filters, out_h, out_w, raw)
+            source, at, line = raw, 0, m * filters
+        for j in range(m):
+            dy_to_points(source, at + j * filters, line, turned, j * filters, m * filters, filters)
+        for i in range(n):
+            into = (i * n * matrix + row) * pitch_d
+            dy_to_points(turned, i * m * filters, filters, d, into, matrix * pitch_d, filters)
+
+    def add(sums, slot, fresh, v, at_v, d, at_d, count):  # type: ignore[no-untyped-def]
+        acc = zeros(1, rows, vectors, lanes, sums)
+        if not fresh:
+            acc = load(acc, sums, slot, width, 0)
+        for t in range(count):
+            acc = outer(acc, v, at_v + t * pitch, 1, 0, d, at_d + t * pitch_d, tail)
+        store(acc, sums, slot, width, 0)
+
+    def write(row_tile, panel, sums, slot, back, taps, dw, extras, at):  # type: ignore[no-untyped-def]
+        first, column = min(row_tile * rows, last_row), min(panel * width, last_column)
+        skip, k = natural(panel * width - column), natural(column)
+        for r in range(row_tile * rows - first, rows):
+            for j in range(n):
+                source = slot + j * tile_size + r * width
+                to_taps(sums, source, n * tile_size, back, j * width, n * width, width)
+            for i in range(TAPS):
+                to_taps(back, i * n * width, width, taps, i * TAPS * width, width, width)
+            for tap in range(TAPS * TAPS):
+                o, s = natural((tap * channels + first + r) * filters + column), natural(tap * width)
+                for e in range(skip, columns):
+                    dw[o + e] = epilogue(taps[s + e], extras, o + e, k + e, at)
+
+    def before_parts(task, x, dy, dw, sums, unused, extras, at):  # type: ignore[no-untyped-def]
+        raw, turned, v, d = local(raw_size, x), local(raw_size, x), local(size_v, x), local(size_d, x)
+        begin, end = total * task // split, total * (task + 1) // split
+        for low in range(begin, end, block):
+            count = min(block, end - low)
+            for t in range(count):
+                patch_of(low + t, x, raw, turned, v, t)
+                tile_of(low + t, dy, raw, turned, d, t)
+            for p in range(area):
+                for row_tile in range(row_tiles):
+                    at_v = p * block * pitch + min(row_tile * rows, last_row)
+                    for panel in range(panels):
+                        slot = task * sums_size + ((row_tile * panels + panel) * area + p) * tile_size
+                        at_d = p * block * pitch_d + min(panel * width, last_column)
+                        add(sums, slot, low == begin, v, at_v, d, at_d, count)
+
+    def parts(task, x, dy, dw, sums, unused, extras, at):  # type: ignore[no-untyped-def]
+        back, taps, whole = local(back_size, x), local(taps_size, x), local(whole_size, x)
+        first = natural(task * whole_size)
+        for i in range(whole_size):
+            total_of = sums[first + i]
+            for part in range(1, split):
+                total_of += sums[first + part * sums_size + i]
+            whole[i] = total_of
+        write(task // panels, task % panels, whole, 0, back, taps, dw, extras, at)
+
+    def before_staged(task, x, dy, dw, v, d, extras, at):  # type: ignore[no-untyped-def]
+        raw, turned = local(raw_size, x), local(raw_size, x)
+        for tile in range(task * block, min((task + 1) * block, total)):
+            patch_of(tile, x, raw, turned, v, tile)
+            tile_of(tile, dy, raw, turned, d, tile)
+
+    def staged(task, x, dy, dw, v, d, extras, at):  # type: ignore[no-untyped-def]
+        back, taps, sums = local(back_size, x), local(taps_size, x), local(rectangle_size, x)
+        first_row, first_panel = task // across * TALL, task % across * WIDE
+        tall, broad = min(TALL, row_tiles - first_row), min(WIDE, panels - first_panel)
+        for p in range(area):
+            for low in range(0, total, depth):
+                count = min(depth, total - low)
+                for i in range(tall):
+                    at_v = (p * total + low) * pitch + min((first_row + i) * rows, last_row)
+                    for j in range(broad):
+                        at_d = (p * total + low) * pitch_d + min((first_panel + j) * width, last_column)
+                        slot = ((i * WIDE + j) * area + p) * tile_size
+                        add(sums, slot, low == 0, v, at_v, d, at_d, count)
+        for i in range(tall):
+            for j in range(broad):
+                slot = (i * WIDE + j) * area * tile_size
+                write(first_row + i, first_panel + j, sums, slot, back, taps, dw, extras, at)
+
+    if config["staged"]:
+        return Loop(staged, b.rectangles, before=before_staged, before_tasks=-(-total // block))
+    return Loop(parts, row_tiles * panels, before=before_parts, before_tasks=split)
