@@ -188,6 +188,28 @@ def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  #
 
 
 @intrinsic(prefer_literal=True)
+def columns(typingctx, tile, x, x_offset, x_stride, w, w_offset, tail):  # type: ignore[no-untyped-def]
+    """tile[i, j] + x[x_offset + i*x_stride + j*lanes : ... + lanes] * w[w_offset + j*lanes : ... + lanes], 1 line."""
+    valid = _constant("columns: tail", tail)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, x_array, start, stride, w_array, w_start, _ = args
+        emit = _Emit(context, builder, tile, valid)
+        x_data, w_data = emit.data(x, x_array), emit.data(w, w_array)
+        factors = [emit.load(emit.vector_at(w_data, w_start, j), j) for j in range(tile.vectors)]
+        for n, (_, _, first) in enumerate(tile.slots()):
+            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
+            for j in range(tile.vectors):
+                vector = emit.load(emit.vector_at(x_data, row, j), j)
+                total = emit.fused(vector, factors[j], builder.extract_value(value, first + j))
+                value = builder.insert_value(value, total, first + j)
+        return value
+
+    size = types.intp
+    return tile(tile, x, size, size, w, size, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
 def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
     valid = _constant("load: tail", tail)
