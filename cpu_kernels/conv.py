@@ -40,7 +40,7 @@ from .conv_tiling import (
     workspace,
     workspace_grad,
 )
-from .tile import local, natural, outer, store, zeros
+from .tile import load, local, natural, outer, store, transpose, zeros
 
 
 @template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer, cost=cost)
@@ -109,7 +109,7 @@ def _packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
     return pack
 
 
-def _reverse_packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
+def _reverse_packing(b: Blocking, w: Sequence[int], lanes: int) -> Callable[..., None]:
     """Copies the filters of one phase and panel, taps in reverse order, channels and filters exchanged."""
     d, h, width_axis = b.g.axes
     w_h, w_w = (1, 1, *w[:-2])[-2:]
@@ -120,29 +120,39 @@ def _reverse_packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
     starts, width, inner, panels = b.starts, b.width, b.g.inner, b.panels
     columns = min(b.g.outer, width)
     last, everything, filters_each, tap_size = b.g.outer - columns, b.g.groups * panels, w[-1], w[-2] * w[-1]
+    squares, whole, panel_tap = columns // lanes * lanes, inner - inner % lanes, inner * width
 
     def tap_of(t, taps, stride, phase, hole):  # type: ignore[no-untyped-def]
         dense = phase + stride * (taps - 1 - t)
         return dense // hole if dense % hole == 0 else -1
 
+    def exchange(w, origin, filters, into):  # type: ignore[no-untyped-def]
+        for v in range(0, squares, lanes):
+            for i in range(0, whole, lanes):
+                square = load(zeros(1, lanes, 1, lanes, w), w, origin + v * filters_each + i, filters_each, 0)
+                store(transpose(square), filters, into + i * width + v, width, 0)
+            for i in range(whole, inner):
+                for j in range(lanes):
+                    filters[into + i * width + v + j] = w[origin + (v + j) * filters_each + i]
+        for i in range(inner):
+            for j in range(squares, width):
+                filters[into + i * width + j] = w[origin + j * filters_each + i] if j < columns else 0
+
     def pack(task, w, filters):  # type: ignore[no-untyped-def]
         phase, panel = task // everything, task % everything
         p_d, p_h, p_w = phase // (phases_h * phases_w), phase // phases_w % phases_h, phase % phases_w
         n_d, n_h, n_w = taps_d[p_d], taps_h[p_h], taps_w[p_w]
-        into = starts[phase] + panel * n_d * n_h * n_w * inner * width
+        into = natural(starts[phase] + panel * n_d * n_h * n_w * panel_tap)
         column = panel // panels * inner + min(panel % panels * width, last) * filters_each
         for tap in range(n_d * n_h * n_w):
             q = tap_of(tap // (n_h * n_w), n_d, stride_d, p_d, hole_d)
             r = tap_of(tap // n_w % n_h, n_h, stride_h, p_h, hole_h)
             s = tap_of(tap % n_w, n_w, stride_w, p_w, hole_w)
-            exists = q >= 0 and r >= 0 and s >= 0
-            origin = ((q * w_h + r) * w_w + s) * tap_size + column if exists else 0
-            into_tap = natural(into + tap * inner * width)
-            for j in range(width):
-                line = natural(origin + j * filters_each)
-                for i in range(inner):
-                    value = w[line + i] if exists and j < columns else 0
-                    filters[into_tap + i * width + j] = value
+            if q >= 0 and r >= 0 and s >= 0:
+                exchange(w, natural(((q * w_h + r) * w_w + s) * tap_size + column), filters, into + tap * panel_tap)
+            else:
+                for i in range(panel_tap):
+                    filters[into + tap * panel_tap + i] = 0
 
     return pack
 
@@ -150,7 +160,7 @@ def _reverse_packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
 def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, lanes: int, reverse: bool) -> Loop:
     g, (d, h, w_axis) = b.g, b.g.axes
     packs, pads = b.packs or reverse, g.pads
-    pack = _reverse_packing(b, w) if reverse else _packing(b, w)
+    pack = _reverse_packing(b, w, lanes) if reverse else _packing(b, w)
     pad, pad_tasks = padding(g)
     everything = g.groups * b.panels
     pack_tasks = everything * g.phases if packs else 0

@@ -187,14 +187,20 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     b, lanes, vectors = Blocking.of(op, ins, outs, _slides(op), config), config["lanes"], config["vectors"]
     area = b.n * b.n
     products = area * b.blocks * (b.block // b.rows) * b.all_panels * b.inner * step_cost(b.rows, vectors)
-    repeats = 1
-    moved = b.tiles * (3.0 * area * b.inner * repeats + 3.5 * area * b.outer) + area * 3.0 * b.inner * b.outer
-    # u comes from a far cache once a block, but where few tiles share it
-    far = area * b.inner * b.outer * b.blocks * 1.0
+    outputs = b.all_panels * vectors
+    moved = 3.0 * area * b.tiles * instructions(b.inner, lanes) + 3.5 * area * b.tiles * outputs
+    moved += 3.0 * area * b.inner * outputs
+    # u comes from a far cache once a block
+    moved += area * b.inner * outputs * b.blocks
+    moved += 4.0 * area * b.tiles * instructions(b.inner, lanes) if config["staged"] else 0.0
     tasks = b.blocks * (b.groups if config["staged"] else 1)
     idle = -(-tasks // device.cores) * device.cores / tasks
-    staging = 4.0 * area * b.tiles * b.inner if config["staged"] else 0.0
-    return (products + 2 * (moved + far + staging) / lanes) * idle
+    return (products + 2 * moved) * idle
+
+
+def instructions(length: int, lanes: int) -> int:
+    """For one operation on so many elements: vectors, and what is left singly."""
+    return length // lanes + length % lanes
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:

@@ -1,0 +1,316 @@
+"""Convolutions beside PyTorch's on CPU: forward, input gradient, filter gradient.
+
+    python benchmarks/conv.py [--shapes FILE.json] [--only PART] [--directions forward,input,filter] [--threads 2]
+                              [--tune SECONDS] [--scaling] [--name conv]
+
+A shape is ``[name, N, C, [spatial], K, [window], [stride], [padding], groups, dilation]``, with 1 to 3 spatial axes.
+PyTorch runs in both of its layouts, the ratio is to the faster one. GFLOP/s are effective: operations of the
+direct convolution, whatever the algorithm. Results are compared with float64 at places drawn by chance, before anything
+is timed; errors are relative to the largest element. ``exact`` leaves Winograd's algorithm out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import numpy as np
+import torch
+from common import interleaved, ms, table, write
+
+from cpu_kernels.compile import host
+from cpu_kernels.driver import CallList, address_of
+from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad, Op
+from rapydli_flow.runtime.peak import Peak, measured_peak
+from rapydli_flow.runtime.rank import at_array, kernel_of, memory_of
+from rapydli_flow.runtime.tuning import known, tune_one
+from rapydli_flow.spec import Array, Block, Spec
+from rapydli_flow.template import Epilogue
+from rapydli_flow.tuner import Choice, Request
+
+SHAPES = Path(__file__).with_name("conv_shapes.json")
+DIRECTIONS = ("forward", "input", "filter")
+PLACES = 64  # where results are compared with float64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution of the table."""
+
+    name: str
+    n: int
+    channels: int
+    size: tuple[int, ...]
+    filters: int
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int
+    dilation: int
+
+    @classmethod
+    def read(cls, row: list[Any]) -> Shape:
+        try:
+            name, n, c, size, k, window, stride, padding, groups, dilation = row
+            shape = cls(name, n, c, *map(tuple, (size,)), k, *map(tuple, (window, stride, padding)), groups, dilation)
+        except (TypeError, ValueError) as error:
+            raise SystemExit(
+                f"{row}: a shape is [name, N, C, [spatial], K, [window], [stride], [padding], groups, dilation]"
+            ) from error
+        if not 1 <= len(shape.size) <= 3 or {len(shape.window), len(shape.stride), len(shape.padding)} != {len(size)}:
+            raise SystemExit(f"{row}: window, stride and padding need one number for each of 1 to 3 spatial axes.")
+        return shape
+
+    @property
+    def conv(self) -> Conv:
+        n = len(self.size)
+        pairs = tuple((p, p) for p in self.padding)
+        return Conv(stride=self.stride, padding=pairs, dilation=(self.dilation,) * n, groups=self.groups)
+
+    @property
+    def specs(self) -> tuple[Spec, Spec, Spec]:
+        """x, w and y."""
+        x = Spec((self.n, *self.size, self.channels))
+        w = Spec((*self.window, self.channels // self.groups, self.filters))
+        return x, w, self.conv.infer(x, w)
+
+    def op(self, direction: str) -> tuple[Op, tuple[Spec, ...], Spec]:
+        x, w, y = self.specs
+        if direction == "forward":
+            return self.conv, (x, w), y
+        if direction == "input":
+            return ConvInputGrad(size=self.size, **self.conv.geometry), (y, w), x
+        return ConvFilterGrad(window=self.window, **self.conv.geometry), (x, y), w
+
+
+def array(spec: Spec) -> Array:
+    """Memory as a rank has it."""
+    return memory_of(spec.size_bytes).view(spec.dtype).reshape(spec.shape)
+
+
+class Ours:
+    """One of our kernels on the table's operands."""
+
+    def __init__(self, op: Op, operands: list[Array], out: Array, *, threads: int, tune_s: float) -> None:
+        ins = tuple(Spec(a.shape, a.dtype.name) for a in operands)
+        request = Request(op, ins, Epilogue.none(Spec(out.shape)), op.name, op)
+        if tune_s:
+            tune_one(request, threads, budget_s=tune_s)
+        tuning = known(host())
+        self.threads, self.out = threads, out
+        self.choice: Choice = tuning.choose(request)
+        work = [array(spec) for spec in tuning.workspace(request, self.choice)]
+        at = at_array(Block.all(out.shape))
+        self.kept = (*operands, out, *work, at)
+        self.calls = CallList([(kernel_of(request, self.choice, host()), [address_of(a) for a in self.kept])])
+
+    def __call__(self) -> Array:
+        self.calls.run(threads=self.threads)
+        return self.out
+
+
+def theirs(shape: Shape, direction: str, x: Array, w: Array, y: Array) -> dict[str, Callable[[], Any]]:
+    """PyTorch's call in each layout."""
+    axes = len(shape.size)
+    first = lambda a: np.moveaxis(a, -1, 1)  # noqa: E731
+    tensors = [torch.from_numpy(v) for v in (first(x), np.moveaxis(w, (-1, -2), (0, 1)), first(y))]
+    layouts = {"nchw": torch.contiguous_format}
+    if axes > 1:
+        layouts["channels_last"] = torch.channels_last if axes == 2 else torch.channels_last_3d
+    forward = getattr(torch.nn.functional, f"conv{axes}d")
+    stride, padding, dilation = list(shape.stride), list(shape.padding), [shape.dilation] * axes
+    geometry = (stride, padding, dilation, False, [0] * axes, shape.groups)
+
+    def call(a: Any, b: Any, c: Any) -> Any:
+        if direction == "forward":
+            return forward(a, b, None, stride, padding, dilation, shape.groups)
+        wanted = [direction == "input", direction == "filter", False]
+        return torch.ops.aten.convolution_backward(c, a, b, None, *geometry, wanted)[wanted.index(True)]
+
+    return {
+        name: partial(call, *(t.contiguous(memory_format=layout) for t in tensors)) for name, layout in layouts.items()
+    }
+
+
+def ours_from(result: Any, direction: str) -> Array:
+    """PyTorch's result in our layout."""
+    given = result.numpy()
+    return np.moveaxis(given, (0, 1), (-1, -2)) if direction == "filter" else np.moveaxis(given, 1, -1)
+
+
+def error_of(shape: Shape, direction: str, x: Array, w: Array, y: Array, out: Array) -> float:
+    """Largest error at places drawn by chance, against float64, relative to the largest element there."""
+    rng, op = np.random.default_rng(1), shape.conv
+    c_each, k_each = shape.channels // shape.groups, shape.filters // shape.groups
+    padded = np.pad(x, [(0, 0), *((p, p + s + shape.dilation * r) for p, s, r in _room(shape)), (0, 0)])
+    wanted, got = [], []
+    for _ in range(PLACES):
+        place = tuple(int(rng.integers(0, extent)) for extent in out.shape)
+        if direction == "forward":
+            n, *o, k = place
+            g = k // k_each
+            where = tuple(slice(i * s, i * s + r * shape.dilation, shape.dilation) for i, s, r in _taps(shape, o))
+            patch = padded[(n, *where, slice(g * c_each, (g + 1) * c_each))]
+            value = (patch.astype(np.float64) * w[..., k]).sum()
+        elif direction == "filter":
+            *t, c, k = place
+            g = k // k_each
+            where = tuple(
+                slice(i * shape.dilation, i * shape.dilation + (e - 1) * s + 1, s)
+                for i, e, s in zip(t, y.shape[1:-1], shape.stride, strict=True)
+            )
+            value = (padded[(slice(None), *where, g * c_each + c)].astype(np.float64) * y[..., k]).sum()
+        else:
+            n, *i, c = place
+            g, value = c // c_each, 0.0
+            for t in np.ndindex(*shape.window):
+                at = [p + q - r * shape.dilation for p, q, r in zip(i, shape.padding, t, strict=True)]
+                if all(a % s == 0 and 0 <= a // s < e for a, s, e in zip(at, op.stride, y.shape[1:-1], strict=True)):
+                    o = tuple(a // s for a, s in zip(at, op.stride, strict=True))
+                    ks = slice(g * k_each, (g + 1) * k_each)
+                    value += float((y[(n, *o, ks)].astype(np.float64) * w[(*t, c % c_each, ks)]).sum())
+        wanted.append(value)
+        got.append(out[place])
+    return float(np.abs(np.subtract(got, wanted)).max() / np.abs(wanted).max())
+
+
+def _room(shape: Shape) -> Iterator[tuple[int, int, int]]:
+    return zip(shape.padding, shape.stride, shape.window, strict=True)
+
+
+def _taps(shape: Shape, o: list[int]) -> Iterator[tuple[int, int, int]]:
+    return zip(o, shape.stride, shape.window, strict=True)
+
+
+def measure(shape: Shape, direction: str, peak: Peak, *, threads: int, tune_s: float, seconds: float) -> dict[str, Any]:
+    """A row of the table."""
+    rng = np.random.default_rng(0)
+    arrays = [array(spec) for spec in shape.specs]
+    for a in arrays:
+        a[...] = rng.standard_normal(a.shape, dtype=np.float32)
+    x, w, y = arrays
+    op, ins, out = shape.op(direction)
+    operands = {"forward": [x, w], "input": [y, w], "filter": [x, y]}[direction]
+    sides: dict[str, Callable[[], Any]] = dict(theirs(shape, direction, x, w, y))
+    ours = Ours(op, operands, array(out), threads=threads, tune_s=tune_s)
+    exact = Ours(replace(op, exact=True), operands, array(out), threads=threads, tune_s=tune_s)
+    twice = exact.choice == ours.choice
+    sides |= {"ours": ours} if twice else {"ours": ours, "exact": exact}
+    results = {name: ours_from(side(), direction) for name, side in sides.items() if name not in ("ours", "exact")}
+    results |= {"ours": ours(), "exact": exact()}
+    errors = {name: error_of(shape, direction, x, w, y, value) for name, value in results.items()}
+    largest = max(float(np.abs(v).max()) for v in results.values())
+    apart = max(float(np.abs(v - results["ours"]).max()) for v in results.values()) / largest
+    if not apart < 1e-4:
+        raise SystemExit(f"{shape.name}, {direction}: results are apart by {apart:.1e} of the largest element.")
+    once = min(interleaved(sides, rounds=1, warm=1).values())[0]
+    rounds = int(max(5, min(40, seconds / (once * 3 * len(sides)))))
+    times = interleaved(sides, rounds=rounds, warm=0, turn=2)
+    flops = op.flops(*ins)
+    rate = {name: flops / ms(value) / 1e6 for name, value in times.items()}
+    best = max(rate[name] for name in rate if name not in ("ours", "exact"))
+    return {
+        "shape": shape.name,
+        "direction": direction,
+        "gflop": round(flops / 1e9, 3),
+        "ours": round(rate["ours"], 1),
+        "nchw": round(rate["nchw"], 1),
+        "channels_last": round(rate.get("channels_last", 0.0), 1),
+        "ratio": round(rate["ours"] / best, 3),
+        "exact ratio": round(rate.get("exact", rate["ours"]) / best, 3),
+        "peak %": round(100 * rate["ours"] * 1e9 / peak.flops_s, 1),
+        "error": errors["ours"],
+        "exact error": errors["exact"],
+        "torch error": max(errors[name] for name in errors if name not in ("ours", "exact")),
+        "template": str(ours.choice),
+        "exact template": str(exact.choice),
+    }
+
+
+def scaling(shapes: list[Shape], directions: list[str], seconds: float) -> list[dict[str, Any]]:
+    """How much faster two threads are than one."""
+    rows = []
+    for shape in shapes:
+        arrays = [array(spec) for spec in shape.specs]
+        for a in arrays:
+            a[...] = np.random.default_rng(0).standard_normal(a.shape, dtype=np.float32)
+        x, w, y = arrays
+        for direction in directions:
+            op, _, out = shape.op(direction)
+            operands = {"forward": [x, w], "input": [y, w], "filter": [x, y]}[direction]
+            sides = {str(t): Ours(op, operands, array(out), threads=2, tune_s=0) for t in (1, 2)}
+            sides["1"].threads = 1
+            once = min(interleaved(sides, rounds=1, warm=1).values())[0]
+            rounds = int(max(5, min(40, seconds / (6 * once))))
+            times = interleaved(sides, rounds=rounds, warm=0, turn=2)
+            gain = ms(times["1"]) / ms(times["2"])
+            rows.append({"shape": shape.name, "direction": direction, "2 threads / 1": round(gain, 3)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], shapes: dict[str, Shape]) -> dict[str, float]:
+    """Geometric means, and the worst row."""
+
+    def winograd(row: dict[str, Any]) -> bool:
+        shape = shapes[row["shape"]]
+        square = shape.window == (3, 3) and shape.stride == (1, 1) and shape.groups == 1
+        return square and min(shape.channels, shape.filters) >= 64
+
+    out = {"geometric mean": geometric_mean(r["ratio"] for r in rows)}
+    out["exact"] = geometric_mean(r["exact ratio"] for r in rows)
+    for direction in DIRECTIONS:
+        if chosen := [r["ratio"] for r in rows if r["direction"] == direction]:
+            out[direction] = geometric_mean(chosen)
+    if chosen := [r["ratio"] for r in rows if winograd(r)]:
+        out["3x3, stride 1, 64 channels or more"] = geometric_mean(chosen)
+    out["least"] = min(r["ratio"] for r in rows)
+    return {name: round(value, 3) for name, value in out.items()}
+
+
+def main() -> None:
+    """Measure every shape in every direction, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="a JSON file with a list of shapes")
+    parser.add_argument("--only", default="", help="shapes whose names contain this")
+    parser.add_argument("--directions", default=",".join(DIRECTIONS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tune", type=float, default=0.0, help="seconds of tuning for each kernel that is not known")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each row, about")
+    parser.add_argument("--scaling", action="store_true", help="two threads beside one, instead of beside PyTorch")
+    parser.add_argument("--name", default=None, help="of the results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shapes = [Shape.read(row) for row in json.loads(Path(arguments.shapes).read_text())]
+    shapes = [shape for shape in shapes if arguments.only in shape.name]
+    directions = arguments.directions.split(",")
+    if arguments.scaling:
+        rows = scaling(shapes, directions, arguments.seconds)
+        mean = geometric_mean(r["2 threads / 1"] for r in rows)
+        print(write(arguments.name or "conv_scaling", rows, mean=round(mean, 3)), f"geometric mean {mean:.2f}")
+        return
+    peak = measured_peak(host(), arguments.threads)
+    rows = []
+    with torch.no_grad():
+        for shape in shapes:
+            for direction in directions:
+                how = {"threads": arguments.threads, "tune_s": arguments.tune, "seconds": arguments.seconds}
+                rows.append(measure(shape, direction, peak, **how))
+                print(" ".join(str(v) for v in rows[-1].values()), flush=True)
+    shown = ("shape", "direction", "ours", "nchw", "channels_last", "ratio", "exact ratio", "peak %", "error")
+    print(table([{name: row[name] for name in shown} for row in rows]))
+    peak = peak.better(measured_peak(host(), arguments.threads))
+    means = summary(rows, {shape.name: shape for shape in shapes})
+    print(means)
+    where = {"threads": arguments.threads, "peak_gflops": round(peak.flops_s / 1e9, 1), "summary": means}
+    print(write(arguments.name or "conv", rows, **where))
+
+
+if __name__ == "__main__":
+    main()
