@@ -69,9 +69,9 @@ def frozen(form: Form, name: str, value: Any) -> Any:
     if type(value) in (int, str, bool) or value is None or isinstance(value, Op):
         return value
     try:
-        if hasattr(value, "__index__"):
-            return operator.index(value)
-        return tuple(frozen(form, name, part) for part in value)
+        if hasattr(value, "__iter__"):
+            return tuple(frozen(form, name, part) for part in value)
+        return operator.index(value)
     except TypeError:
         raise SettingError(
             f"kernels.{form.name}: {name}={value!r} is not a whole number, or one for each axis. Give integers."
