@@ -133,7 +133,7 @@ def test_nothing_to_compute_and_nothing_to_sum():
         ({"x": X[0, 0]}, ShapeError, r"x f32\[6,3\] has 0 spatial axes, not 1 to 3. x is N,\*space,C"),
         ({"x": np.zeros((1,) * 6, "f")}, ShapeError, "has 4 spatial axes, not 1 to 3"),
         ({"w": W[0]}, ShapeError, "conv: 2 strides need x and w with 4 axes"),
-        ({"w": W[:, :, :2]}, ShapeError, r"conv: x has 3 channels but w expects 2 \(x f32\[2,5,6,3\], w f32\[3,3,2,4\]"),
+        ({"w": W[:, :, :2]}, ShapeError, r"conv: x has 3 channels but w expects 2 \(x f32\[2,5,6,3\], w f32\[3,3,2,"),
         ({"groups": 2}, ShapeError, "conv: x has 3 channels but w expects 3 x 2 groups"),
         ({"w": W[:, :, :1], "groups": 3}, ShapeError, "conv: 4 filters are not divisible by 3 groups"),
         ({"groups": 0}, ShapeError, "groups=0 is not a number of 1 or more"),
