@@ -286,14 +286,14 @@ def test_some_convolutions(case, activation):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(convolutions(), st.sampled_from([None, *kernels.form.ACTIVATIONS]), st.integers(0, 9))
 def test_many_convolutions(case, activation, seed):
     check_convolution(case, activation, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     st.tuples(*[st.integers(0, 40)] * 3), st.booleans(), st.booleans(), st.sampled_from(["float32", "float64"]),
     st.sampled_from([None, *kernels.form.ACTIVATIONS]),
