@@ -17,6 +17,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import kernels as kernels
     from . import nn as nn
     from . import optim as optim
     from .api import Compiled as Compiled
@@ -91,7 +92,7 @@ _HOMES = {
     "stencils": ("stencil",),
     "testing.ops": ("check",),
 }
-_MODULES = ("errors", "nn", "optim")
+_MODULES = ("errors", "kernels", "nn", "optim")
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_MODULES, *_WHERE]

@@ -21,7 +21,7 @@ from ..spec import Array, Block
 from ..tuner import Tuning
 from .lower import Ref, lower, pick
 from .rank import CLOCKS
-from .tuning import known
+from .remembered import known
 
 
 class Compiled(DaskMethodsMixin):  # type: ignore[misc]

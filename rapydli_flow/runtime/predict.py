@@ -23,7 +23,7 @@ from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
 from ..tuner import Tuning
 from .evaluate import Predictor, batches, check_state
-from .tuning import known
+from .remembered import known
 
 
 def predict(

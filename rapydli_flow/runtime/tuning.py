@@ -10,7 +10,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from distributed import Event as DaskEvent
 
 from cpu_kernels.compile import host
 
-from ..config import settings
 from ..errors import RunLost, SettingError
 from ..graph import Graph
 from ..ops import Leaf
@@ -31,32 +29,13 @@ from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
 from .cluster import ready_workers
 from .own import carry, unpack
 from .publish import TUNING, show_page
+from .remembered import cache, check_allowed, known
 from .session import Job, Options, Progress, Session, Sitting
 from .tuning_report import TuningReport
 
 START_S, POLL_S, GONE_S = 30.0, 0.2, 3.0
 EXHAUSTED = "nothing left to try"
 SIMILAR = 3  # winners of similar shapes that a search starts with
-
-
-def cache() -> TuningCache:
-    """The tuning results of this user on this host."""
-    return TuningCache(settings().cache_dir / "tuning.sqlite", settings().known_dir)
-
-
-def known(device: Device) -> Tuning:
-    """What is known for a device, as far as RAPYDLI_TUNING lets it be used."""
-    how = settings().tuning
-    if how == "off":
-        return Tuning(device)
-    return replace(cache().tuning(device), strict=how == "strict")
-
-
-def check_allowed() -> None:
-    """Raise SettingError where RAPYDLI_TUNING says that nothing is tuned."""
-    how = settings().tuning
-    if how != "on":
-        raise SettingError(f"autotune: nothing is tuned with RAPYDLI_TUNING={how}. Set it to 'on', or leave it out.")
 
 
 def requests_of(graphs: Sequence[Graph], device: Device) -> dict[Request, int]:

@@ -17,8 +17,9 @@ from ..arguments import nearest
 from ..config import settings
 from ..errors import ArgumentError, DTypeError, ShapeError, TemplateError
 from ..ops import Symbol, spec_of
+from ..runtime.remembered import known
 from ..runtime.session import Progress
-from ..runtime.tuning import known, tune_one
+from ..runtime.tuning import tune_one
 from ..runtime.tuning_report import TuningReport
 from ..space import Rules
 from ..spec import DTYPES, Array, Spec
