@@ -12,9 +12,9 @@ A tile holds (tap, channel) pairs by filters and grows by one pixel at a time:
                                                              partial sums = acc
 
 The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has
-one panel of filters and all tiles of a few rows of taps, so that a chunk of dy and x is read from the
-second-level cache. Chunks are short for accuracy as well: float32 sums stay below CHUNK terms. Where that
-makes few tasks, ``split`` cuts the records into parts; their sums are made first, and added in order.
+one panel of filters and all tiles of a few rows of taps, so that a chunk of ``pixels`` pixels of dy and x is read
+from the nearest caches. Chunks are short for accuracy as well: float32 sums have few terms. Where that makes few
+tasks, ``split`` cuts the records into parts; their sums are made first, and added in order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from .conv_geometry import Geometry, forward, padding, sizes, something
 from .tile import balanced, load, local, natural, outer, step_cost, store, zeros
 from .tile_rules import tile_rules
 
-CHUNK = 1024  # most pixels between two visits of the partial sums
 TASKS = 16  # fewer tasks than that are split
 SUMS = 1 << 20  # most partial sums
 COPY_BYTES = 1 << 17  # most of dy that may lie on a stack
@@ -42,7 +41,9 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "vectors": (2, 1, 3, 4),
     "lanes": (16, 8, 4, 2),
     "split": (1, 2, 4, 8, 16, 32),
+    "pixels": (256, 1024, 512, 128),  # most between two visits of the partial sums
 }
+FIRST_PIXELS = SPACE["pixels"][0]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Blocking:
     rows: int
     width: int
     split: int
+    chunk: int  # rows of pixels
 
     @classmethod
-    def of(cls, g: Geometry, *, rows: int, vectors: int, lanes: int, split: int) -> Blocking:
+    def of(cls, g: Geometry, *, rows: int, vectors: int, lanes: int, split: int, pixels: int) -> Blocking:
         window = g.axes[1].taps[0]
         length = cls.length(g)
         tile_lines = balanced(window, rows // length) if length < rows else 1
-        return cls(g, tile_lines, balanced(length, rows), vectors * lanes, split)
+        return cls(g, tile_lines, balanced(length, rows), vectors * lanes, split, max(1, pixels // g.axes[2].out))
 
     @staticmethod
     def length(g: Geometry) -> int:
@@ -106,7 +108,7 @@ def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
 
 
 def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
-    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=1, lanes=1, split=1)
+    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=1, lanes=1, split=1, pixels=1)
     return b.lines, b.rows
 
 
@@ -118,10 +120,24 @@ def _images(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, 
     return split <= ins[0].shape[0]
 
 
+def _chunk_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, split: int, pixels: int) -> bool:
+    """No smaller ``pixels`` means the same chunks of a part."""
+    g = _geometry(op, ins, outs)
+    most = -(-g.n // split) * g.axes[0].out * g.axes[1].out
+
+    def chunk(pixels: int) -> int:
+        return min(most, max(1, pixels // g.axes[2].out))
+
+    return pixels == FIRST_PIXELS or all(
+        chunk(other) != chunk(pixels) for other in SPACE["pixels"] if other < pixels or other == FIRST_PIXELS
+    )
+
+
 RULES = {
     "something to compute": something,
     "an image for each part": _images,
     **tile_rules(_shape, _columns, SPACE["rows"]),
+    "a chunk once": _chunk_once,
 }
 
 
@@ -136,7 +152,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
 
     def candidates() -> Iterator[dict[str, Any]]:
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]) if something(op, ins, outs, device) else ():
-            config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1}
+            config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
             b = Blocking.of(g, **config)
             size = b.pieces * b.tiles * b.tile_size
             for split in reversed(SPACE["split"]):
@@ -146,7 +162,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
                     yield config
                     break
 
-    first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1}
+    first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
     return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
 
 
@@ -168,10 +184,11 @@ def tiles(
     vectors: int,
     lanes: int,
     split: int,
+    pixels: int,
 ) -> Loop:
     """Taps and channels by filters, pixel after pixel."""
     g = _geometry(op, ins, outs)
-    b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split)
+    b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split, pixels=pixels)
     d, h, w = g.axes
     pad, pad_tasks = padding(g)
     pads, records, record_rows, padded_rows = g.pads, g.n, d.out * h.out, d.padded * h.padded
@@ -196,7 +213,7 @@ def tiles(
     first_h, low_h, size_h, row_step, row_spread = h.first[0], h.low, h.size, h.step, h.spread
     reach = (b.lines - 1) * h.spread
     out_d, out_h, out_w, pixel_rows = d.out, h.out, w.out, b.pixel_rows
-    chunk = max(1, CHUNK // out_w)
+    chunk = b.chunk
     part_size = pieces * tile_count * tile_size
     # dy's vectors of one panel lie far apart: many tiles repay copying them together
     copy_size = chunk * out_w * width

@@ -30,6 +30,7 @@ from .tile_rules import tile_rules
 from .winograd_transform import along, filter_lines, input_lines, output_lines
 
 LOCAL_BYTES = 3 << 18  # most of a block's transformed patches, and of its sums, on the stack of a task
+LEAST = 1e5  # half-cycles that it should save: less is not worth a kernel that takes longer to compile
 TAPS, TAP_COUNT = 3, 9
 GAP = 16  # elements between rows of v, which would evict each other from a cache if they were a power of two apart
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -195,7 +196,7 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     moved += 4.0 * area * b.tiles * instructions(b.inner, lanes) if config["staged"] else 0.0
     tasks = b.blocks * (b.groups if config["staged"] else 1)
     idle = -(-tasks // device.cores) * device.cores / tasks
-    return (products + 2 * moved) * idle
+    return (products + 2 * moved) * idle + LEAST
 
 
 def instructions(length: int, lanes: int) -> int:

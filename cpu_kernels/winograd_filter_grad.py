@@ -27,7 +27,7 @@ from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 from .conv_geometry import Axis, forward, sizes
 from .tile import load, local, natural, outer, step_cost, store, zeros
 from .tile_rules import tile_rules
-from .winograd import GAP, LOCAL_BYTES, TAPS, instructions
+from .winograd import GAP, LEAST, LOCAL_BYTES, TAPS, instructions
 from .winograd_transform import along, filter_lines, input_lines, output_lines
 
 DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
@@ -176,7 +176,7 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
         moved += 1.5 * sums * b.rows * vectors * (b.tiles / b.block + 2 * b.split)
         tasks = b.split
     idle = -(-tasks // device.cores) * device.cores / tasks
-    return (products + 2 * moved) * idle
+    return (products + 2 * moved) * idle + LEAST
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .config import settings as settings
     from .data import ingest as ingest
     from .data import load as load
+    from .graph import exact as exact
     from .graph import trace as trace
     from .graph import train_step as train_step
     from .logbook import runs as runs
@@ -82,7 +83,7 @@ _HOMES = {
     "callbacks": ("BestSnapshot", "EarlyStopping", "PlateauRate"),
     "config": ("settings",),
     "data": ("ingest", "load"),
-    "graph": ("trace", "train_step"),
+    "graph": ("exact", "trace", "train_step"),
     "logbook": ("runs",),
     "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import GraphError
@@ -65,6 +66,21 @@ def predicting(graph: Graph) -> Graph:
     out = rewrite(graph, lambda new, node, xs: xs[1] if isinstance(node.op, Phase) else None)
     out.updates = {}
     return rewrite(out)
+
+
+def exact(graph: Graph) -> Graph:
+    """The same graph with exact convolutions: no faster algorithm with larger rounding errors, such as Winograd's.
+
+    The gradients of an exact convolution are exact as well: ``rf.train_step(rf.exact(rf.trace(network, x)), ...)``.
+    """
+
+    def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+        if getattr(node.op, "exact", None) is not False:
+            return None
+        op: Any = node.op
+        return new.add(replace(op, exact=True), inputs, node.name, node.at)
+
+    return rewrite(graph, rule)
 
 
 def merge_equal(graph: Graph) -> Graph:

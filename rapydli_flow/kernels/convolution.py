@@ -16,7 +16,7 @@ from ..spec import Array, Spec
 from .form import Form, Specs, frozen, listed, with_tail
 from .prepared import called
 
-GEOMETRY = ("stride", "padding", "dilation", "groups")
+GEOMETRY = ("stride", "padding", "dilation", "groups", "exact")
 
 
 def conv(
@@ -27,6 +27,7 @@ def conv(
     padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
+    exact: bool = False,
     bias: Any = None,
     activation: str | Op | None = None,
     residual: Any = None,
@@ -39,6 +40,7 @@ def conv(
     K numbers, residual the shape of the result. ``stride`` and ``dilation`` are a number or one for each axis;
     ``padding`` with zeros a number, one for each axis, or a (low, high) pair for each. ``activation`` is a name: elu,
     gelu, leaky_relu, relu, sigmoid, silu, softplus, swish, tanh; or an operator: ``ops.LeakyRelu(slope=0.2)``.
+    ``exact``: no faster algorithm with larger rounding errors, such as Winograd's.
     ``out``: a C-contiguous array for the result, which shares no memory with an operand. ``threads``: at most so
     many, by default those of the settings; the result does not depend on it.
 
@@ -48,7 +50,7 @@ def conv(
 
     Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
-    how = (*_geometry(CONV, stride, padding, dilation, groups), frozen(CONV, "activation", activation))
+    how = (*_geometry(CONV, stride, padding, dilation, groups, exact), frozen(CONV, "activation", activation))
     return called(CONV, (x, w, bias, residual), how, out, threads)
 
 
@@ -61,6 +63,7 @@ def conv_input_grad(
     padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
+    exact: bool = False,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
@@ -69,7 +72,7 @@ def conv_input_grad(
     dy, ``N,*out,K``, is the gradient with respect to the convolution's own result, before bias and activation. The
     other arguments are those of `conv`. Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
-    how = (*_geometry(INPUT_GRAD, stride, padding, dilation, groups), frozen(INPUT_GRAD, "x_shape", x_shape))
+    how = (*_geometry(INPUT_GRAD, stride, padding, dilation, groups, exact), frozen(INPUT_GRAD, "x_shape", x_shape))
     return called(INPUT_GRAD, (dy, w), how, out, threads)
 
 
@@ -82,6 +85,7 @@ def conv_filter_grad(
     padding: Padding = 0,
     dilation: Sizes = 1,
     groups: int = 1,
+    exact: bool = False,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
@@ -90,7 +94,7 @@ def conv_filter_grad(
     dy, ``N,*out,K``, is the gradient with respect to the convolution's own result, before bias and activation. The
     other arguments are those of `conv`. Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
-    how = (*_geometry(FILTER_GRAD, stride, padding, dilation, groups), frozen(FILTER_GRAD, "w_shape", w_shape))
+    how = (*_geometry(FILTER_GRAD, stride, padding, dilation, groups, exact), frozen(FILTER_GRAD, "w_shape", w_shape))
     return called(FILTER_GRAD, (x, dy), how, out, threads)
 
 
@@ -98,7 +102,9 @@ def _geometry(form: Form, *values: Any) -> tuple[Any, ...]:
     return tuple(v if type(v) is int else frozen(form, name, v) for name, v in zip(GEOMETRY, values, strict=True))
 
 
-def _forward(form: Form, x: Spec, w: Spec, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Conv, Spec]:
+def _forward(
+    form: Form, x: Spec, w: Spec, stride: Any, padding: Any, dilation: Any, groups: Any, exact: Any
+) -> tuple[Conv, Spec]:
     """The convolution, and the spec of its result."""
     space = len(x.shape) - 2
     if space not in (1, 2, 3):
@@ -111,6 +117,7 @@ def _forward(form: Form, x: Spec, w: Spec, stride: Any, padding: Any, dilation: 
         padding=pairs(title, padding, space),
         dilation=sizes(title, "dilation", dilation, space),
         groups=groups,
+        exact=bool(exact),
     )
     return op, op.infer(x, w)
 

@@ -27,10 +27,12 @@ def conv(
     groups: int = 1,
     bias: bool = True,
     init: Initial | None = None,
+    exact: bool = False,
 ) -> Any:
     """Convolution over the 1 to 3 spatial axes of x. Padding is a number or a (low, high) pair for each axis.
 
-    Filters start as ``init`` says, by default `he`; the bias starts at 0.
+    Filters start as ``init`` says, by default `he`; the bias starts at 0. ``exact``: no faster algorithm with larger
+    rounding errors, such as Winograd's, here or in the gradients; `rapydli_flow.exact` says so of a whole graph.
     """
     space = _space("conv", x)
     extents = sizes("conv", "window", window, space)
@@ -43,6 +45,7 @@ def conv(
         padding=pairs("conv", padding, space),
         dilation=sizes("conv", "dilation", dilation, space),
         groups=groups,
+        exact=exact,
     )
     y = op(x, w)
     return y + constant(x.graph, "param", "b", (filters,), 0.0, x.dtype) if bias else y
