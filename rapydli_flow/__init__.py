@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from . import nn as nn
     from . import optim as optim
+    from . import zoo as zoo
     from .api import Compiled as Compiled
     from .api import ConfusionMatrix as ConfusionMatrix
     from .api import Model as Model
@@ -91,7 +92,7 @@ _HOMES = {
     "stencils": ("stencil",),
     "testing.ops": ("check",),
 }
-_MODULES = ("errors", "nn", "optim")
+_MODULES = ("errors", "nn", "optim", "zoo")
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_MODULES, *_WHERE]
