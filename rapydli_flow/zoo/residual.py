@@ -1,7 +1,7 @@
 """Residual networks: blocks add to what they read, so that gradients reach the first layers of deep networks.
 
-Paper: K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image recognition" (2015), arXiv:1512.03385, table 1;
-shortcuts are the paper's option B (a convolution of window 1 where sizes differ). In the bottleneck blocks the 3x3
+Paper: K. He, X. Zhang, S. Ren, J. Sun, "Deep residual learning for image recognition" (2015), arXiv:1512.03385, table
+1; shortcuts are the paper's option B (a convolution of window 1 where sizes differ). In the bottleneck blocks the 3x3
 convolution has the stride, as in torchvision, not the first 1x1 as in the paper.
 """
 
