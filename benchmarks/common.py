@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,19 +16,27 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+LEAST = 3  # rounds that a median needs
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int, turn: int = 1, warm: int = 3
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, turn: int = 1, warm: int = 3, seconds: float = math.inf
 ) -> dict[str, list[float]]:
     """Seconds of a call of each run, in each of its turns of ``turn`` calls, so that all see the same machine.
 
     The first call of a turn, in which the threads of the run before may still spin, is not timed if there
-    are several.
+    are several. ``seconds`` bounds what the turns take together: there are fewer calls in a turn, then fewer
+    rounds, but never fewer than `LEAST`.
     """
+    once = 0.0  # seconds of one call of each
     for run in runs.values():
-        for _ in range(warm):
+        for i in range(warm):
+            begin = time.perf_counter()
             run()
+            once += (time.perf_counter() - begin) * (i == warm - 1)
+    if once > 0.0:
+        turn = max(1, min(turn, int(min(seconds / (LEAST * once), 1e6)) - 1))
+        rounds = max(LEAST, int(min(rounds, seconds / (once * (turn + (turn > 1))))))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -38,6 +47,25 @@ def interleaved(
                 run()
             times[name].append((time.perf_counter() - begin) / turn)
     return times
+
+
+def beside_torch(times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Columns of a row: milliseconds of ours and of each side of PyTorch, and how many times as fast as its eager best.
+
+    ``speedup_range`` is that ratio in the quarters of the rounds: its 25th and 75th percentile over rounds.
+    """
+    eager = [name for name in ("nchw", "channels_last") if name in times]
+    best = min(eager, key=lambda name: median(times[name]))
+    ratios = sorted(theirs / ours for ours, theirs in zip(times["ours"], times[best], strict=True))
+    columns = {("ours_ms" if name == "ours" else f"torch_{name}_ms"): ms(each) for name, each in times.items()}
+    quarters = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
+    speedup = ms(times[best]) / ms(times["ours"])
+    return {**columns, "speedup": speedup, "speedup_range": quarters, "rounds": len(ratios)}
+
+
+def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a row goes into a printed table: numbers and words."""
+    return {name: value for name, value in row.items() if not isinstance(value, dict | list)}
 
 
 def hardware() -> dict[str, Any]:
@@ -65,24 +93,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Results as ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, rows: list[dict[str, Any]], *, folder: Path = RESULTS, **more: Any) -> Path:
+    """Results as ``<name>.json`` in a folder, by default ``benchmarks/results``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"hardware": hardware(), **more, "rows": rows}, indent=1) + "\n")
     return path
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as aligned text."""
-    head = list(rows[0])
-    cells = [head, *([_text(row[k]) for k in head] for row in rows)]
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [head, *([_text(row.get(k, "")) for k in head] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def ms(times: list[float]) -> float:

@@ -13,51 +13,47 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from common import table, write
 from distributed import Client, LocalCluster
-from networks import CASES
 
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
 
 FIRST = """
 import time; begin = time.perf_counter()
-import sys; sys.path.insert(0, {here!r})
 import numpy as np
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
-from networks import CASES
 from cpu_kernels.compile import host
 from rapydli_flow.runtime import tuning
 from rapydli_flow.runtime.rank import Rank
 from rapydli_flow.scheduler import compile_program
-case = CASES[0]
-step = rf.train_step(rf.trace(case.network, rf.Spec((case.batch, *case.record))), loss=nn.cross_entropy,
+case = rf.zoo.find("lenet")
+step = rf.train_step(case.trace(), loss=nn.cross_entropy,
                      optimizer=optim.sgd(0.01, momentum=0.9))
 known = tuning.known(host())
 (graph,) = rf.Plan(1, 2).rank_graphs(step)
 rank = Rank(compile_program(graph, known), known.device, threads=2)
 rank.start(0)
-rank.feed({{"x": np.zeros((case.batch, *case.record), np.float32), "label": np.zeros(case.batch, np.int64)}})
+rank.feed({"x": np.zeros((case.batch, *case.record), np.float32), "label": np.zeros(case.batch, np.int64)})
 rank.step(0, 0)
 print(time.perf_counter() - begin)
 """
 
 
 def training_step(batch: int) -> Any:
-    case = CASES[1]
-    graph = rf.trace(case.network, rf.Spec((batch, *case.record)))
-    return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.001, momentum=0.9))
+    return rf.train_step(
+        rf.zoo.find("cifar10_quick").trace(batch), loss=nn.cross_entropy, optimizer=optim.sgd(0.001, momentum=0.9)
+    )
 
 
 def dataset(folder: str) -> Any:
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2048, *CASES[1].record), dtype=np.float32)
+    x = rng.standard_normal((2048, *rf.zoo.find("cifar10_quick").record), dtype=np.float32)
     return rf.ingest({"x": x, "label": rng.integers(0, 10, len(x))}, f"{folder}/data.zarr", compress=False)
 
 
@@ -122,9 +118,8 @@ def main() -> None:
                 "ratio": median(two[1:]) / base,
             }
         )
-    source = FIRST.format(here=str(Path(__file__).resolve().parent))
     first = [
-        float(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)
+        float(subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True).stdout)
         for _ in range(4)
     ]
     rows.append(

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import geometric_mean
+
 ROOT = Path(__file__).resolve().parent.parent
+SIDES = {
+    "ours": "rapydli_flow",
+    "torch_nchw": "PyTorch NCHW",
+    "torch_channels_last": "PyTorch channels_last",
+    "torch_compile": "torch.compile",
+}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -16,27 +25,50 @@ def result(name: str) -> dict[str, Any]:
     return loaded
 
 
-def training_steps() -> str:
-    """Our step beside PyTorch's."""
-    found = result("train_step")
-    lines = [
-        "| network, batch | rapydli_flow | PyTorch NCHW | PyTorch channels_last | PyTorch's best / ours |",
-        "|---|---|---|---|---|",
-    ]
-    for r in found["rows"]:
-        lines.append(
-            f"| {r['network']}, {r['batch']} | {r['ours_ms']:.1f} ms | {r['torch_nchw_ms']:.1f} ms | "
-            f"{r['torch_channels_last_ms']:.1f} ms | {r['speedup']:.2f} |"
-        )
+def beside_torch(name: str) -> str:
+    """Ours beside PyTorch's: milliseconds, their ratio and its geometric mean, and memory where it was measured."""
+    found = result(name)
+    rows = found["rows"]
+    sides = [side for side in SIDES if any(r.get(f"{side}_ms") for r in rows)]
+    memory = any(r.get("ours_mb") for r in rows)
+    head = ["network, batch", *(SIDES[side] for side in sides), "PyTorch's best / ours"]
+    head += ["ours, MB", "PyTorch, MB"] if memory else []
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for r in rows:
+        cells = [f"{r['network']}, {r['batch']}"]
+        cells += [f"{r[f'{side}_ms']:.1f} ms" if r.get(f"{side}_ms") else "" for side in sides]
+        cells += [f"{r['speedup']:.2f}"]
+        cells += [_mb(r["ours_mb"]), _mb(_least(r))] if memory else []
+        lines.append(_line(cells))
+    if len(rows) > 1:
+        mean = geometric_mean([r["speedup"] for r in rows])
+        cells = ["geometric mean", *("" for _ in sides), f"{mean:.2f}", *(("", "") if memory else ())]
+        lines.append(_line(cells))
     where = found["hardware"]
     versions = where["packages"]
     lines.append("")
+    eager = "PyTorch's best is of its two eager layouts. " if "torch_compile" in sides else ""
+    peaks = "MB: the most that a process with one side only has, PyTorch's in its thriftier layout. " if memory else ""
     lines.append(
-        f"{found['rows'][0]['threads']} threads of {where['cpu']}, "
+        f"{rows[0]['threads']} threads of {where['cpu']}, "
         f"PyTorch {versions['torch']}, Numba {versions['numba']}, "
-        f"medians of interleaved runs, {where['time'][:10]}. A shared machine: read the ratio."
+        f"medians of interleaved runs, {where['time'][:10]}. {eager}{peaks}A shared machine: read the ratio."
     )
     return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _least(row: dict[str, Any]) -> float | None:
+    """MB of PyTorch's layout that takes less."""
+    known = [row[name] for name in ("torch_nchw_mb", "torch_channels_last_mb") if row.get(name)]
+    return min(known, default=None)
+
+
+def _mb(value: float | None) -> str:
+    return f"{value:,.0f}" if value else ""
 
 
 def overheads() -> str:
@@ -96,7 +128,17 @@ def main() -> None:
     """Replace what is between the markers."""
     path = ROOT / "README.md"
     text = path.read_text()
-    for name, made in (("train_step", training_steps()), ("overhead", overheads()), ("tuning", tuning())):
+    parts = {
+        "train_step": partial(beside_torch, "train_step"),
+        "inference": partial(beside_torch, "inference"),
+        "overhead": overheads,
+        "tuning": tuning,
+    }
+    for name, make in parts.items():
+        if name == "inference" and not (ROOT / "benchmarks" / "results" / "inference.json").exists():
+            print("inference.json is not there: benchmarks/inference.py makes it")
+            continue
+        made = make()
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)
         if count != 1:

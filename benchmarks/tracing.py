@@ -15,32 +15,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from common import table, write
 
 BATCH = 32
-DEPTHS = (3, 4, 6, 3)  # residual blocks of each stage (He et al. 2015, table 1)
-
-
-def resnet50(x: Any) -> Any:
-    """ResNet-50 with the stride in the 3x3 convolution."""
-    from rapydli_flow import nn
-
-    def unit(x: Any, filters: int, window: int, stride: int = 1) -> Any:
-        return nn.batch_norm(nn.conv(x, filters, window, stride=stride, padding=window // 2, bias=False))
-
-    @nn.block
-    def bottleneck(x: Any, filters: int, stride: int) -> Any:
-        y = nn.relu(unit(nn.relu(unit(x, filters, 1)), filters, 3, stride))
-        y = unit(y, 4 * filters, 1)
-        return nn.relu(y + (x if x.shape == y.shape else unit(x, 4 * filters, 1, stride)))
-
-    x = nn.max_pool(nn.relu(unit(x, 64, 7, 2)), 3, stride=2, padding=1)
-    for stage, depth in enumerate(DEPTHS):
-        for i in range(depth):
-            x = bottleneck(x, 64 * 2**stage, 2 if stage and not i else 1)
-    return nn.dense(nn.global_avg_pool(x), 1000)
 
 
 def once() -> dict[str, float]:
@@ -52,14 +30,14 @@ def once() -> dict[str, float]:
     marks.append(("import rapydli_flow", clock()))
     heavy = [name for name in ("cupy", "bokeh", "numba", "distributed") if name in sys.modules]
     assert not heavy, heavy
-    from rapydli_flow import nn, optim
+    from rapydli_flow import nn, optim, zoo
     from rapydli_flow.runtime import tuning
     from rapydli_flow.scheduler import compile_program
 
-    known = tuning.known(tuning.host())
+    known, resnet50 = tuning.known(tuning.host()), zoo.find("resnet50")
     marks.append(("import numba, dask, distributed", clock()))
-    graph = rf.trace(resnet50, rf.Spec((BATCH, 224, 224, 3)))
-    assert graph.parameters == 25_557_032, graph.parameters  # as torchvision counts them
+    graph = resnet50.trace(BATCH)
+    assert graph.parameters == resnet50.parameters, graph.parameters
     marks.append(("trace", clock()))
     step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1, momentum=0.9))
     marks.append(("train_step", clock()))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from . import kernels as kernels
     from . import nn as nn
     from . import optim as optim
+    from . import zoo as zoo
     from .api import Compiled as Compiled
     from .api import ConfusionMatrix as ConfusionMatrix
     from .api import Model as Model
@@ -93,7 +94,7 @@ _HOMES = {
     "stencils": ("stencil",),
     "testing.ops": ("check",),
 }
-_MODULES = ("errors", "kernels", "nn", "optim")
+_MODULES = ("errors", "kernels", "nn", "optim", "zoo")
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *_MODULES, *_WHERE]

@@ -1,0 +1,94 @@
+"""PyTorch's side of the benchmarks: the same training step and prediction, in both layouts, or by torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from networks import MOMENTUM, RATE, dropout_of
+from torch import nn
+from twins import published, twin
+
+from rapydli_flow.graph import Graph
+from rapydli_flow.zoo import Network
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+COMPILED = "compile"  # on channels_last
+
+
+class _Side:
+    """A module in a layout, and batches as it takes them."""
+
+    def __init__(self, module: nn.Module, layout: str) -> None:
+        self.layout = LAYOUTS["channels_last" if layout == COMPILED else layout]
+        self.module = module.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.call: Callable[..., Any] = torch.compile(self.module) if layout == COMPILED else self.module
+
+    def tensors(self, x: Any, label: Any) -> tuple[Any, Any]:
+        """Our batch N,H,W,C as N,C,H,W in this layout."""
+        x = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+        return x.contiguous(memory_format=self.layout), torch.from_numpy(label)
+
+
+class Step(_Side):
+    """Forward, loss, backward, SGD with momentum; eager but for the network itself under torch.compile."""
+
+    def __init__(self, module: nn.Module, layout: str) -> None:
+        super().__init__(module.train(), layout)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=RATE, momentum=MOMENTUM)
+        self.loss = nn.CrossEntropyLoss()
+
+    def __call__(self, x: Any, label: Any) -> float:
+        """The loss of a batch, before the update."""
+        self.optimizer.zero_grad()
+        loss = self.loss(self.call(x), label)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class Prediction(_Side):
+    """Scores of a batch under eval() and inference_mode."""
+
+    def __init__(self, module: nn.Module, layout: str) -> None:
+        super().__init__(module.eval(), layout)
+
+    def __call__(self, x: Any, _: Any = None) -> Any:
+        """The scores, N,classes, as an array."""
+        with torch.inference_mode():
+            return self.call(x).numpy()
+
+
+def with_state(case: Network, graph: Graph, state: Mapping[str, Any], *, dropout: bool = False) -> nn.Module:
+    """The twin with our state."""
+    return twin(case.name, graph, state, dropout=dropout_of(case) if dropout else 0.0)
+
+
+def alone(case: Network) -> nn.Module:
+    """The twin as a process has it that knows nothing of our side."""
+    return published(case.name, case.classes, dropout=dropout_of(case))
+
+
+def sides(
+    make: type[Step] | type[Prediction], module: Callable[[], nn.Module], data: list[tuple[Any, Any]], *, compiled: bool
+) -> tuple[dict[str, Any], str]:
+    """Each layout as a side, from modules that are made anew; and why there is none of torch.compile ('' if there is).
+
+    A compiled side has run once: its compiler may be missing, or may not get through this network.
+    """
+    made: dict[str, Any] = {layout: make(module(), layout) for layout in LAYOUTS}
+    if not compiled:
+        return made, "not asked for (--compile)"
+    try:
+        side = make(module(), COMPILED)
+        fed = side.tensors(*data[0])
+        kept = {name: value.clone() for name, value in side.module.state_dict().items()}
+        side(*fed)
+        side.module.load_state_dict(kept)  # the step that compiled is no step of the comparison
+        if isinstance(side, Step):
+            side.optimizer.state.clear()
+    except Exception as error:  # whatever a compiler does: the reason is kept in the results
+        return made, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return {**made, COMPILED: side}, ""
