@@ -14,8 +14,9 @@ filters: they are different in every training step. Transforms and their accurac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -25,7 +26,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .conv_geometry import Axis, backward, forward, sizes
-from .tile import load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile import holds, load, local, natural, outer, step_cost, store, transpose, zeros
 from .tile_rules import tile_rules
 from .winograd_transform import along, filter_lines, input_lines, output_lines
 
@@ -204,20 +205,36 @@ def instructions(length: int, lanes: int) -> int:
     return length // lanes + length % lanes
 
 
-def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+def best_tiles(lanes: int, filters: int, itemsize: int, vector_bytes: int) -> list[tuple[int, int]]:
+    """Rows and vectors of the tiles that come near to what the multiply-add units can do."""
+    found = {
+        (rows, vectors): step_cost(rows, vectors) / (rows * min(vectors, filters / lanes))
+        for rows, vectors in product(SPACE["rows"], SPACE["vectors"])
+        if holds(rows, vectors, lanes, itemsize, vector_bytes) and (vectors - 1) * lanes < filters
+    }
+    return [pair for pair, cost in found.items() if cost <= 1.1 * min(found.values())]
 
-    def candidates() -> Iterator[dict[str, Any]]:
-        names = [name for name in SPACE if name != "lanes"]
-        for values in product(*(SPACE[name] for name in names)):
-            config = {"lanes": lanes, **dict(zip(names, values, strict=True))}
-            if broken(RULES, op, ins, outs, device, config) is None:
-                yield config
 
+@lru_cache(maxsize=512)
+def _preferred(op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], device: Device) -> dict[str, Any]:
+    itemsize = np.dtype(outs[0].dtype).itemsize
+    lanes = device.vector_bytes // itemsize
     first = {name: values[0] for name, values in SPACE.items()}
     if not _allowed(op, ins, outs, device):
         return first
-    return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
+    tiles = best_tiles(lanes, outs[0].shape[-1], itemsize, device.vector_bytes)
+    names = ("m", "block", "panels", "staged")
+    configs = (
+        {"rows": rows, "vectors": vectors, "lanes": lanes, **dict(zip(names, values, strict=True))}
+        for rows, vectors in tiles
+        for values in product(*(SPACE[name] for name in names))
+    )
+    fitting = (config for config in configs if broken(RULES, op, ins, outs, device, config) is None)
+    return min(fitting, key=lambda config: cost(op, ins, outs, device, config), default=first)
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    return _preferred(op, tuple(ins), tuple(outs), device)
 
 
 @template("conv", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -27,7 +28,7 @@ from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 from .conv_geometry import Axis, forward, sizes
 from .tile import load, local, natural, outer, step_cost, store, zeros
 from .tile_rules import tile_rules
-from .winograd import GAP, LEAST, LOCAL_BYTES, TAPS, instructions
+from .winograd import GAP, LEAST, LOCAL_BYTES, TAPS, best_tiles, instructions
 from .winograd_transform import along, filter_lines, input_lines, output_lines
 
 DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
@@ -179,15 +180,26 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     return (products + 2 * moved) * idle + LEAST
 
 
-def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+@lru_cache(maxsize=512)
+def _preferred(op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], device: Device) -> dict[str, Any]:
+    itemsize = np.dtype(outs[0].dtype).itemsize
+    lanes = device.vector_bytes // itemsize
     first = {name: values[0] for name, values in SPACE.items()}
     if not _allowed(op, ins, outs, device):
         return first
-    names = [name for name in SPACE if name != "lanes"]
-    every = ({"lanes": lanes, **dict(zip(names, v, strict=True))} for v in product(*(SPACE[n] for n in names)))
-    fitting = (config for config in every if broken(RULES, op, ins, outs, device, config) is None)
+    tiles = best_tiles(lanes, outs[0].shape[-1], itemsize, device.vector_bytes)
+    names = ("m", "block", "split", "staged")
+    configs = (
+        {"rows": rows, "vectors": vectors, "lanes": lanes, **dict(zip(names, values, strict=True))}
+        for rows, vectors in tiles
+        for values in product(*(SPACE[name] for name in names))
+    )
+    fitting = (config for config in configs if broken(RULES, op, ins, outs, device, config) is None)
     return min(fitting, key=lambda config: cost(op, ins, outs, device, config), default=first)
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    return _preferred(op, tuple(ins), tuple(outs), device)
 
 
 @template("conv_filter_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)

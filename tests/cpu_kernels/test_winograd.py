@@ -1,0 +1,104 @@
+"""Winograd's algorithm: its transforms, its accuracy, where it runs, and who forbids it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import rapydli_flow as rf
+from cpu_kernels.compile import compile_kernel, host, run_kernel
+from cpu_kernels.winograd_transform import evaluate, filter_lines, input_lines, output_lines
+from rapydli_flow import nn, optim
+from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
+from rapydli_flow.runtime.tuning import requests_of
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, templates
+from rapydli_flow.tuner import Request
+
+GEOMETRY = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+X, W = Spec((4, 18, 22, 64)), Spec((3, 3, 64, 96))
+Y = Conv(**GEOMETRY).infer(X, W)
+CALLS = {
+    "conv": (Conv(**GEOMETRY), (X, W), Y),
+    "conv_input_grad": (ConvInputGrad(size=(18, 22), **GEOMETRY), (Y, W), X),
+    "conv_filter_grad": (ConvFilterGrad(window=(3, 3), **GEOMETRY), (X, Y), W),
+}
+
+
+def winograd(family):
+    (found,) = (t for t in templates(family, "cpu") if "winograd" in t.name)
+    return found
+
+
+def chosen(op, ins, device=None):
+    request = Request(op, ins, Epilogue.none(op.out_specs(*ins)[0]))
+    return request.default(device or host()).template
+
+
+@pytest.mark.parametrize(("n", "outputs", "taps"), [(4, 2, 3), (6, 4, 3), (4, 3, 2), (6, 3, 4)])
+def test_transforms_are_sums_of_a_sliding_window(n, outputs, taps):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=n), rng.normal(size=taps)
+    products = np.multiply(evaluate(input_lines(n), x), evaluate(filter_lines(n, taps), w))
+    np.testing.assert_allclose(evaluate(output_lines(n, outputs), products), np.correlate(x, w), atol=1e-14)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("family", CALLS)
+def test_rounding_errors(family, m):
+    op, ins, out = CALLS[family]
+    template = winograd(family)
+    config = {**template.default(op, ins, (out,), host()), "m": m}
+    kernel = compile_kernel(template, op, ins, (out,), config=config)
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(spec.shape, dtype=np.float32) for spec in ins]
+    result = np.full(out.shape, np.nan, np.float32)
+    work = [np.full(spec.shape, np.nan, np.float32) for spec in template.workspace(op, ins, (out,), **config)]
+    run_kernel(kernel, operands, [result], work=work, threads=2)
+    wanted = op.run(*(a.astype(np.float64) for a in operands))[0]
+    assert kernel.template == template.name
+    assert np.abs(result - wanted).max() < 3e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_it_serves_large_3x3_convolutions_that_are_not_exact(family):
+    op, ins, _ = CALLS[family]
+    assert "winograd" in chosen(op, ins)
+    assert "tiles" in chosen(replace(op, exact=True), ins)
+    assert str(op) != str(replace(op, exact=True))
+    assert "exact" not in str(op)  # what was tuned before there was a choice is still known
+
+
+def test_it_serves_nothing_else():
+    for change in ({"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}):
+        op = Conv(**{**GEOMETRY, **change})
+        w = Spec((3, 3, 32, 96)) if op.groups == 2 else W
+        assert chosen(op, (X, w)) == "tiles"
+    small = (Spec((1, 6, 6, 4)), Spec((3, 3, 4, 4)))
+    assert chosen(Conv(**GEOMETRY), small) == "tiles"
+
+
+@pytest.mark.parametrize("vector_bytes", [16, 32, 64])
+def test_defaults_fit_vectors_of_any_length(vector_bytes):
+    device = Device("cpu", "test", vector_bytes=vector_bytes, cores=2)
+    for family, (op, ins, out) in CALLS.items():
+        config = winograd(family).default(op, ins, (out,), device)
+        assert config["lanes"] == vector_bytes // 4
+
+
+def test_a_graph_of_exact_convolutions_has_exact_gradients():
+    graph = rf.trace(lambda x: nn.dense(nn.conv(nn.conv(x, 64, 3, padding=1), 64, 3), 3), rf.Spec((4, 20, 20, 64)))
+
+    def served(graph):
+        step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
+        requests = [r for r in requests_of([step], host()) if r.op.family.startswith("conv")]
+        return {r.op.family: chosen(r.op, r.ins) for r in requests}
+
+    assert all("winograd" in template for template in served(graph).values())
+    exact = rf.exact(graph)
+    assert all("tiles" in template for template in served(exact).values())
+    assert [node.name for node in exact.nodes] == [node.name for node in graph.nodes]
+    assert served(rf.trace(lambda x: nn.dense(nn.conv(x, 64, 3, exact=True), 3), rf.Spec((4, 20, 20, 64)))) == {
+        "conv": "tiles",
+        "conv_filter_grad": "tiles",
+    }
