@@ -6,7 +6,7 @@ May import floors 0 to 2 only. A pass is a function Graph -> Graph, printable an
 from .fuse import Fused, fuse, parts
 from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
-from .rewrite import clean, exact, merge_equal, predicting, rewrite, training, with_batch
+from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, training, with_batch
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
 from .verify import checked, verify
@@ -24,6 +24,7 @@ __all__ = [
     "from_json",
     "fuse",
     "gradients",
+    "hoist",
     "located",
     "merge_equal",
     "parts",

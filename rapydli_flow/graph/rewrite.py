@@ -98,6 +98,16 @@ def merge_equal(graph: Graph) -> Graph:
     return rewrite(graph, rule)
 
 
+def hoist(graph: Graph) -> Graph:
+    """What depends on the channel only is computed once for each channel, not for every element of the array."""
+
+    def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+        made = node.op.once_a_channel(*inputs)
+        return None if made is None else new.add(*made, node.name, node.at)
+
+    return merge_equal(rewrite(graph, rule))
+
+
 def with_batch(graph: Graph, size: int) -> Graph:
     """The same graph for another number of records a batch; only for graphs that predict."""
     if graph.updates:

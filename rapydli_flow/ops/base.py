@@ -131,6 +131,11 @@ class Op(ABC):
         """Cotangents of the inputs (None where there is none), built of ops. Several outputs: tuples."""
         raise NotDifferentiable(f"{self.name} has no gradient: it defines no vjp.")
 
+    def once_a_channel(self, *inputs: Any) -> tuple[Op, tuple[Any, ...]] | None:
+        """The same by a cheaper op, and its inputs, some of them made of operands that have a value for each channel
+        only; None where there is nothing that need not be computed for every element."""
+        return None
+
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         """Small operands that the suite tries."""

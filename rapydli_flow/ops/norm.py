@@ -15,7 +15,7 @@ import numpy as np
 from ..spec import Array, Spec
 from . import formula as f
 from .base import LETTERS, Op, Reject, Sample, refuse
-from .pointwise import Pointwise
+from .pointwise import Multiply, Pointwise
 
 _X = Spec((2, 3, 4, 5))
 _C = Spec((5,))
@@ -118,10 +118,38 @@ class StatisticsSumsGrad(Pointwise):
         return (Sample(cls(count=6), (_C, _C, _C)),)
 
 
+class NormalizeScale(Pointwise):
+    """scale = gain / sqrt(var + eps): what batch normalisation multiplies a channel by"""
+
+    eps: float = 1e-5
+
+    def formula(self, var: Any, gain: Any) -> Any:
+        return gain / f.sqrt(var + self.eps)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (_C, _C), {0: _POSITIVE}),)
+
+
+class NormalizeBy(Pointwise):
+    """y = (x - mean) scale + bias"""
+
+    def formula(self, x: Any, mean: Any, scale: Any, bias: Any) -> Any:
+        return (x - mean) * scale + bias
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (_X, _C, _C, _C)),)
+
+
 class Normalize(Pointwise):
     """y = (x - mean) / sqrt(var + eps) * gain + bias"""
 
     eps: float = 1e-5
+
+    def once_a_channel(self, *inputs: Any) -> tuple[Op, tuple[Any, ...]]:
+        x, mean, var, gain, bias = inputs
+        return NormalizeBy(), (x, mean, NormalizeScale(eps=self.eps)(var, gain), bias)
 
     def formula(self, x: Any, mean: Any, var: Any, gain: Any, bias: Any) -> Any:
         return (x - mean) / f.sqrt(var + self.eps) * gain + bias
@@ -141,6 +169,10 @@ class NormalizeGrad(Pointwise):
     """dx = dy gain / sqrt(var + eps): the part that does not go through the statistics"""
 
     eps: float = 1e-5
+
+    def once_a_channel(self, *inputs: Any) -> tuple[Op, tuple[Any, ...]]:
+        dy, var, gain = inputs
+        return Multiply(), (dy, NormalizeScale(eps=self.eps)(var, gain))
 
     def formula(self, dy: Any, var: Any, gain: Any) -> Any:
         return dy * (gain / f.sqrt(var + self.eps))

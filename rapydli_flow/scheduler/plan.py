@@ -8,7 +8,7 @@ from functools import cached_property
 
 from .. import markup
 from ..errors import ShapeError
-from ..graph import Graph, checked, fuse, merge_equal
+from ..graph import Graph, checked, fuse, hoist, merge_equal
 from ..spec import Block, even_bounds
 from ..template import Device
 from ..tuner import Tuning
@@ -33,12 +33,13 @@ class Plan:
     graph: Graph | None = field(default=None, repr=False, compare=False)
 
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
-        """Equal nodes merged, split, then the passes on rank graphs: collectives bucketed, tails fused.
+        """Equal nodes merged, what a channel shares hoisted, split, then the passes on rank graphs: collectives
+        bucketed, tails fused.
 
         The graphs of all ranks have the same nodes in the same order. So nothing is merged after the split
         (two nodes may be equal on one rank only), and tails are fused on all ranks or on none.
         """
-        graph = checked(merge_equal)(graph)
+        graph = checked(hoist)(checked(merge_equal)(graph))
         parts = split(graph, self.ranks, self.layouts) if self.ranks > 1 else (graph,)
         parts = tuple(checked(bucket)(part) for part in parts)
         fused = tuple(checked(fuse)(part) for part in parts)
