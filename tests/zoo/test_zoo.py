@@ -12,7 +12,7 @@ from rapydli_flow.testing.interpret import interpret
 from rapydli_flow.zoo.rounding import up
 
 LARGE = {"alexnet", "vgg_a", "resnet50"}  # seconds each, for their many parameters
-COMPILED = ("lenet", "cifar10_quick", "resnet18")  # the others have so many shapes that compiling takes minutes
+COMPILED = ("lenet", "cifar10_quick")  # the others have so many shapes that compiling takes minutes; benchmarks do
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in zoo.networks]
 
 
