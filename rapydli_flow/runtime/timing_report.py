@@ -29,8 +29,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{tit
 h1{{font-size:24px;margin:0 0 4px}}h2{{font-size:16px;margin:1.8em 0 .4em}}table{{width:100%}}
 .tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:16px 0}}
 .tiles div{{border:1px solid #e3e8ed;border-radius:10px;padding:10px 14px}}.tiles b{{display:block;font-size:22px}}
-.tiles i{{font-style:normal;font-size:12px;color:#6b7786}}tbody tr:nth-child(even),table>tr:nth-child(even)
-{{background:#f6f8fa}}</style></head><body>{body}</body></html>
+.tiles i{{font-style:normal;font-size:12px;color:#6b7786}}</style></head><body>{body}</body></html>
 """
 
 
@@ -171,7 +170,7 @@ class Timing(Measured):
             ("whole step", f"{_ms(self.step_s)} ms"),
             ("records a second", f"{self.records_s:,.1f}"),
             *((phase, f"{_ms(self.phase_s(phase))} ms") for phase in PHASES if self._has(phase)),
-            ("beside the kernels, a call", f"{1e6 * self.overhead_s:+.2f} µs"),
+            ("overhead a call", f"{1e6 * self.overhead_s:+.2f} µs"),
             ("arena", markup.size(self.arena_bytes)),
         ]
         shown = "".join(f"<div><i>{escape(name)}</i><b>{escape(value)}</b></div>" for name, value in tiles)
@@ -184,8 +183,11 @@ class Timing(Measured):
 def _numbers_last(head: Sequence[str], rows: Sequence[tuple[str, ...]], right: range) -> str:
     """An HTML table whose columns of numbers stand behind the others."""
     order = [*(i for i in range(len(head)) if i not in right), *right]
-    moved = [[row[i] for i in order] for row in rows]
-    return markup.table([head[i] for i in order], moved, right=len(right), most=len(moved))
+    unbroken = [
+        [c.replace(" ", "\N{NO-BREAK SPACE}") if i in right else c for i, c in enumerate(r)] for r in (head, *rows)
+    ]
+    moved = [[row[i] for i in order] for row in unbroken]
+    return markup.table(moved[0], moved[1:], right=len(right), most=len(rows))
 
 
 def _kernel_words(layer: Layer, least_s: float) -> list[str]:
