@@ -23,6 +23,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,7 +44,7 @@ from .driver import Kernel, run_kernel
 from .text import digest, module_text
 from .tile import registers
 
-__all__ = ["Asked", "Kernel", "compile_kernel", "host", "module_text", "run_kernel"]
+__all__ = ["Asked", "Kernel", "ask", "compile_kernel", "host", "kept", "module_text", "run_kernel"]
 
 
 @cache
@@ -149,6 +150,26 @@ class Asked:
         work = tuple(self.template.workspace(self.op, self.ins, self.outs, **self.config))
         return (self.ins, self.outs, work, self.epilogue.extras, (Spec((2 * len(self.outs[0].shape),), "int64"),))
 
+    def key(self, device: Device) -> str:
+        """A hash of all that its machine code depends on."""
+        template, config = self.template, self.config
+        fingerprint = getattr(template.build, "fingerprint", None)  # what a template is told by functions of a user
+        scalar = getattr(self.op, "scalar", None)
+        parts = [
+            _generator_key(),
+            _template_key(template.build.__module__, template.source()),
+            device.key,
+            self.title,
+            fingerprint(self.op, self.ins, self.outs, **config) if fingerprint else "",
+            repr(scalar(tuple(f"x{i}" for i in range(len(self.ins))))) if scalar is not None else "",
+            repr(self.epilogue),
+        ]
+        return digest("\0".join(parts))
+
+    def module(self, device: Device) -> str:
+        """The name of its module."""
+        return f"rapydli_{self.template.family}_{self.template.name}_{self.key(device)}"
+
     def text(self) -> str:
         """The source of its module."""
         loop = self.template.build(self.op, self.ins, self.outs, self.epilogue, **self.config)
@@ -157,6 +178,44 @@ class Asked:
 
 _kernels: dict[str, Kernel] = {}
 _lock = threading.RLock()
+
+
+def ask(
+    template: Template,
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    config: Mapping[str, Any] | None = None,
+    *,
+    epilogue: Epilogue | None = None,
+) -> Asked:
+    """A kernel as `compile_kernel` is asked for it; nothing is compiled. TemplateError where no config fits."""
+    ins, outs = tuple(ins), tuple(outs)
+    if config is None:
+        config = template.default(op, ins, outs, device)
+        if config is None:
+            raise TemplateError(f"template {template.family}/{template.name} does not fit {', '.join(map(str, ins))}.")
+    return Asked(template, op, ins, outs, dict(config), epilogue or Epilogue.none(outs[0]))
+
+
+def kept(asked: Sequence[Asked], device: Device) -> list[bool]:
+    """Which kernels need no compiling: this process has them, or their modules and machine code are on disk.
+
+    Files are not read: one that is damaged counts, and is compiled again when it is loaded.
+    """
+    folder = settings().cache_dir / "kernels"
+    version, parts = f".py{sys.version_info.major}{sys.version_info.minor}.", {"nbi": set[str](), "nbc": set[str]()}
+    with suppress(OSError), os.scandir(folder / "__pycache__") as files:  # once: there may be thousands
+        for file in files:
+            name, _, rest = file.name.partition(".entry-")
+            kind = rest.rpartition(".")[2]
+            if kind in parts and version in rest:
+                parts[kind].add(name)
+    compiled = parts["nbi"] & parts["nbc"]
+    names = [one.module(device) for one in asked]
+    known = {kernel.module for kernel in _kernels.values()}
+    return [name in known or (name in compiled and (folder / f"{name}.py").is_file()) for name in names]
 
 
 def compile_kernel(
@@ -174,28 +233,13 @@ def compile_kernel(
     Raises TemplateError for a config that does not fit, SettingError where kernels cannot be kept.
     """
     device = device or host()
-    ins, outs = tuple(ins), tuple(outs)
-    if config is None:
-        config = template.default(op, ins, outs, device)
-        if config is None:
-            raise TemplateError(f"template {template.family}/{template.name} does not fit {', '.join(map(str, ins))}.")
-    epilogue = epilogue or Epilogue.none(outs[0])
-    asked = Asked(template, op, ins, outs, dict(config), epilogue)
-    fingerprint = getattr(template.build, "fingerprint", None)  # what a template is told by functions of a user
-    parts = [
-        _generator_key(),
-        _template_key(template.build.__module__, template.source()),
-        device.key,
-        asked.title,
-        fingerprint(op, ins, outs, **config) if fingerprint else "",
-        repr(op.scalar(tuple(f"x{i}" for i in range(len(ins))))) if hasattr(op, "scalar") else "",
-        repr(epilogue),
-    ]
-    key = digest("\0".join(parts))
+    asked = ask(template, op, ins, outs, device, config, epilogue=epilogue)
+    ins, outs, config = asked.ins, asked.outs, asked.config
+    key = asked.key(device)
     with _lock:
         if key not in _kernels:
             template.check(op, ins, outs, device, config)
-            name = f"rapydli_{template.family}_{template.name}_{key}"
+            name = asked.module(device)
             module = _module(name, asked.text)
             _kernels[key] = Kernel(
                 address=module.entry.address,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .api import probe as probe
     from .api import save_model as save_model
     from .api import stepper as stepper
+    from .api import time as time
     from .callbacks import BestSnapshot as BestSnapshot
     from .callbacks import EarlyStopping as EarlyStopping
     from .callbacks import PlateauRate as PlateauRate
@@ -80,6 +81,7 @@ _HOMES = {
         "probe",
         "save_model",
         "stepper",
+        "time",
     ),
     "callbacks": ("BestSnapshot", "EarlyStopping", "PlateauRate"),
     "config": ("settings",),

@@ -31,6 +31,8 @@ from .runtime.predict import predict
 from .runtime.probe import gradients, probe
 from .runtime.session import Progress
 from .runtime.stepper import State, Stepper, stepper
+from .runtime.timing import measure_step, network_of
+from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
 from .scheduler import Plan, data_parallel
 from .space import Rules
@@ -61,6 +63,7 @@ __all__ = [
     "probe",
     "save_model",
     "stepper",
+    "time",
     "trace",
     "train_step",
 ]
@@ -130,6 +133,34 @@ def autotune(
         seed=seed,
         watch=watch,
     )
+
+
+def time(
+    graph: Graph,
+    *,
+    iterations: int = 10,
+    threads: int | None = None,
+    inference: bool = False,
+    tune_s: float = 0.0,
+    tuning: Tuning | None = None,
+    name: str = "network",
+    seed: int = 0,
+) -> Timing:
+    """Time a training step, or a network that predicts, kernel by kernel on random records, in this process.
+
+    ``iterations``: steps with a clock after each call, in turns with as many steps without; medians count.
+    ``inference``: of a training step only the network that predicts. ``tune_s``: seconds to tune its kernels first, as
+    `autotune` does. ``name``: what the report calls it. Print the result, or use its ``table(kernels=True)``,
+    ``layers``, ``kernels``, ``save_html(path)`` with a roofline, ``to_json()``.
+    """
+    graph = network_of(graph) if inference or graph.network is None else graph
+    threads = threads or settings().threads
+    if not 0 <= tune_s < float("inf"):
+        raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
+    if tune_s:
+        autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads))
+    tuning = tuner.known(host()) if tuning is None else tuning
+    return Timing.of(measure_step(graph, tuning, name=name, threads=threads, iterations=iterations, seed=seed))
 
 
 def evaluate(

@@ -4,6 +4,8 @@ RAPYDLI_CACHE_DIR   where compiled kernels and tuning results are kept
 RAPYDLI_KNOWN_DIR   a folder of exported tuning results that count where nothing was tuned here (default: those that
                     ship with the package)
 RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
+RAPYDLI_COMPILERS   processes that compile kernels at once where several are missing when a run begins (default: the
+                    cores this process may use); 1: this process alone, no others are started
 RAPYDLI_LANES       force the number of float32 lanes of CPU kernels (4, 8 or 16)
 RAPYDLI_VERIFY      1: verify every graph after every pass
 RAPYDLI_TUNING      on: use what tuning found; off: defaults only; offline: use it, but do not tune;
@@ -34,6 +36,7 @@ class Settings:
     verify: bool
     tuning: str = "on"
     known_dir: Path = SHIPPED
+    compilers: int = 1
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -45,6 +48,9 @@ class Settings:
         threads = _integer(environ, "RAPYDLI_THREADS", len(os.sched_getaffinity(0)))
         if threads < 1:
             raise SettingError(f"RAPYDLI_THREADS={threads}: a rank has 1 thread or more.")
+        compilers = _integer(environ, "RAPYDLI_COMPILERS", len(os.sched_getaffinity(0)))
+        if compilers < 1:
+            raise SettingError(f"RAPYDLI_COMPILERS={compilers}: 1 process or more compiles; 1 starts no others.")
         tuning = environ.get("RAPYDLI_TUNING") or "on"
         if tuning not in TUNINGS:
             raise SettingError(f"RAPYDLI_TUNING={tuning!r} is not one of {', '.join(TUNINGS)}.")
@@ -52,7 +58,7 @@ class Settings:
         known = Path(environ.get("RAPYDLI_KNOWN_DIR") or SHIPPED)
         if not known.is_dir():
             raise SettingError(f"RAPYDLI_KNOWN_DIR={str(known)!r} is not a folder.")
-        return cls(Path(folder), threads, lanes or None, verify, tuning, known)
+        return cls(Path(folder), threads, lanes or None, verify, tuning, known, compilers)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

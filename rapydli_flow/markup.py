@@ -22,8 +22,9 @@ def table(
     *,
     right: int = 0,
     colors: Mapping[tuple[int, int], str] | None = None,
+    most: int = MOST_ROWS,
 ) -> str:
-    """A table; the last ``right`` columns hold numbers. Of many rows the first `MOST_ROWS`.
+    """A table; the last ``right`` columns hold numbers. Of many rows the first ``most``.
 
     ``colors``: the background of the cell in a row and column, counted from 0 below the header.
     """
@@ -38,9 +39,9 @@ def table(
             each.append(f'<{tag} style="{words}">{escape(str(cell))}</{tag}>')
         return f"<tr>{''.join(each)}</tr>"
 
-    body = "".join(row(cells, "td", at) for at, cells in enumerate(rows[:MOST_ROWS]))
+    body = "".join(row(cells, "td", at) for at, cells in enumerate(rows[:most]))
     shown = f'<table style="font-size:12px;border-collapse:collapse"><thead>{row(head, "th")}</thead>{body}</table>'
-    return shown + (small(f"and {len(rows) - MOST_ROWS:,} more") if len(rows) > MOST_ROWS else "")
+    return shown + (small(f"and {len(rows) - most:,} more") if len(rows) > most else "")
 
 
 def title(text: str, words: str = "") -> str:

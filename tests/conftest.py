@@ -4,6 +4,9 @@ Nothing is known beforehand: results that ship with the package are of some mach
 
 Coverage does not look into the compiler: Numba under a trace function takes twice as long, and none of what it
 runs is ours.
+
+Kernels are compiled by the process that tests them: others would not be seen by coverage, and pytest's own processes
+use the cores. Tests of children ask for them.
 """
 
 import os
@@ -17,6 +20,7 @@ import cpu_kernels.compile
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("RAPYDLI_COMPILERS", "1")
     if "RAPYDLI_KNOWN_DIR" not in os.environ:  # else a process of xdist, or the user's own
         nothing = tempfile.TemporaryDirectory(prefix="rapydli-known-")
         os.environ["RAPYDLI_KNOWN_DIR"] = nothing.name

@@ -19,7 +19,8 @@ def test_defaults() -> None:
 
 def test_everything_can_be_set() -> None:
     environ = {"RAPYDLI_CACHE_DIR": "/c", "RAPYDLI_THREADS": "3", "RAPYDLI_LANES": "8", "RAPYDLI_VERIFY": "1"}
-    assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True)
+    environ["RAPYDLI_COMPILERS"] = "4"
+    assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True, compilers=4)
     assert Settings.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/rapydli_flow")
     assert Settings.read({"RAPYDLI_TUNING": "strict"}).tuning == "strict"
     assert not Settings.read({"RAPYDLI_VERIFY": "0"}).verify

@@ -15,6 +15,7 @@ from ..version import __version__
 from .cluster import cluster
 from .failing import plain_errors
 from .recipe import Recipe
+from .time import time, warm
 from .tune import tune
 
 
@@ -28,6 +29,8 @@ def main() -> None:
 
 
 main.add_command(tune)
+main.add_command(time)
+main.add_command(warm)
 
 
 @main.command()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import random
+from ..config import settings
 from ..errors import SettingError
 from ..spec import Array, Block, Spec
 from .base import LETTERS, Op, Reject, Sample, refuse
 
 KINDS = ("param", "state", "batch", "clock")
+PIECE = 1 << 17  # elements that are drawn at once: what they are computed from stays in a core's cache
 
 
 def _source_index(shape: tuple[int, ...]) -> str:
@@ -53,6 +56,8 @@ class Leaf(Op):
         spec = Spec(at.shape, self.dtype)
         if self.init is None:
             return np.zeros(spec.shape, spec.dtype)
+        if isinstance(self.init, Random) and self.init.by_element and at.shape:
+            return _drawn(self.init, np.asarray(seed, np.int64), at, spec)
         if self.init.indexed:
             return np.asarray(self.init.run(np.asarray(seed, np.int64), at=at)[0], spec.dtype)
         return np.asarray(self.init.local((), (at,)).run()[0], spec.dtype)
@@ -134,6 +139,7 @@ class Random(Op, abstract=True):
     shape: tuple[int, ...]
     dtype: str = "float32"
     indexed = True
+    by_element: ClassVar[bool] = True  # each element is drawn alone, so a block may be made in pieces
 
     def infer(self, seed: Spec) -> Spec:
         return Spec(self.shape, self.dtype)
@@ -143,6 +149,22 @@ class Random(Op, abstract=True):
 
     def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
         return replace(self, shape=outs[0].shape)
+
+
+def _drawn(init: Random, seed: Array, at: Block, spec: Spec) -> Array:
+    """A block of random numbers, made in pieces along its first axis, by as many threads as kernels have."""
+    out = np.empty(spec.shape, spec.dtype)
+    size, first = at.shape[0], at.lo[0]
+    step = max(1, PIECE // max(1, prod(at.shape[1:])))
+
+    def draw(lo: int) -> None:
+        hi = min(size, lo + step)
+        piece = replace(at, lo=(first + lo, *at.lo[1:]), hi=(first + hi, *at.hi[1:]))
+        out[lo:hi] = init.run(seed, at=piece)[0]
+
+    with ThreadPoolExecutor(settings().threads) as pool:  # NumPy computes without the interpreter's lock
+        list(pool.map(draw, range(0, size, step)))
+    return out
 
 
 class Normal(Random):
@@ -193,6 +215,7 @@ class Orthogonal(Random):
     """
 
     gain: float = 1.0
+    by_element = False
 
     def infer(self, seed: Spec) -> Spec:
         if len(self.shape) < 2:

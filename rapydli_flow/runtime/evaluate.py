@@ -17,6 +17,7 @@ from ..spec import Array, Block, even_bounds
 from ..tuner import Tuning
 from .feeding import label_classes
 from .rank import Rank
+from .warm import warm
 
 
 class Predictor:
@@ -57,7 +58,9 @@ class Predictor:
 
     def _rank(self, size: int) -> Rank:
         if size not in self._ranks:
-            rank = Rank(self.program(size), self.tuning.device, threads=self.threads)
+            program = self.program(size)
+            warm(program.requests, self.tuning.device)
+            rank = Rank(program, self.tuning.device, threads=self.threads)
             rank.load(self._state)
             self._ranks[size] = rank
         return self._ranks[size]

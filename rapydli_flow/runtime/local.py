@@ -22,6 +22,7 @@ from .feeding import fed_layout, feed_of, label_classes
 from .rank import Rank
 from .segment import SegmentResult, Trainer, finite
 from .transport import TIMEOUT_S, Alone, Threads, Transport
+from .warm import warm
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Local(Backend):
             program.check_memory(free // plan.ranks, number)
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
+        warm([pair for program in programs for pair in program.requests], tuning.device)
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
             rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from cpu_kernels.compile import compile_kernel
+from cpu_kernels.compile import Asked, ask, compile_kernel
 from cpu_kernels.driver import CallList, Kernel
 
 from ..errors import SettingError
@@ -223,6 +223,13 @@ def kernel_of(request: Request, choice: Choice, device: Device) -> Kernel:
     return compile_kernel(
         template, request.op, request.ins, request.outs, device, dict(choice.config), epilogue=request.epilogue
     )
+
+
+def asked_of(request: Request, choice: Choice, device: Device) -> Asked:
+    """The kernel of a choice, as it is asked for; nothing is compiled."""
+    template = choice.find(request, device)
+    config = dict(choice.config)
+    return ask(template, request.op, request.ins, request.outs, device, config, epilogue=request.epilogue)
 
 
 def run_reference(request: Request, inputs: Sequence[Array], at: Block | None) -> tuple[Array, ...]:

@@ -32,10 +32,11 @@ from .backend import Writers
 from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
-from .rank import Rank, collective_bytes, kernel_of
+from .rank import Rank, collective_bytes
 from .segment import SegmentResult, Trainer
 from .shared import SharedMemory
 from .transport import Alone, Transport
+from .warm import warm as warm_up
 
 EXECUTOR = "rapydli"
 
@@ -127,10 +128,8 @@ def who(dask_worker: Any) -> dict[str, Any]:
 
 
 def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
-    """Compile kernels into this host's cache."""
-    for request, choice in requests:
-        if not choice.reference:
-            kernel_of(request, choice, tuning.device)
+    """Compile kernels into this host's cache; the error of the first that cannot be compiled."""
+    warm_up(requests, tuning.device).check()
     return len(requests)
 
 
