@@ -172,6 +172,7 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
     grid_plane = grid_h * grid_w
     panels, columns = b.panels, min(g.outer, b.width)
     last, even = g.outer - columns, b.panels * columns == g.outer
+    plain = epilogue.identity and b.lines == 1 and panels * width == g.outer
     runs = -(-total // run)
     inner, outer_channels = g.inner, g.outer
     # distances in the padded source
@@ -213,7 +214,7 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
         else:
             pad(task, x, padded)
 
-    def slide(x, start, top, w, weights, n_d, n_h, n_w, sums):  # type: ignore[no-untyped-def]
+    def slide(x, start, top, w, weights, n_d, n_h, n_w, sums, into, into_row):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
         parts, count = (1, n_w * inner) if contiguous else (n_w, inner)
         # rows of taps that see nothing but zeros are left out
@@ -227,7 +228,7 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
                     for i in range(count):
                         acc = outer(acc, x, origin + i, step_w, step_h, w, at_w, 0)
                         at_w += width
-        store(acc, sums, 0, width, 0)
+        store(acc, sums, into, into_row, 0)
 
     def body(task, x, w, y, filters, padded, extras, at):  # type: ignore[no-untyped-def]
         sums = local(sums_size, y)
@@ -252,8 +253,13 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
                 continue
             o_h, o_w = min(top, c_h - lines), min(left, c_w - rows)
             start = read + n * record + z * step_d + o_h * step_h + o_w * step_w
-            slide(source, start, first + o_h * step, filters if packs else w, weights, n_d, n_h, n_w, sums)
             corner = write + n * result_record + z * into_d + o_h * into_h + o_w * into_w + k
+            # written at once, what pieces share twice; or into sums, and through the epilogue
+            target, into, into_row = (y, corner, into_w) if plain else (sums, 0, width)
+            weights_of, from_h = filters if packs else w, first + o_h * step
+            slide(source, start, from_h, weights_of, weights, n_d, n_h, n_w, target, into, into_row)
+            if plain:
+                continue
             for line in range(top - o_h, lines):
                 for i in range(left - o_w, rows):
                     o, s = natural(corner + line * into_h + i * into_w), natural((line * rows + i) * width)

@@ -13,8 +13,9 @@ A tile holds (tap, channel) pairs by filters and grows by one pixel at a time:
 
 The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has
 one panel of filters and all tiles of a few rows of taps, so that a chunk of ``pixels`` pixels of dy and x is read
-from the nearest caches. Chunks are short for accuracy as well: float32 sums have few terms. Where that makes few
-tasks, ``split`` cuts the records into parts; their sums are made first, and added in order.
+from the nearest caches. Chunks are short for accuracy as well: float32 sums have few terms. Where images are large
+or tasks are few, ``split`` cuts the records into parts: a task takes all panels and tiles of a chunk while it is in a
+cache, and the sums of the parts are added in order in the end.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .conv_geometry import Geometry, forward, padding, sizes, something
-from .tile import balanced, load, local, natural, outer, step_cost, store, zeros
+from .tile import balanced, load, local, natural, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 
-TASKS = 16  # fewer tasks than that are split
 SUMS = 1 << 20  # most partial sums
+NEAR_BYTES = 1 << 22  # operands that a last-level cache holds
+FAR, NEAR = 1.7, 8.0  # bytes from memory and from that cache in a half-cycle, for all cores
 COPY_BYTES = 1 << 17  # most of dy that may lie on a stack
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 10, 8, 7, 6, 5, 4),
@@ -142,9 +144,19 @@ RULES = {
 
 
 def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
-    """Half-cycles of all cores, about."""
+    """Half-cycles of all cores, about: multiply-adds and visits of the sums, or what is read to feed them."""
     b = Blocking.of(_geometry(op, ins, outs), **config)
-    return b.pieces * b.tiles * b.pixel_rows * b.g.axes[2].out * step_cost(b.lines * b.rows, config["vectors"])
+    pixels = b.pixel_rows * b.g.axes[2].out
+    visits = 2.0 * -(-b.pixel_rows // b.chunk) * b.lines * b.rows * config["vectors"]
+    sums = b.pieces * b.tiles
+    computing = sums * (pixels * step_cost(b.lines * b.rows, config["vectors"]) + visits)
+    x_bytes, dy_bytes = ins[0].size_bytes, ins[1].size_bytes
+    tasks = b.pieces if config["split"] == 1 else config["split"]
+    if config["split"] == 1:
+        x_bytes, dy_bytes = x_bytes * b.pieces, dy_bytes * b.pieces / b.panels
+    speed = FAR if ins[0].size_bytes + ins[1].size_bytes > NEAR_BYTES else NEAR
+    idle = waiting(tasks, device.cores)
+    return max(computing, (x_bytes + dy_bytes) / speed) * idle
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
@@ -153,14 +165,16 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     def candidates() -> Iterator[dict[str, Any]]:
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]) if something(op, ins, outs, device) else ():
             config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
+            if broken(RULES, op, ins, outs, device, config) is not None:
+                continue
             b = Blocking.of(g, **config)
             size = b.pieces * b.tiles * b.tile_size
-            for split in reversed(SPACE["split"]):
-                config["split"] = split
-                useful = split == 1 or (b.pieces < TASKS and size * split <= SUMS)
-                if useful and broken(RULES, op, ins, outs, device, config) is None:
-                    yield config
-                    break
+            yield config
+            yield from (
+                {**config, "split": split}
+                for split in SPACE["split"]
+                if 1 < split <= ins[0].shape[0] and split >= device.cores and split * size <= SUMS
+            )
 
     first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
     return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
@@ -191,6 +205,7 @@ def tiles(
     b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split, pixels=pixels)
     d, h, w = g.axes
     pad, pad_tasks = padding(g)
+    groups = g.groups
     pads, records, record_rows, padded_rows = g.pads, g.n, d.out * h.out, d.padded * h.padded
 
     lines, rows, width, tile_size = b.lines, b.rows, b.width, b.tile_size
@@ -216,14 +231,9 @@ def tiles(
     chunk = b.chunk
     part_size = pieces * tile_count * tile_size
     # dy's vectors of one panel lie far apart: many tiles repay copying them together
-    copy_size = chunk * out_w * width
-    copies = filters > 2 * width and tile_count >= 4 and copy_size * np.dtype(outs[0].dtype).itemsize <= COPY_BYTES
-    # who pads its records for itself has all pieces of them
-    portion = pieces if pads else 1
-    portions = pieces // portion
-
-    def before(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
-        pad(task, x, padded)
+    copy_size, others = chunk * out_w * width, window_d * bands * stretches
+    tiles_each = tile_count if split == 1 else tile_count * others
+    copies = filters > 2 * width and tiles_each >= 4 and copy_size * np.dtype(outs[0].dtype).itemsize <= COPY_BYTES
 
     def add_pixels(sums, slot, fresh, x, start, line, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
@@ -260,12 +270,8 @@ def tiles(
                             v += sums[s + part * part_size + j]
                         dw[o + j] = epilogue(v, extras, o + j, k + j, at)
 
-    def add_piece(part, piece, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
-        panel, stretch, band = piece % panels, piece // panels % stretches, piece // (panels * stretches) % bands
-        q = piece // (panels * stretches * bands) % window_d
-        group = piece // (panels * stretches * bands * window_d)
-        column, line = min(panel * width, last) + group * outer_channels, min(band * lines, last_line)
-        start = origin + q * spread_d + line * spread_h + stretch * spread_w + group * inner
+    def add_pieces(part, group, panel, first_other, last_other, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
+        column = min(panel * width, last) + group * outer_channels
         first, stride = low * out_w * filters + column, filters
         if copies:
             panel_dy = local(copy_size, dy)
@@ -273,34 +279,43 @@ def tiles(
                 row = zeros(1, 1, vectors, lanes, dy)
                 store(load(row, dy, first + i * filters, 0, tail), panel_dy, i * width, 0, 0)
             dy, first, stride = panel_dy, 0, width
-        for tile in range(tile_count):
-            slot = part * part_size + (piece * tile_count + tile) * tile_size
-            add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), line, dy, first, stride, low, high)
+        for other in range(first_other, last_other):
+            stretch, band, q = other % stretches, other // stretches % bands, other // (stretches * bands)
+            line = min(band * lines, last_line)
+            start = origin + q * spread_d + line * spread_h + stretch * spread_w + group * inner
+            piece = (group * others + other) * panels + panel
+            for tile in range(tile_count):
+                slot = part * part_size + (piece * tile_count + tile) * tile_size
+                add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), line, dy, first, stride, low, high)
 
     def before_whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         pad(task, x, padded)
 
     def whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         source = padded if pads else x
+        panel, other, group = task % panels, task // panels % others, task // (panels * others)
         for low in range(0, pixel_rows, chunk):
-            add_piece(0, task, source, dy, sums, low == 0, low, min(low + chunk, pixel_rows))
+            high = min(low + chunk, pixel_rows)
+            add_pieces(0, group, panel, other, other + 1, source, dy, sums, low == 0, low, high)
         write(task, dw, sums, extras, at)
 
     def before_parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
-        part, first = task // portions, task % portions * portion
-        begin, end = records * part // split, records * (part + 1) // split
-        if pads:
-            for row in range(begin * padded_rows, end * padded_rows):
-                pad(row, x, padded)
-        source = padded if pads else x
+        begin, end = records * task // split, records * (task + 1) // split
+        source, ready = padded if pads else x, begin
         for low in range(begin * record_rows, end * record_rows, chunk):
             high = min(low + chunk, end * record_rows)
-            for piece in range(first, first + portion):
-                add_piece(part, piece, source, dy, sums, low == begin * record_rows, low, high)
+            if pads:  # a record when it is needed
+                until = (high - 1) // record_rows + 1
+                for row in range(ready * padded_rows, until * padded_rows):
+                    pad(row, x, padded)
+                ready = until
+            for panel in range(panels * groups):
+                fresh = low == begin * record_rows
+                add_pieces(task, panel // panels, panel % panels, 0, others, source, dy, sums, fresh, low, high)
 
     def parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         write(task, dw, sums, extras, at)
 
     if split == 1:
         return Loop(whole, pieces, before=before_whole if pads else None, before_tasks=pad_tasks)
-    return Loop(parts, pieces, before=before_parts, before_tasks=split * portions)
+    return Loop(parts, pieces, before=before_parts, before_tasks=split)

@@ -2,8 +2,9 @@
 
     dw[t, c] = sum over n, o of x[n, o*stride + t*dilation - low, c] * dy[n, o, c]
 
-A tile holds the taps of a row by channels and grows by one pixel at a time, vectors of x times a vector of dy. Parts of
-the rows of pixels are summed by themselves, then added in order. Taps that leave x are left out.
+A tile holds the taps of a row by channels and grows by one pixel at a time, vectors of x times a vector of dy. A task
+has a part of the rows of pixels, each of which is read once and stays in the nearest cache for all of its taps; sums of
+the parts are added in order. Taps that leave x are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .depthwise import one_each
 from .tile import columns, holds, load, local, natural, store, zeros
 
 MOST_TAPS = 12  # of a row
+LOCAL_BYTES = 1 << 18  # most sums of a part
 SPACE: dict[str, tuple[Any, ...]] = {"vectors": (2, 1, 3, 4), "lanes": (16, 8, 4, 2), "split": (8, 2, 4, 16, 32)}
 
 
@@ -43,6 +45,15 @@ def _registers(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Devic
     return holds(op.window[-1], vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
 
 
+def _sums_size(op: Any, outs: Sequence[Spec], width: int) -> int:
+    return prod(op.window) * -(-outs[0].shape[-1] // width) * width
+
+
+def _small(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
+    """The sums of a part fit on the stack of its task."""
+    return _sums_size(op, outs, vectors * lanes) * np.dtype(outs[0].dtype).itemsize <= LOCAL_BYTES
+
+
 def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, split: int) -> bool:
     """A row of pixels for each part."""
     return split == 2 or split <= prod(ins[1].shape[:-2])
@@ -52,6 +63,7 @@ RULES = {
     "a filter for each channel": _allowed,
     "no empty vector": _filled,
     "tile in registers": _registers,
+    "sums on the stack": _small,
     "a row for each part": _rows,
 }
 
@@ -85,48 +97,52 @@ def depthwise(
     size_d, size_h, size_w, out_d, out_h, out_w = d.size, h.size, w.size, d.out, h.out, w.out
     step_d, step_h, step_w, spread_d, spread_h, spread_w = d.step, h.step, w.step, d.spread, h.spread, w.spread
     from_d, from_h, from_w = (axis.first[0] - axis.low for axis in g.axes)
-    lines, sums_size, spread_c = g.n * out_d * out_h, window_w * width, spread_w * channels
+    lines, sums_size = g.n * out_d * out_h, _sums_size(op, outs, width)
+    spread_c, step_c = spread_w * channels, step_w * channels
     # the pixels of a row whose taps all lie inside
     begin = min(out_w, max(0, -(from_w // step_w)))
     end = max(begin, min(out_w, (size_w - 1 - (window_w - 1) * spread_w - from_w) // step_w + 1))
 
-    def add_inside(x, at_x, dy, at_dy, sums):  # type: ignore[no-untyped-def]
-        acc = load(zeros(1, window_w, vectors, lanes, sums), sums, 0, width, 0)
+    def add_inside(x, at_x, dy, at_dy, sums, slot):  # type: ignore[no-untyped-def]
+        acc = load(zeros(1, window_w, vectors, lanes, sums), sums, slot, width, 0)
         for o in range(begin, end):
-            acc = columns(acc, x, at_x + o * step_w * channels, spread_c, dy, at_dy + o * channels, tail)
-        store(acc, sums, 0, width, 0)
+            acc = columns(acc, x, at_x + o * step_c, spread_c, dy, at_dy + o * channels, tail)
+        store(acc, sums, slot, width, 0)
 
-    def add_ends(x, at_x, dy, at_dy, sums, first, until):  # type: ignore[no-untyped-def]
+    def add_ends(x, at_x, dy, at_dy, sums, slot, first, until):  # type: ignore[no-untyped-def]
         for o in range(first, until):
             for s in range(window_w):
                 position = from_w + o * step_w + s * spread_w
                 if 0 <= position < size_w:
-                    a, b = natural(at_x + position * channels), natural(at_dy + o * channels)
+                    a, b, into = natural(at_x + position * channels), natural(at_dy + o * channels), slot + s * width
                     for j in range(valid):
-                        sums[s * width + j] += x[a + j] * dy[b + j]
+                        sums[into + j] += x[a + j] * dy[b + j]
 
     def before(task, x, dy, dw, parts, extras, at):  # type: ignore[no-untyped-def]
         sums = local(sums_size, x)
-        low, high = lines * task // split, lines * (task + 1) // split
-        for panel in range(panels):
-            column = min(panel * width, last)
+        for i in range(sums_size):
+            sums[i] = 0
+        for line in range(lines * task // split, lines * (task + 1) // split):
+            n, z, o_h = line // (out_d * out_h), line // out_h % out_d, line % out_h
             for q in range(window_d):
                 for r in range(window_h):
-                    for i in range(sums_size):
-                        sums[i] = 0
-                    for line in range(low, high):
-                        n, z, o_h = line // (out_d * out_h), line // out_h % out_d, line % out_h
-                        at_d, at_h = from_d + z * step_d + q * spread_d, from_h + o_h * step_h + r * spread_h
-                        if 0 <= at_d < size_d and 0 <= at_h < size_h:
-                            row = ((n * size_d + at_d) * size_h + at_h) * size_w * channels + column
-                            at_dy = line * out_w * channels + column
-                            add_ends(x, row, dy, at_dy, sums, 0, begin)
-                            add_inside(x, row + from_w * channels, dy, at_dy, sums)
-                            add_ends(x, row, dy, at_dy, sums, end, out_w)
-                    for s in range(window_w):
-                        into = natural(task * taps_size + ((q * window_h + r) * window_w + s) * channels + column)
-                        for j in range(valid):
-                            parts[into + j] = sums[s * width + j]
+                    at_d, at_h = from_d + z * step_d + q * spread_d, from_h + o_h * step_h + r * spread_h
+                    if 0 <= at_d < size_d and 0 <= at_h < size_h:
+                        row = ((n * size_d + at_d) * size_h + at_h) * size_w * channels
+                        for panel in range(panels):
+                            column = min(panel * width, last)
+                            slot = natural(((q * window_h + r) * panels + panel) * window_w * width)
+                            at_x, at_dy = row + column, line * out_w * channels + column
+                            add_ends(x, at_x, dy, at_dy, sums, slot, 0, begin)
+                            add_inside(x, at_x + from_w * channels, dy, at_dy, sums, slot)
+                            add_ends(x, at_x, dy, at_dy, sums, slot, end, out_w)
+        for taps in range(window_d * window_h):
+            for panel in range(panels):
+                for s in range(window_w):
+                    into = natural(task * taps_size + (taps * window_w + s) * channels + min(panel * width, last))
+                    slot = natural(((taps * panels + panel) * window_w + s) * width)
+                    for j in range(valid):
+                        parts[into + j] = sums[slot + j]
 
     def body(task, x, dy, dw, parts, extras, at):  # type: ignore[no-untyped-def]
         o = natural(task * channels)

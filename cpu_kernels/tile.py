@@ -329,3 +329,9 @@ def step_cost(rows: int, vectors: int) -> float:
     serve one vector only keep the units waiting.
     """
     return max(rows * vectors, rows + vectors, 8) + 0.5 * vectors + (1.5 if vectors == 1 else 0.0)
+
+
+def waiting(tasks: int, cores: int) -> float:
+    """How much longer tasks take than if cores shared them evenly: the last round may not be full, and cores are not
+    equally fast, which costs a fifth of a task."""
+    return (-(-tasks // cores) + 0.2) * cores / tasks

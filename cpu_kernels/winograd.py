@@ -26,7 +26,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .conv_geometry import Axis, backward, forward, sizes
-from .tile import holds, load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile import holds, load, local, natural, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd_transform import along, filter_lines, input_lines, output_lines
 
@@ -196,8 +196,8 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     moved += area * b.inner * outputs * b.blocks
     moved += 4.0 * area * b.tiles * instructions(b.inner, lanes) if config["staged"] else 0.0
     tasks = b.blocks * (b.groups if config["staged"] else 1)
-    idle = -(-tasks // device.cores) * device.cores / tasks
-    return (products + 2 * moved) * idle + LEAST
+    idle = waiting(tasks, device.cores)
+    return (products + 4 * moved) * idle + LEAST
 
 
 def instructions(length: int, lanes: int) -> int:
@@ -296,7 +296,7 @@ def _loop(
     grid_h, grid_w = b.grid
     grid_size = grid_h * grid_w
     columns = min(b.outer, width)
-    last, channels = b.outer - columns, b.outer
+    last, channels, even = b.outer - columns, b.outer, all_panels * columns == b.outer
     # the first output reads here
     low_h, low_w = b.h.first[0] - b.h.low, b.w.first[0] - b.w.low
     high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
@@ -386,7 +386,7 @@ def _loop(
         for t in range(count):
             for panel in range(panel_count):
                 column = min((first_panel + panel) * width, last)
-                skip = natural((first_panel + panel) * width - column)
+                skip = 0 if even else natural((first_panel + panel) * width - column)
                 write(first + t, t, panel, column, skip, sums, back, pixels, y, extras, at)
 
     def before(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]

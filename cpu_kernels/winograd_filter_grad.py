@@ -26,7 +26,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
 from .conv_geometry import Axis, forward, sizes
-from .tile import load, local, natural, outer, step_cost, store, zeros
+from .tile import load, local, natural, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd import GAP, LEAST, LOCAL_BYTES, TAPS, best_tiles, instructions
 from .winograd_transform import along, filter_lines, input_lines, output_lines
@@ -176,8 +176,8 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     else:
         moved += 1.5 * sums * b.rows * vectors * (b.tiles / b.block + 2 * b.split)
         tasks = b.split
-    idle = -(-tasks // device.cores) * device.cores / tasks
-    return (products + 2 * moved) * idle + LEAST
+    idle = waiting(tasks, device.cores)
+    return (products + 4 * moved) * idle + LEAST
 
 
 @lru_cache(maxsize=512)
@@ -215,7 +215,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
     last_row, last_column = max(0, channels - rows), max(0, filters - width)
     columns = min(filters, width)
-    tail = columns % lanes
+    tail, even = columns % lanes, panels * columns == filters
     record, dy_record = high * wide * channels, out_h * out_w * filters
     raw_size = max(n * n * channels, n * n * filters)
     tile_size = rows * width
@@ -278,7 +278,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
 
     def write(row_tile, panel, sums, slot, back, taps, dw, extras, at):  # type: ignore[no-untyped-def]
         first, column = min(row_tile * rows, last_row), min(panel * width, last_column)
-        skip, k = natural(panel * width - column), natural(column)
+        skip, k = 0 if even else natural(panel * width - column), natural(column)
         for r in range(row_tile * rows - first, rows):
             for j in range(n):
                 source = slot + j * tile_size + r * width
