@@ -71,6 +71,33 @@ def _mb(value: float | None) -> str:
     return f"{value:,.0f}" if value else ""
 
 
+def convolutions() -> str:
+    """Geometric means of the convolution table, and what is slower than PyTorch."""
+    found = result("conv")
+    rows, means = found["rows"], found["summary"]
+    names = {"geometric mean": f"all {len(rows)}", "forward": "forward", "input": "input gradient"}
+    names |= {"filter": "filter gradient", "3x3, stride 1, 64 channels or more": "3 x 3, stride 1, 64 channels or more"}
+    names |= {"exact": "all, without Winograd's algorithm", "least": "the slowest row"}
+    lines = ["| convolutions | PyTorch's best / ours |", "|---|---|"]
+    lines += [f"| {said} | {means[name]:.2f} |" for name, said in names.items() if name in means]
+    slower = sorted((r["ratio"], f"{r['shape']} {r['direction']}") for r in rows if r["ratio"] < 1)
+    lines.append("")
+    if slower:
+        lines.append("Below 1: " + ", ".join(f"{name} {ratio:.2f}" for ratio, name in slower) + ".")
+    errors = [max(r[name] for r in rows) for name in ("error", "exact error", "torch error")]
+    lines.append(
+        f"Largest errors against float64, relative to the largest element: {errors[0]:.1e}, without Winograd's "
+        f"algorithm {errors[1]:.1e}, PyTorch's {errors[2]:.1e}."
+    )
+    where = found["hardware"]
+    torch = f"PyTorch {where['packages']['torch']} in the better of its layouts"
+    lines.append(
+        f"{found['threads']} threads of {where['cpu']}, {torch}, {where['time'][:10]}. "
+        "A shared machine: read the ratio."
+    )
+    return "\n".join(lines)
+
+
 def overheads() -> str:
     """Dask beside in process."""
     found = result("overhead")
@@ -129,6 +156,7 @@ def main() -> None:
     path = ROOT / "README.md"
     text = path.read_text()
     parts = {
+        "conv": convolutions,
         "train_step": partial(beside_torch, "train_step"),
         "inference": partial(beside_torch, "inference"),
         "overhead": overheads,

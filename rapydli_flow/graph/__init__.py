@@ -6,6 +6,7 @@ May import floors 0 to 2 only. A pass is a function Graph -> Graph, printable an
 from .fuse import Fused, fuse, parts
 from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
+from .remat import remat
 from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, training, with_batch
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
@@ -29,6 +30,7 @@ __all__ = [
     "merge_equal",
     "parts",
     "predicting",
+    "remat",
     "rewrite",
     "to_json",
     "trace",

@@ -89,7 +89,7 @@ from .rate import (
 from .reduce import Broadcast, Sum
 from .resize import Resize, ResizeGrad
 from .select import Clip, ClipGrad, Equal, Greater, Less, Maximum, Minimum, Where, WhereGrad, WinnerGrad
-from .shape import Concatenate, Reshape, Transpose
+from .shape import Again, Concatenate, Reshape, Transpose
 from .slice import Pad, Slice, SliceGrad
 from .softmax import LogSoftmax, LogSoftmaxGrad, Softmax, SoftmaxGrad
 from .source import Fill, Gaussian, Leaf, Normal, Orthogonal, Phase, Random, TruncatedNormal, Uniform
@@ -120,6 +120,7 @@ __all__ = [
     "AdaptiveMaxPool",
     "AdaptiveMaxPoolGrad",
     "Add",
+    "Again",
     "ArgMax",
     "ArgMin",
     "AtLabel",

@@ -57,6 +57,33 @@ class Reshape(Op):
         return (Reject(cls(shape=(5,)), (Spec((2, 3, 4)),), r"reshape: samples of 12 elements cannot become \(5,\)"),)
 
 
+class Again(Op):
+    """The same array: what is computed of it is not merged with what was computed of it before"""
+
+    linear = True
+    view = True
+
+    def infer(self, x: Spec) -> Spec:
+        return x
+
+    def index(self, x: Spec) -> str:
+        axes = " ".join(LETTERS[: len(x.shape)]) or "()"
+        return f"{axes} -> {axes}"
+
+    def reference(self, x: Array) -> Array:
+        return x.copy()
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        return (dy,)
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Spec((2, 3, 4)),)),)
+
+
 class Transpose(Op):
     """y has the axes of x in another order: axis i of y is axis ``order[i]`` of x."""
 
