@@ -30,6 +30,7 @@ from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad, Op
 from rapydli_flow.runtime.peak import Peak, measured_peak
 from rapydli_flow.runtime.rank import at_array, kernel_of, memory_of
 from rapydli_flow.runtime.tuning import known, tune_one
+from rapydli_flow.runtime.warm import warm
 from rapydli_flow.spec import Array, Block, Spec
 from rapydli_flow.template import Epilogue
 from rapydli_flow.tuner import Choice, Request
@@ -94,12 +95,29 @@ def array(spec: Spec) -> Array:
     return memory_of(spec.size_bytes).view(spec.dtype).reshape(spec.shape)
 
 
+def request_of(op: Op, ins: tuple[Spec, ...], out: Spec) -> Request:
+    return Request(op, ins, Epilogue.none(out), op.name, op)
+
+
+def compile_all(shapes: list[Shape], directions: list[str]) -> None:
+    """Compile what will be measured, on all cores."""
+    tuning = known(host())
+    pairs = []
+    for shape in shapes:
+        for direction in directions:
+            op, ins, out = shape.op(direction)
+            for each in (op, replace(op, exact=True)):
+                request = request_of(each, ins, out)
+                pairs.append((request, tuning.choose(request)))
+    print(warm(pairs, host()), flush=True)
+
+
 class Ours:
     """One of our kernels on the table's operands."""
 
     def __init__(self, op: Op, operands: list[Array], out: Array, *, threads: int, tune_s: float) -> None:
         ins = tuple(Spec(a.shape, a.dtype.name) for a in operands)
-        request = Request(op, ins, Epilogue.none(Spec(out.shape)), op.name, op)
+        request = request_of(op, ins, Spec(out.shape))
         if tune_s:
             tune_one(request, threads, budget_s=tune_s)
         tuning = known(host())
@@ -290,6 +308,7 @@ def main() -> None:
     shapes = [Shape.read(row) for row in json.loads(Path(arguments.shapes).read_text())]
     shapes = [shape for shape in shapes if arguments.only in shape.name]
     directions = arguments.directions.split(",")
+    compile_all(shapes, directions)
     if arguments.scaling:
         rows = scaling(shapes, directions, arguments.seconds)
         mean = geometric_mean(r["2 threads / 1"] for r in rows)

@@ -17,6 +17,7 @@ from rapydli_flow.graph import Graph, predicting
 from rapydli_flow.runtime import tuning
 from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.runtime.warm import warm
 from rapydli_flow.scheduler import compile_program
 from rapydli_flow.zoo import Network
 
@@ -34,7 +35,9 @@ class Step:
             print(rf.autotune(step, budget_s=tune_s, plan=plan), flush=True)
         known = tuning.known(host())
         (graph,) = plan.rank_graphs(step)
-        self.rank = Rank(compile_program(graph, known), known.device, threads=threads)
+        program = compile_program(graph, known)
+        print(f"{case.name}: {warm(program.requests, known.device)}", flush=True)
+        self.rank = Rank(program, known.device, threads=threads)
         self.rank.start(SEED)
         self.count = 0
 
@@ -71,6 +74,7 @@ class Prediction:
         self._state = state_for(self.network)
         known = tuning.known(host())
         program = Predictor(self.network, self._state, known, threads=threads).program(batch)
+        warm(program.requests, known.device)
         self.rank = Rank(program, known.device, threads=threads)
         self.rank.load(self._state)
 

@@ -163,8 +163,8 @@ def main() -> None:
         "tuning": tuning,
     }
     for name, make in parts.items():
-        if name == "inference" and not (ROOT / "benchmarks" / "results" / "inference.json").exists():
-            print("inference.json is not there: benchmarks/inference.py makes it")
+        if name in ("conv", "inference") and not (ROOT / "benchmarks" / "results" / f"{name}.json").exists():
+            print(f"{name}.json is not there: benchmarks/{name}.py makes it")
             continue
         made = make()
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"

@@ -114,6 +114,7 @@ def test_the_source_has_parameters_and_extents_as_constants():
     assert "import math as math\n" in text
 
 
+@pytest.mark.slow
 def test_it_is_tuned_and_remembered(folder):
     u = random()
     assert double.configs(u) == double.configs(U)

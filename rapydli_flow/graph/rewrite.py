@@ -99,13 +99,15 @@ def merge_equal(graph: Graph) -> Graph:
 
 
 def hoist(graph: Graph) -> Graph:
-    """What depends on the channel only is computed once for each channel, not for every element of the array."""
+    """Equal nodes merged, and what depends on the channel only computed once a channel, not for every element."""
 
     def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
+        new.scope = [node.name]
         made = node.op.once_a_channel(*inputs)
+        new.scope = []
         return None if made is None else new.add(*made, node.name, node.at)
 
-    return merge_equal(rewrite(graph, rule))
+    return merge_equal(rewrite(merge_equal(graph), rule))
 
 
 def with_batch(graph: Graph, size: int) -> Graph:

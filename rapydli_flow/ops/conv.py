@@ -290,7 +290,7 @@ def _cases() -> tuple[tuple[dict[str, Any], tuple[Spec, Spec]], ...]:
         return geometry, (Spec(x), Spec(w))
 
     return (
-        case((2, 5, 6, 2), (3, 3, 2, 5), padding=1),
+        case((2, 5, 6, 5), (3, 3, 5, 5), padding=1),
         case((2, 7, 6, 3), (3, 2, 3, 4), stride=(2, 1), padding=((1, 0), (2, 1))),
         case((1, 9, 9, 1), (5, 5, 1, 20), stride=2),
         case((2, 8, 7, 3), (2, 3, 3, 17), padding=1, dilation=(3, 2)),

@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from ..errors import SettingError
-from ..graph import Graph, merge_equal, predicting
+from ..graph import Graph, hoist, predicting
 from ..scheduler import Call, Plan, Program, compile_program
 from ..tuner import Tuning
 from .attribution import PHASES, Place, copied, places
@@ -126,7 +126,7 @@ def measure_step(
     """Time a training step, or a network that predicts."""
     if iterations < 1:
         raise SettingError(f"time: iterations={iterations} is not 1 or more.")
-    graph = merge_equal(graph)
+    graph = hoist(graph)
     (rank_graph,) = Plan(1, threads).rank_graphs(graph)
     program = compile_program(rank_graph, replace(tuning, strict=False))
     warm(program.requests, tuning.device)

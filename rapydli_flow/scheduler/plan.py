@@ -8,7 +8,7 @@ from functools import cached_property
 
 from .. import markup
 from ..errors import ShapeError
-from ..graph import Graph, checked, fuse, hoist, merge_equal
+from ..graph import Graph, checked, fuse, hoist
 from ..spec import Block, even_bounds
 from ..template import Device
 from ..tuner import Tuning
@@ -39,7 +39,7 @@ class Plan:
         The graphs of all ranks have the same nodes in the same order. So nothing is merged after the split
         (two nodes may be equal on one rank only), and tails are fused on all ranks or on none.
         """
-        graph = checked(hoist)(checked(merge_equal)(graph))
+        graph = checked(hoist)(graph)
         parts = split(graph, self.ranks, self.layouts) if self.ranks > 1 else (graph,)
         parts = tuple(checked(bucket)(part) for part in parts)
         fused = tuple(checked(fuse)(part) for part in parts)

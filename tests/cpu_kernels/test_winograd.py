@@ -43,7 +43,7 @@ def test_transforms_are_sums_of_a_sliding_window(n, outputs, taps):
     np.testing.assert_allclose(evaluate(output_lines(n, outputs), products), np.correlate(x, w), atol=1e-14)
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", [4, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", CALLS)
 def test_rounding_errors(family, m):
     op, ins, out = CALLS[family]
@@ -102,3 +102,25 @@ def test_a_graph_of_exact_convolutions_has_exact_gradients():
         "conv": "tiles",
         "conv_filter_grad": "tiles",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vector_bytes", [16, 64])  # 4 and 16 lanes; those too long for this processor are split
+@pytest.mark.parametrize("name", ["winograd", "depthwise"])
+def test_vectors_of_any_length_give_right_results(name, vector_bytes):
+    device = Device("cpu", "test", vector_bytes=vector_bytes, cores=2)
+    for op, ins, out in CALLS.values():
+        if name == "depthwise":
+            op = replace(op, groups=19)
+            ins = tuple(Spec((*s.shape[:-2], 1, 19)) if s.shape[0] == 3 else Spec((*s.shape[:-1], 19)) for s in ins)
+            out = op.infer(*ins)
+        (template,) = (t for t in templates(op.family, "cpu") if name in t.name)
+        config = template.default(op, ins, (out,), device)
+        kernel = compile_kernel(template, op, ins, (out,), device, config)
+        rng = np.random.default_rng(0)
+        operands = [rng.standard_normal(spec.shape, dtype=np.float32) for spec in ins]
+        result = np.full(out.shape, np.nan, np.float32)
+        work = [np.full(spec.shape, np.nan, np.float32) for spec in template.workspace(op, ins, (out,), **config)]
+        run_kernel(kernel, operands, [result], work=work, threads=2)
+        wanted = op.run(*(a.astype(np.float64) for a in operands))[0]
+        assert np.abs(result - wanted).max() < 5e-6 * np.abs(wanted).max()

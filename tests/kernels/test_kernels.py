@@ -187,6 +187,7 @@ def test_calling_loads_no_dask():
 # tuning -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tuning_is_remembered_with_the_rest_and_used(fresh):
     a, b = random(24, 16), random(16, 32)
     kernels.matmul(a, b, bias=b[0])

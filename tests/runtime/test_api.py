@@ -110,6 +110,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_autotune_in_a_cache_of_its_own(tmp_path):
     script = tmp_path / "tune.py"
     script.write_text(TUNE)

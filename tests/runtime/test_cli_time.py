@@ -77,6 +77,7 @@ class Entry:
     batch: int = 20
 
 
+@pytest.mark.slow
 def test_networks_by_name(monkeypatch, recipe):
     zoo = types.ModuleType("rapydli_flow.zoo")
 

@@ -10,7 +10,7 @@ import rapydli_flow as rf
 from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
 from rapydli_flow.errors import SettingError
-from rapydli_flow.graph import merge_equal
+from rapydli_flow.graph import hoist
 from rapydli_flow.runtime import peak
 from rapydli_flow.runtime.attribution import SHARED, Place, copied, places
 from rapydli_flow.runtime.peak import Peak
@@ -46,7 +46,7 @@ def timing(step):
 
 
 def test_every_kernel_has_its_layer_and_phase(step):
-    step = merge_equal(step)
+    step = hoist(step)
     (fused,) = rf.plan(step, ranks=1, threads=1).rank_graphs(step)
     found = places(step, fused)
     phases = {}

@@ -182,7 +182,8 @@ def test_several_threads_give_the_same_bits() -> None:
     assert all(np.array_equal(run.state[name], value) for name, value in again.state.items())
 
 
-@pytest.mark.parametrize("plan", ["2 ranks", pytest.param("3 ranks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["2 ranks", "3 ranks"])
 def test_float32_gradients(plan: str) -> None:
     one, several = (train(programs(p, "float32", False, True), 1) for p in ("1 rank", plan))
     names = [name for name in one.outputs if name.startswith("d ")]
