@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md from benchmarks/results/*.json, between their markers."""
+"""Write the measured tables of README.md and docs/speed.md from benchmarks/results/*.json, between their markers."""
 
 from __future__ import annotations
 
@@ -80,10 +80,8 @@ def convolutions() -> str:
     names |= {"exact": "all, without Winograd's algorithm", "least": "the slowest row"}
     lines = ["| convolutions | PyTorch's best / ours |", "|---|---|"]
     lines += [f"| {said} | {means[name]:.2f} |" for name, said in names.items() if name in means]
-    slower = sorted((r["ratio"], f"{r['shape']} {r['direction']}") for r in rows if r["ratio"] < 1)
-    lines.append("")
-    if slower:
-        lines.append("Below 1: " + ", ".join(f"{name} {ratio:.2f}" for ratio, name in slower) + ".")
+    below = [sum(r["ratio"] < limit for r in rows) for limit in (1.0, 0.9)]
+    lines += ["", f"{below[0]} of {len(rows)} are slower than PyTorch's, {below[1]} of them by more than a tenth."]
     errors = [max(r[name] for r in rows) for name in ("error", "exact error", "torch error")]
     lines.append(
         f"Largest errors against float64, relative to the largest element: {errors[0]:.1e}, without Winograd's "
@@ -95,6 +93,20 @@ def convolutions() -> str:
         f"{found['threads']} threads of {where['cpu']}, {torch}, {where['time'][:10]}. "
         "A shared machine: read the ratio."
     )
+    return "\n".join(lines)
+
+
+def slower() -> str:
+    """The convolutions that are slower than PyTorch's."""
+    rows = [r for r in result("conv")["rows"] if r["ratio"] < 1]
+    lines = [
+        "| convolution | direction | PyTorch's best / ours | percent of peak | template |",
+        "|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: r["ratio"]):
+        name, direction = r["shape"], r["direction"]
+        template = r["template"].partition(" ")[0]
+        lines.append(f"| {name} | {direction} | {r['ratio']:.2f} | {r['peak %']:.0f} | {template} |")
     return "\n".join(lines)
 
 
@@ -153,26 +165,25 @@ def _share(value: float | None) -> str:
 
 def main() -> None:
     """Replace what is between the markers."""
-    path = ROOT / "README.md"
-    text = path.read_text()
     parts = {
-        "conv": convolutions,
-        "train_step": partial(beside_torch, "train_step"),
-        "inference": partial(beside_torch, "inference"),
-        "overhead": overheads,
-        "tuning": tuning,
+        "conv": (convolutions, "conv", "README.md"),
+        "slower": (slower, "conv", "docs/speed.md"),
+        "train_step": (partial(beside_torch, "train_step"), "train_step", "README.md"),
+        "inference": (partial(beside_torch, "inference"), "inference", "README.md"),
+        "overhead": (overheads, "overhead", "README.md"),
+        "tuning": (tuning, "tuner_spaces", "README.md"),
     }
-    for name, make in parts.items():
-        if name in ("conv", "inference") and not (ROOT / "benchmarks" / "results" / f"{name}.json").exists():
-            print(f"{name}.json is not there: benchmarks/{name}.py makes it")
+    for name, (make, needed, page) in parts.items():
+        if not (ROOT / "benchmarks" / "results" / f"{needed}.json").exists():
+            print(f"{needed}.json is not there: make bench, or bench-tuner, makes it")
             continue
-        made = make()
+        made, path = make(), ROOT / page
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)
+        text, count = re.subn(pattern, lambda m, made=made: m[1] + made + m[2], path.read_text(), flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md has no place for {name}")
-    path.write_text(text)
-    print(path)
+            raise SystemExit(f"{page} has no place for {name}")
+        path.write_text(text)
+    print(", ".join(sorted({page for _, _, page in parts.values()})))
 
 
 if __name__ == "__main__":
