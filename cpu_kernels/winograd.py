@@ -25,15 +25,13 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .conv_geometry import Axis, backward, forward, sizes
+from .conv_geometry import backward, forward, sizes
 from .tile import holds, load, local, natural, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
-from .winograd_transform import along, filter_lines, input_lines, output_lines
+from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of
+from .winograd_transform import along, filter_lines, output_lines
 
-LOCAL_BYTES = 3 << 18  # most of a block's transformed patches, and of its sums, on the stack of a task
-LEAST = 1e5  # half-cycles that it should save: less is not worth a kernel that takes longer to compile
-TAPS, TAP_COUNT = 3, 9
-GAP = 16  # elements between rows of v, which would evict each other from a cache if they were a power of two apart
+TAP_COUNT = TAPS * TAPS
 SPACE: dict[str, tuple[Any, ...]] = {
     "m": (4, 2),  # pixels of a tile along each axis
     "rows": (14, 12, 8, 6, 4),
@@ -46,15 +44,11 @@ SPACE: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Blocking:
+class Blocking(Tiles):
     """What slides over a source [n, height, width, inner] to a result [n, out_h, out_w, outer], and how it is cut."""
 
-    records: int
-    h: Axis
-    w: Axis
     inner: int
     outer: int
-    m: int
     rows: int
     width: int
     block: int
@@ -67,20 +61,7 @@ class Blocking:
         _, h, w = (slide(s) for s in sizes(op, x[1:-1], y[1:-1], ins[1].shape[:-2]))
         rows, width = config["rows"], config["vectors"] * config["lanes"]
         block, panels = config["block"] * rows, config["panels"]
-        return cls(source[0], h, w, source[-1], result[-1], config["m"], rows, width, block, panels)
-
-    @property
-    def n(self) -> int:
-        return self.m + TAPS - 1
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles of a record."""
-        return -(-self.h.out // self.m), -(-self.w.out // self.m)
-
-    @property
-    def tiles(self) -> int:
-        return self.records * self.grid[0] * self.grid[1]
+        return cls(source[0], h, w, config["m"], source[-1], result[-1], rows, width, block, panels)
 
     @property
     def blocks(self) -> int:
@@ -124,14 +105,6 @@ def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device)
     return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
 
 
-def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
-    return (rows,)
-
-
-def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
-    return outs[0].shape[-1]
-
-
 def _small(
     op: Any,
     ins: Sequence[Spec],
@@ -172,7 +145,7 @@ def _panels(
 
 RULES = {
     "3 x 3 windows, one pixel apart": _allowed,
-    **tile_rules(_shape, _columns, SPACE["rows"]),
+    **tile_rules(rows_of, columns_of, SPACE["rows"]),
     "tiles for a block": _filled,
     "filters for a group of panels": _panels,
     "patches and sums on the stack": _small,
@@ -297,10 +270,8 @@ def _loop(
     grid_size = grid_h * grid_w
     columns = min(b.outer, width)
     last, channels, even = b.outer - columns, b.outer, all_panels * columns == b.outer
-    # the first output reads here
-    low_h, low_w = b.h.first[0] - b.h.low, b.w.first[0] - b.w.low
-    high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
-    record, result_record = high * wide * inner, out_h * out_w * channels
+    out_h, out_w = b.h.out, b.w.out
+    result_record = out_h * out_w * channels
     patch_size, raw_size, turned_size = b.patch_size, n * n * inner, n * n * inner
     sums_width, sums_size = panels * width, b.sums_size
     matrix, lines_size, tap_rows = block * pitch, TAP_COUNT * lanes * width, TAPS * width
@@ -309,7 +280,7 @@ def _loop(
     tap_line, sum_line = lanes * width, block * sums_width
     own_size = 1 if staged else patch_size
 
-    to_points = along(input_lines(n), n, n, dtype)
+    patch_of = patches(b, inner, matrix, dtype)
     filter_to_points = along(filter_lines(n, TAPS), TAPS, n, dtype)
     to_pixels = along(output_lines(n, m), n, m, dtype)
 
@@ -327,28 +298,6 @@ def _loop(
                 for p in range(n):
                     into = panel * panel_size + (p * n * inner + start + i) * width
                     filter_to_points(half, p * tap_rows, width, u, into, inner * width, width)
-
-    def patch_of(tile, x, raw, turned, v, into):  # type: ignore[no-untyped-def]
-        record_of, top = tile // grid_size, tile % grid_size // grid_w * m + low_h
-        left = tile % grid_w * m + low_w
-        at, line = record_of * record + (top * wide + left) * inner, wide * inner
-        source = x
-        if top < 0 or left < 0 or top + n > high or left + n > wide:
-            for i in range(n):
-                for j in range(n):
-                    to, there = natural((i * n + j) * inner), at + i * line + j * inner
-                    if 0 <= top + i < high and 0 <= left + j < wide:
-                        there = natural(there)
-                        for c in range(inner):
-                            raw[to + c] = x[there + c]
-                    else:
-                        for c in range(inner):
-                            raw[to + c] = 0
-            source, at, line = raw, 0, n * inner
-        for j in range(n):
-            to_points(source, at + j * inner, line, turned, j * inner, n * inner, inner)
-        for i in range(n):
-            to_points(turned, i * n * inner, inner, v, into + i * n * matrix, matrix, inner)
 
     def multiply(v, at_v, u, at_u, sums, at_sums):  # type: ignore[no-untyped-def]
         acc = zeros(1, rows, vectors, lanes, sums)

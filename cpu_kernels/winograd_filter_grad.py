@@ -25,11 +25,12 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .conv_geometry import Axis, forward, sizes
+from .conv_geometry import forward, sizes
 from .tile import load, local, natural, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
-from .winograd import GAP, LEAST, LOCAL_BYTES, TAPS, best_tiles, instructions
-from .winograd_transform import along, filter_lines, input_lines, output_lines
+from .winograd import best_tiles, instructions
+from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of, window
+from .winograd_transform import along, filter_lines, output_lines
 
 DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
 SUMS = 1 << 23  # most partial sums
@@ -47,15 +48,11 @@ TALL, WIDE = 4, 2  # tiles of sums that a task has along channels and filters, w
 
 
 @dataclass(frozen=True)
-class Blocking:
+class Blocking(Tiles):
     """What is summed, and how it is cut."""
 
-    records: int
-    h: Axis
-    w: Axis
     channels: int
     filters: int
-    m: int
     rows: int
     width: int
     block: int
@@ -66,19 +63,7 @@ class Blocking:
         x, dy, dw = ins[0].shape, ins[1].shape, outs[0].shape
         _, h, w = (forward(s) for s in sizes(op, x[1:-1], dy[1:-1], dw[:-2]))
         m, width = config["m"], config["vectors"] * config["lanes"]
-        return cls(x[0], h, w, x[-1], dy[-1], m, config["rows"], width, config["block"], config["split"])
-
-    @property
-    def n(self) -> int:
-        return self.m + TAPS - 1
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return -(-self.h.out // self.m), -(-self.w.out // self.m)
-
-    @property
-    def tiles(self) -> int:
-        return self.records * self.grid[0] * self.grid[1]
+        return cls(x[0], h, w, m, x[-1], dy[-1], config["rows"], width, config["block"], config["split"])
 
     @property
     def row_tiles(self) -> int:
@@ -112,14 +97,6 @@ def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device)
     return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
 
 
-def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
-    return (rows,)
-
-
-def _columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
-    return outs[0].shape[-1]
-
-
 def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
     """As many channels as a tile has rows."""
     return rows <= outs[0].shape[-2]
@@ -148,7 +125,7 @@ def _parts(
 
 RULES = {
     "3 x 3 windows, one pixel apart": _allowed,
-    **tile_rules(_shape, _columns, SPACE["rows"]),
+    **tile_rules(rows_of, columns_of, SPACE["rows"]),
     "channels for a tile": _rows,
     "a block for each part": _parts,
     "blocks on the stack": _small,
@@ -211,12 +188,11 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     row_tiles, panels = b.row_tiles, b.panels
     grid_w, grid_size = b.grid[1], b.grid[0] * b.grid[1]
     pitch, pitch_d = b.pitches
-    low_h, low_w = b.h.first[0] - b.h.low, b.w.first[0] - b.w.low
-    high, wide, out_h, out_w = b.h.size, b.w.size, b.h.out, b.w.out
+    out_h, out_w = b.h.out, b.w.out
     last_row, last_column = max(0, channels - rows), max(0, filters - width)
     columns = min(filters, width)
     tail, even = columns % lanes, panels * columns == filters
-    record, dy_record = high * wide * channels, out_h * out_w * filters
+    dy_record = out_h * out_w * filters
     raw_size = max(n * n * channels, n * n * filters)
     tile_size = rows * width
     back_size, taps_size = TAPS * n * width, TAPS * TAPS * width
@@ -226,34 +202,9 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     depth, whole_size = min(DEPTH, total), area * tile_size
     across, rectangle_size = -(-panels // WIDE), TALL * WIDE * area * tile_size
 
-    to_points = along(input_lines(n), n, n, dtype)
+    patch_of = patches(b, channels, matrix * pitch, dtype)
     dy_to_points = along(filter_lines(n, m), m, n, dtype)
     to_taps = along(output_lines(n, TAPS), n, TAPS, dtype)
-
-    def window(x, record_at, top, left, height, breadth, size, source_h, source_w, raw):  # type: ignore[no-untyped-def]
-        for i in range(height):
-            for j in range(breadth):
-                to = natural((i * breadth + j) * size)
-                if 0 <= top + i < source_h and 0 <= left + j < source_w:
-                    there = natural(record_at + ((top + i) * source_w + left + j) * size)
-                    for c in range(size):
-                        raw[to + c] = x[there + c]
-                else:
-                    for c in range(size):
-                        raw[to + c] = 0
-
-    def patch_of(tile, x, raw, turned, v, row):  # type: ignore[no-untyped-def]
-        top, left = tile % grid_size // grid_w * m + low_h, tile % grid_w * m + low_w
-        start = tile // grid_size * record
-        source, at, line = x, start + (top * wide + left) * channels, wide * channels
-        if top < 0 or left < 0 or top + n > high or left + n > wide:
-            window(x, start, top, left, n, n, channels, high, wide, raw)
-            source, at, line = raw, 0, n * channels
-        for j in range(n):
-            to_points(source, at + j * channels, line, turned, j * channels, n * channels, channels)
-        for i in range(n):
-            into = (i * n * matrix + row) * pitch
-            to_points(turned, i * n * channels, channels, v, into, matrix * pitch, channels)
 
     def tile_of(tile, dy, raw, turned, d, row):  # type: ignore[no-untyped-def]
         top, left = tile % grid_size // grid_w * m, tile % grid_w * m
@@ -296,7 +247,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
         for low in range(begin, end, block):
             count = min(block, end - low)
             for t in range(count):
-                patch_of(low + t, x, raw, turned, v, t)
+                patch_of(low + t, x, raw, turned, v, t * pitch)
                 tile_of(low + t, dy, raw, turned, d, t)
             for p in range(area):
                 for row_tile in range(row_tiles):
@@ -319,7 +270,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     def before_staged(task, x, dy, dw, v, d, extras, at):  # type: ignore[no-untyped-def]
         raw, turned = local(raw_size, x), local(raw_size, x)
         for tile in range(task * block, min((task + 1) * block, total)):
-            patch_of(tile, x, raw, turned, v, tile)
+            patch_of(tile, x, raw, turned, v, tile * pitch)
             tile_of(tile, dy, raw, turned, d, tile)
 
     def staged(task, x, dy, dw, v, d, extras, at):  # type: ignore[no-untyped-def]
