@@ -284,7 +284,7 @@ def test_sizes_are_consistent_and_ranges_kept() -> None:
     case = next(iter(Conv.samples()))
     other = suite.resized(case, lambda n: n + 1)
     assert other is not None
-    assert other.ins == (Spec((3, 6, 7, 3)), Spec((4, 4, 3, 6)))  # the channels of x and w are one letter
+    assert other.ins == (Spec((3, 6, 7, 6)), Spec((4, 4, 6, 6)))  # the channels of x and w are one letter
     assert suite.resized(case, lambda n: 1 if n == 5 else 9) is None  # a window of 9 does not fit
 
 
