@@ -17,36 +17,45 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST = 3  # rounds that a median needs
+SETTLE_S = 0.02  # OpenMP's threads spin for up to 8 ms when they have nothing to do
+TURN_S = 0.005
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int, turn: int = 1, warm: int = 3, seconds: float = math.inf
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, turn_s: float = TURN_S, seconds: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each run, in each of its turns of ``turn`` calls, so that all see the same machine.
+    """Seconds of a call of each run, one value for each of its turns, which they take so that all see the same machine.
 
-    The first call of a turn, in which the threads of the run before may still spin, is not timed if there
-    are several. ``seconds`` bounds what the turns take together: there are fewer calls in a turn, then fewer
-    rounds, but never fewer than `LEAST`.
+    A turn begins with calls that are not timed, one at least, until `SETTLE_S` have passed: threads of another run
+    spin for some milliseconds before they sleep, on cores that are needed now. It goes on for about ``turn_s``, one
+    call at least. ``seconds`` bounds what all turns take together: there are fewer, but never fewer than `LEAST`.
     """
-    once = 0.0  # seconds of one call of each
-    for run in runs.values():
-        for i in range(warm):
-            begin = time.perf_counter()
-            run()
-            once += (time.perf_counter() - begin) * (i == warm - 1)
-    if once > 0.0:
-        turn = max(1, min(turn, int(min(seconds / (LEAST * once), 1e6)) - 1))
-        rounds = max(LEAST, int(min(rounds, seconds / (once * (turn + (turn > 1))))))
+    once = {}
+    for name, run in runs.items():
+        run()
+        once[name] = _settled(run)
+    calls = {name: max(1, int(turn_s / each)) for name, each in once.items()}
+    together = sum(max(SETTLE_S, each) + calls[name] * each for name, each in once.items())
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(max(LEAST, int(min(rounds, seconds / together)))):
         for name, run in runs.items():
-            if turn > 1:
-                run()
+            _settled(run)
             begin = time.perf_counter()
-            for _ in range(turn):
+            for _ in range(calls[name]):
                 run()
-            times[name].append((time.perf_counter() - begin) / turn)
+            times[name].append((time.perf_counter() - begin) / calls[name])
     return times
+
+
+def _settled(run: Callable[[], Any]) -> float:
+    """Calls until nothing of what ran before is left; seconds of the last one."""
+    begin = time.perf_counter()
+    while True:
+        called = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        if now - begin >= SETTLE_S:
+            return max(now - called, 1e-9)
 
 
 def beside_torch(times: Mapping[str, list[float]]) -> dict[str, Any]:

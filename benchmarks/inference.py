@@ -47,7 +47,6 @@ def timed(case: Network, batch: int, given: argparse.Namespace) -> tuple[dict[st
     times = interleaved(
         {name: partial(run, *fed[name][0]) for name, run in runs.items()},
         rounds=given.rounds,
-        turn=given.turn,
         seconds=given.seconds,
     )
     return beside_torch(times) | {"scores_apart": apart, "without_compile": reason}, list(runs)

@@ -53,7 +53,6 @@ def options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--networks", default="", help="names, parted by commas (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each side, at most")
-    parser.add_argument("--turn", type=int, default=5, help="timed calls in a turn, at most")
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="about how long a network's turns may take together"
     )

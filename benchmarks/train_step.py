@@ -26,7 +26,7 @@ from theirs import with_state
 
 from rapydli_flow.zoo import Network
 
-WARM, APART = 2, 1e-3  # how far losses may be apart, relatively, or three times as far as PyTorch's layouts
+APART = 1e-3  # how far losses may be apart, relatively, or three times as far as PyTorch's layouts
 
 
 class Sides:
@@ -86,8 +86,6 @@ def timed(case: Network, data: list[tuple[Any, Any]], given: argparse.Namespace)
     times = interleaved(
         {name: partial(sides.turn, name) for name in sides.steps},
         rounds=given.rounds,
-        turn=given.turn,
-        warm=WARM,
         seconds=given.seconds,
     )
     profile = mine.profile(data, steps=min(9, len(times["ours"])))

@@ -24,7 +24,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop
 
 from .conv_geometry import Sizes, sizes
-from .tile import balanced, local, natural, outer, store, zeros
+from .tile import add, balanced, local, natural, outer, store, zeros
 
 BUFFER_BYTES = 1 << 16  # longest row that may lie on a stack
 
@@ -88,7 +88,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
     d, h, w_axis = g.axes
     panels, width, length, filters, channels = g.panels, g.width, g.length, g.filters, g.channels
     columns = min(width, length)
-    last, even = length - columns, panels * columns == length
+    last, even, tail = length - columns, panels * columns == length, columns % lanes
     rows, tile_count, last_pixel = g.rows, -(-w_axis.y // g.rows), w_axis.y - g.rows
     panel_size, tile_size, buffer_size = filters * width, g.rows * width, g.buffer_size
     window_d, window_h = d.window, h.window
@@ -130,6 +130,9 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
                         weights = ((q * window_h + r) * panels + panel) * panel_size
                         for k in range(filters):
                             acc = outer(acc, dy, pixel + k, filters, 0, packed, weights + k * width, 0)
+                if first == tile * rows and skip == 0:
+                    add(acc, buffer, origin + first * step + column, step, tail)
+                    continue
                 store(acc, sums, 0, width, 0)
                 for p in range(tile * rows - first, rows):
                     into = natural(origin + (first + p) * step + column)

@@ -42,9 +42,11 @@ from __future__ import annotations
 import numpy
 from numba import cfunc, njit
 from cpu_kernels.driver import flat
+from cpu_kernels.inlined import Inlined
 {imports}
 OPTIONS = {{"fastmath": {fastmath}, "error_model": "numpy", "boundscheck": False}}
 INLINE = {{**OPTIONS, "forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}}
+INLINE["pipeline_class"] = Inlined
 T = numpy.{dtype}
 U = numpy.uint64
 {constants}
@@ -59,7 +61,8 @@ class _Text:
         self.imports: dict[str, str] = {}
         self.constants: dict[str, str] = {}
         self.functions: list[str] = []
-        self._names: dict[str, Any] = dict.fromkeys(("numpy", "cfunc", "njit", "flat", "OPTIONS", "INLINE", "entry"))
+        used = ("numpy", "cfunc", "njit", "flat", "Inlined", "OPTIONS", "INLINE", "entry")
+        self._names: dict[str, Any] = dict.fromkeys(used)
         self._names |= {"T": "", "U": ""}
         self._done: dict[int, tuple[str, Any]] = {}  # the object is kept so that its id stays its own
 

@@ -246,6 +246,26 @@ def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-unty
 
 
 @intrinsic(prefer_literal=True)
+def add(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """Add the rows of the tile to y, ``y_stride`` elements apart, one after the other: they may overlap."""
+    valid = _constant("add: tail", tail)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, y_array, start, stride, _ = args
+        emit = _Emit(context, builder, tile, valid)
+        data = emit.data(y, y_array)
+        for n, (_, _, first) in enumerate(tile.slots()):
+            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
+            for j in range(tile.vectors):
+                pointer = emit.vector_at(data, row, j)
+                total = builder.fadd(emit.load(pointer, j), builder.extract_value(value, first + j))
+                emit.store(total, pointer, j)
+        return context.get_dummy_value()
+
+    return types.void(tile, y, types.intp, types.intp, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
 def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
     """The transpose of a tile of 1 line, `lanes` rows and 1 vector, in registers."""
     if (tile.lines, tile.rows, tile.vectors) != (1, tile.lanes, 1):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core.codegen import JITCodeLibrary
 
 import rapydli_flow.config
 from cpu_kernels import compile as compiler
@@ -354,3 +355,21 @@ def test_the_host_says_what_kernels_are_specialised_for():
     assert device.memory_bytes > 1 << 28
     assert Path(compiler.__file__).exists()
     assert Epilogue.none(Spec((3,))).identity
+
+
+def test_what_is_inlined_is_optimised_as_part_of_the_kernel_alone(cache_dir, monkeypatch):
+    optimised, full = [], JITCodeLibrary._optimize_final_module
+
+    def watched(library):
+        optimised.append(library.name)
+        full(library)
+
+    monkeypatch.setattr(JITCodeLibrary, "_optimize_final_module", watched)
+    x, w = Spec((2, 6, 6, 3)), Spec((3, 3, 3, 8))
+    op = Conv(stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+    (tiles,) = (template for template in templates("conv", "cpu") if template.name == "tiles")
+    kernel = compiler.compile_kernel(tiles, op, (x, w), (op.infer(x, w),))
+    assert optimised
+    assert not {"part", "slide", "body"} & set(optimised), optimised
+    defined = [line for line in kernel.entry.inspect_llvm().splitlines() if line.startswith("define")]
+    assert all("entry" in line for line in defined), defined

@@ -9,7 +9,7 @@ from numba.core.errors import TypingError
 
 from cpu_kernels import conv_geometry
 from cpu_kernels.compile import compile_kernel, run_kernel
-from cpu_kernels.tile import balanced, holds, load, local, outer, store, transpose, zeros
+from cpu_kernels.tile import add, balanced, holds, load, local, outer, store, transpose, zeros
 from rapydli_flow.ops.conv import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.ops.dense import Matmul
 from rapydli_flow.spec import Spec
@@ -51,6 +51,19 @@ def test_outer_store_and_load_touch_valid_lanes_only(lanes, dtype):
     assert np.isnan(y[-1])
     np.testing.assert_array_equal(copy.reshape(6, -1)[:, :width], y[:-1].reshape(6, width))
     np.testing.assert_array_equal(copy.reshape(6, -1)[:, width:], 0)
+
+
+def test_add_to_rows_that_overlap():
+    @njit
+    def kernel(x, y):
+        add(load(zeros(1, 3, 2, 4, y), x, 0, 7, 3), y, 1, 2, 3)
+
+    x, y = np.arange(21.0), np.full(13, 100.0)
+    want = y.copy()
+    for i in range(3):
+        want[1 + 2 * i :][:7] += x[7 * i :][:7]
+    kernel(x, y)
+    np.testing.assert_array_equal(y, want)
 
 
 @pytest.mark.parametrize(("lanes", "dtype"), [*product((4, 8, 16), DTYPES), (2, "float64")])
