@@ -11,11 +11,12 @@ A tile holds (tap, channel) pairs by filters and grows by one pixel at a time:
                                                                  acc += x[pixel + (r, s, c)] * dy[pixel]
                                                              partial sums = acc
 
-The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has
-one panel of filters and all tiles of a few rows of taps, so that a chunk of ``pixels`` pixels of dy and x is read
-from the nearest caches. Chunks are short for accuracy as well: float32 sums have few terms. Where images are large
-or tasks are few, ``split`` cuts the records into parts: a task takes all panels and tiles of a chunk while it is in a
-cache, and the sums of the parts are added in order in the end.
+The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has ``together``
+panels of filters and all tiles of a few rows of taps, so that a chunk of ``pixels`` pixels of dy and x is read from the
+nearest caches. Of dy a panel is copied for all tiles; of x a line of channels for all panels, if pixels lie so far
+apart that a cache cannot hold them. Chunks are short for accuracy as well: float32 sums have few terms. Where images
+are large or tasks are few, ``split`` cuts the records into parts: a task takes all panels and tiles of a chunk while it
+is in a cache, and the sums of the parts are added in order in the end.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from .tile_rules import tile_rules
 SUMS = 1 << 20  # most partial sums
 NEAR_BYTES = 1 << 22  # operands that a last-level cache holds
 FAR, NEAR = 1.7, 8.0  # bytes from memory and from that cache in a half-cycle, for all cores
-COPY_BYTES = 1 << 17  # most of dy that may lie on a stack
+COPY_BYTES = 1 << 17  # most of dy, and of x, that may lie on a stack
+LINE_BYTES, FAR_APART = 64, 512  # of a cache; pixels that are so many bytes apart fall into few of its sets
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 10, 8, 7, 6, 5, 4),
     "vectors": (2, 1, 3, 4),
     "lanes": (16, 8, 4, 2),
     "split": (1, 2, 4, 8, 16, 32),
     "pixels": (256, 1024, 512, 128),  # most between two visits of the partial sums
+    "together": (1, 2, 4, 8),  # panels of filters that share what is copied of x
 }
 FIRST_PIXELS = SPACE["pixels"][0]
 
@@ -58,13 +61,16 @@ class Blocking:
     width: int
     split: int
     chunk: int  # rows of pixels
+    together: int
+    itemsize: int
 
     @classmethod
-    def of(cls, g: Geometry, *, rows: int, vectors: int, lanes: int, split: int, pixels: int) -> Blocking:
-        window = g.axes[1].taps[0]
-        length = cls.length(g)
+    def of(cls, g: Geometry, itemsize: int, config: Mapping[str, Any]) -> Blocking:
+        rows, window, length = config["rows"], g.axes[1].taps[0], cls.length(g)
         tile_lines = balanced(window, rows // length) if length < rows else 1
-        return cls(g, tile_lines, balanced(length, rows), vectors * lanes, split, max(1, pixels // g.axes[2].out))
+        width, chunk = config["vectors"] * config["lanes"], max(1, config["pixels"] // g.axes[2].out)
+        tile = (tile_lines, balanced(length, rows), width)
+        return cls(g, *tile, config["split"], chunk, config["together"], itemsize)
 
     @staticmethod
     def length(g: Geometry) -> int:
@@ -90,9 +96,18 @@ class Blocking:
         return -(-self.g.outer // self.width)
 
     @property
+    def bundles(self) -> int:
+        """Panels that are taken together."""
+        return -(-self.panels // self.together)
+
+    @property
+    def others(self) -> int:
+        """Pieces of dw that a panel of a group has."""
+        return self.g.axes[0].taps[0] * self.bands * self.stretches
+
+    @property
     def pieces(self) -> int:
-        """Tasks of one part of the pixels."""
-        return self.panels * self.g.groups * self.g.axes[0].taps[0] * self.bands * self.stretches
+        return self.panels * self.g.groups * self.others
 
     @property
     def pixel_rows(self) -> int:
@@ -102,6 +117,26 @@ class Blocking:
     def tile_size(self) -> int:
         return self.lines * self.rows * self.width
 
+    @property
+    def tasks(self) -> int:
+        return self.bundles * self.g.groups * self.others if self.split == 1 else self.split
+
+    @property
+    def copies(self) -> bool:
+        """Is dy copied? Its vectors of one panel lie far apart: many tiles repay it."""
+        tiles = self.tiles * (1 if self.split == 1 else self.others)
+        size = self.together * self.chunk * self.g.axes[2].out * self.width * self.itemsize
+        return self.g.outer * self.g.groups > 2 * self.width and tiles >= 4 and size <= COPY_BYTES
+
+    @property
+    def block(self) -> int:
+        """Channels of x that are copied, those of a line of a cache or a tile; 0 if it is read where it lies."""
+        w = self.g.axes[2]
+        block = max(1, LINE_BYTES // self.itemsize // self.rows) * self.rows
+        near = w.step * self.g.inner * self.g.groups * self.itemsize < FAR_APART
+        large = block * self.chunk * w.out * self.itemsize > COPY_BYTES
+        return 0 if self.lines > 1 or w.taps[0] > 1 or self.g.inner <= block or near or large else block
+
 
 def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
     x, dy, dw = ins[0].shape, ins[1].shape, outs[0].shape
@@ -109,8 +144,13 @@ def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
     return Geometry(x[0], (d, h, w), dw[-2], dw[-1] // op.groups, op.groups)
 
 
+def _blocking(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], config: Mapping[str, Any]) -> Blocking:
+    return Blocking.of(_geometry(op, ins, outs), np.dtype(outs[0].dtype).itemsize, config)
+
+
 def _shape(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:
-    b = Blocking.of(_geometry(op, ins, outs), rows=rows, vectors=1, lanes=1, split=1, pixels=1)
+    one = dict.fromkeys(SPACE, 1)
+    b = _blocking(op, ins, outs, {**one, "rows": rows})
     return b.lines, b.rows
 
 
@@ -135,55 +175,62 @@ def _chunk_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Devi
     )
 
 
+def _together(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    """There are panels to take together, and they share a copy."""
+    b = _blocking(op, ins, outs, config)
+    return b.together == 1 or (b.together < 2 * b.panels and b.block > 0 and b.copies)
+
+
 RULES = {
     "something to compute": something,
     "an image for each part": _images,
     **tile_rules(_shape, _columns, SPACE["rows"]),
     "a chunk once": _chunk_once,
+    "panels that share": _together,
 }
 
 
 def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
     """Half-cycles of all cores, about: multiply-adds and visits of the sums, or what is read to feed them."""
-    b = Blocking.of(_geometry(op, ins, outs), **config)
+    b = _blocking(op, ins, outs, config)
     pixels = b.pixel_rows * b.g.axes[2].out
     visits = 2.0 * -(-b.pixel_rows // b.chunk) * b.lines * b.rows * config["vectors"]
     sums = b.pieces * b.tiles
     computing = sums * (pixels * step_cost(b.lines * b.rows, config["vectors"]) + visits)
     x_bytes, dy_bytes = ins[0].size_bytes, ins[1].size_bytes
-    tasks = b.pieces if config["split"] == 1 else config["split"]
-    if config["split"] == 1:
-        x_bytes, dy_bytes = x_bytes * b.pieces, dy_bytes * b.pieces / b.panels
+    if b.split == 1:
+        x_bytes, dy_bytes = x_bytes * b.tasks, dy_bytes * b.others
     speed = FAR if ins[0].size_bytes + ins[1].size_bytes > NEAR_BYTES else NEAR
-    idle = waiting(tasks, device.cores)
-    return max(computing, (x_bytes + dy_bytes) / speed) * idle
+    # each vector of x is read and written once for each bundle
+    copying = 2.0 * b.bundles * ins[0].size * b.g.axes[0].taps[0] * b.g.axes[1].taps[0] / config["lanes"]
+    computing += copying if b.block else 0.0
+    return max(computing, (x_bytes + dy_bytes) / speed) * waiting(b.tasks, device.cores)
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    g, lanes = _geometry(op, ins, outs), device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS, "together": 1}
 
     def candidates() -> Iterator[dict[str, Any]]:
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]) if something(op, ins, outs, device) else ():
-            config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
+            config = {**first, "rows": rows, "vectors": vectors}
             if broken(RULES, op, ins, outs, device, config) is not None:
                 continue
-            b = Blocking.of(g, **config)
+            b = _blocking(op, ins, outs, config)
             size = b.pieces * b.tiles * b.tile_size
-            yield config
-            yield from (
-                {**config, "split": split}
-                for split in SPACE["split"]
-                if 1 < split <= ins[0].shape[0] and split >= device.cores and split * size <= SUMS
-            )
+            for split, together in product(SPACE["split"], SPACE["together"]):
+                shared = {**config, "split": split, "together": together}
+                if split > 1 and (split > ins[0].shape[0] or split < device.cores or split * size > SUMS):
+                    continue
+                if together == 1 or _together(op, ins, outs, device, **shared):
+                    yield shared
 
-    first = {"rows": 6, "vectors": 1, "lanes": lanes, "split": 1, "pixels": FIRST_PIXELS}
     return min(candidates(), key=lambda config: cost(op, ins, outs, device, config), default=first)
 
 
 def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-    g = _geometry(op, ins, outs)
-    b = Blocking.of(g, **config)
-    sums, padded = b.split * b.pieces * b.tiles * b.tile_size, g.padded_size if g.pads else 1
+    b = _blocking(op, ins, outs, config)
+    sums, padded = b.split * b.pieces * b.tiles * b.tile_size, b.g.padded_size if b.g.pads else 1
     return Spec((sums,), outs[0].dtype), Spec((padded,), outs[0].dtype)
 
 
@@ -199,10 +246,12 @@ def tiles(
     lanes: int,
     split: int,
     pixels: int,
+    together: int,
 ) -> Loop:
     """Taps and channels by filters, pixel after pixel."""
-    g = _geometry(op, ins, outs)
-    b = Blocking.of(g, rows=rows, vectors=vectors, lanes=lanes, split=split, pixels=pixels)
+    config = {"rows": rows, "vectors": vectors, "lanes": lanes, "split": split, "pixels": pixels, "together": together}
+    b = _blocking(op, ins, outs, config)
+    g = b.g
     d, h, w = g.axes
     pad, pad_tasks = padding(g)
     groups = g.groups
@@ -228,12 +277,12 @@ def tiles(
     first_h, low_h, size_h, row_step, row_spread = h.first[0], h.low, h.size, h.step, h.spread
     reach = (b.lines - 1) * h.spread
     out_d, out_h, out_w, pixel_rows = d.out, h.out, w.out, b.pixel_rows
-    chunk = b.chunk
-    part_size = pieces * tile_count * tile_size
-    # dy's vectors of one panel lie far apart: many tiles repay copying them together
-    copy_size, others = chunk * out_w * width, window_d * bands * stretches
-    tiles_each = tile_count if split == 1 else tile_count * others
-    copies = filters > 2 * width and tiles_each >= 4 and copy_size * np.dtype(outs[0].dtype).itemsize <= COPY_BYTES
+    chunk, part_size = b.chunk, pieces * tile_count * tile_size
+    copies, others, bundles, panel_size = b.copies, b.others, b.bundles, chunk * out_w * width
+    gathers, block = b.block > 0, b.block or length
+    tiles_each, blocks, last_block = -(-block // rows), -(-length // block), length - block
+    block_vectors, block_tail, x_step = -(-block // lanes), block % lanes, block if gathers else step_w
+    near_size, block_size = together * panel_size, chunk * out_w * block if gathers else 1
 
     def add_pixels(sums, slot, fresh, x, start, line, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
@@ -244,10 +293,10 @@ def tiles(
             top = first_h + o * row_step + line * row_spread
             if top + reach < low_h or top >= low_h + size_h:
                 continue  # nothing but zeros
-            pixel = start + n * record + z * step_d + o * step_h
+            pixel = start + ((row - begin) * out_w * block if gathers else n * record + z * step_d + o * step_h)
             source = (row - begin) * out_w * stride + column
             for i in range(out_w):
-                acc = outer(acc, x, pixel + i * step_w, 1, spread_h, dy, source + i * stride, tail)
+                acc = outer(acc, x, pixel + i * x_step, 1, spread_h, dy, source + i * stride, tail)
         store(acc, sums, slot, width, 0)
 
     def write(piece, dw, sums, extras, at):  # type: ignore[no-untyped-def]
@@ -270,34 +319,59 @@ def tiles(
                             v += sums[s + part * part_size + j]
                         dw[o + j] = epilogue(v, extras, o + j, k + j, at)
 
-    def add_pieces(part, group, panel, first_other, last_other, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
-        column = min(panel * width, last) + group * outer_channels
-        first, stride = low * out_w * filters + column, filters
+    def gather(x, start, begin, end, near_x):  # type: ignore[no-untyped-def]
+        row_of_block = zeros(1, 1, block_vectors, lanes, x)
+        for row in range(begin, end):
+            n, z, o = row // (out_h * out_d), row // out_h % out_d, row % out_h
+            pixel, into = start + n * record + z * step_d + o * step_h, (row - begin) * out_w * block
+            for i in range(out_w):
+                found = load(row_of_block, x, pixel + i * step_w, 0, block_tail)
+                store(found, near_x, into + i * block, 0, block_tail)
+
+    def add_pieces(part, group, bundle, first_other, last_other, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
+        first_panel, last_panel = bundle * together, min(bundle * together + together, panels)
         if copies:
-            panel_dy = local(copy_size, dy)
-            for i in range((high - low) * out_w):
-                row = zeros(1, 1, vectors, lanes, dy)
-                store(load(row, dy, first + i * filters, 0, tail), panel_dy, i * width, 0, 0)
-            dy, first, stride = panel_dy, 0, width
+            near_dy = local(near_size, dy)
+            for panel in range(first_panel, last_panel):
+                first = low * out_w * filters + min(panel * width, last) + group * outer_channels
+                into = (panel - first_panel) * panel_size
+                for i in range((high - low) * out_w):
+                    row = zeros(1, 1, vectors, lanes, dy)
+                    store(load(row, dy, first + i * filters, 0, tail), near_dy, into + i * width, 0, 0)
+        near_x = local(block_size, x)
         for other in range(first_other, last_other):
             stretch, band, q = other % stretches, other // stretches % bands, other // (stretches * bands)
             line = min(band * lines, last_line)
             start = origin + q * spread_d + line * spread_h + stretch * spread_w + group * inner
-            piece = (group * others + other) * panels + panel
-            for tile in range(tile_count):
-                slot = part * part_size + (piece * tile_count + tile) * tile_size
-                add_pixels(sums, slot, fresh, x, start + min(tile * rows, last_row), line, dy, first, stride, low, high)
+            for at_block in range(blocks):
+                begin = min(at_block * block, last_block) if gathers else 0
+                if gathers:
+                    gather(x, start + begin, low, high, near_x)
+                for panel in range(first_panel, last_panel):
+                    piece = (group * others + other) * panels + panel
+                    for tile in range(at_block * tiles_each, min((at_block + 1) * tiles_each, tile_count)):
+                        slot = part * part_size + (piece * tile_count + tile) * tile_size
+                        from_x, source = min(tile * rows, last_row) - begin, near_x
+                        if not gathers:
+                            from_x, source = from_x + start, x
+                        if copies:
+                            at_dy = (panel - first_panel) * panel_size
+                            add_pixels(sums, slot, fresh, source, from_x, line, near_dy, at_dy, width, low, high)
+                        else:
+                            at_dy = low * out_w * filters + min(panel * width, last) + group * outer_channels
+                            add_pixels(sums, slot, fresh, source, from_x, line, dy, at_dy, filters, low, high)
 
     def before_whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         pad(task, x, padded)
 
     def whole(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         source = padded if pads else x
-        panel, other, group = task % panels, task // panels % others, task // (panels * others)
+        bundle, other, group = task % bundles, task // bundles % others, task // (bundles * others)
         for low in range(0, pixel_rows, chunk):
             high = min(low + chunk, pixel_rows)
-            add_pieces(0, group, panel, other, other + 1, source, dy, sums, low == 0, low, high)
-        write(task, dw, sums, extras, at)
+            add_pieces(0, group, bundle, other, other + 1, source, dy, sums, low == 0, low, high)
+        for panel in range(bundle * together, min(bundle * together + together, panels)):
+            write((group * others + other) * panels + panel, dw, sums, extras, at)
 
     def before_parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         begin, end = records * task // split, records * (task + 1) // split
@@ -309,13 +383,13 @@ def tiles(
                 for row in range(ready * padded_rows, until * padded_rows):
                     pad(row, x, padded)
                 ready = until
-            for panel in range(panels * groups):
+            for bundle in range(bundles * groups):
                 fresh = low == begin * record_rows
-                add_pieces(task, panel // panels, panel % panels, 0, others, source, dy, sums, fresh, low, high)
+                add_pieces(task, bundle // bundles, bundle % bundles, 0, others, source, dy, sums, fresh, low, high)
 
     def parts(task, x, dy, dw, sums, padded, extras, at):  # type: ignore[no-untyped-def]
         write(task, dw, sums, extras, at)
 
     if split == 1:
-        return Loop(whole, pieces, before=before_whole if pads else None, before_tasks=pad_tasks)
+        return Loop(whole, b.tasks, before=before_whole if pads else None, before_tasks=pad_tasks)
     return Loop(parts, pieces, before=before_parts, before_tasks=split)

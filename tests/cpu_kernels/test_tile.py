@@ -7,7 +7,7 @@ import pytest
 from numba import njit
 from numba.core.errors import TypingError
 
-from cpu_kernels import conv_geometry
+from cpu_kernels import conv_filter_grad, conv_geometry
 from cpu_kernels.compile import compile_kernel, run_kernel
 from cpu_kernels.tile import add, balanced, holds, load, local, outer, store, transpose, zeros
 from rapydli_flow.ops.conv import Conv, ConvFilterGrad, ConvInputGrad
@@ -161,7 +161,7 @@ def test_negative_padding_crops(stride, padding):
     for overlap in (False, True):
         config = {"rows": 4, "vectors": 1, "lanes": 8, "tasks": 64, "chunk": 256, "overlap": overlap}
         check(grad, (y, w), "float32", 32, config)
-    config = {"rows": 6, "vectors": 1, "lanes": 8, "split": 1, "pixels": 256}
+    config = {"rows": 6, "vectors": 1, "lanes": 8, "split": 1, "pixels": 256, "together": 1}
     check(ConvFilterGrad(window=(3, 2), **geometry), (x, y), "float32", 32, config)
 
 
@@ -202,7 +202,28 @@ def test_parts_of_a_filter_gradient_add_up():
     geometry = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
     op, ins = ConvFilterGrad(window=(3, 3), **geometry), (Spec((9, 6, 6, 5)), Spec((9, 6, 6, 4)))
     for split in (1, 8):
-        check(op, ins, "float32", 32, {"rows": 8, "vectors": 1, "lanes": 8, "split": split, "pixels": 256})
+        check(
+            op, ins, "float32", 32, {"rows": 8, "vectors": 1, "lanes": 8, "split": split, "pixels": 256, "together": 1}
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "groups", "stride", "split", "together", "rows"),
+    [
+        ("float32", 150, 1, 1, 1, 2, 4),
+        ("float32", 131, 1, 2, 2, 2, 6),
+        ("float64", 70, 1, 1, 1, 4, 5),
+        ("float32", 290, 2, 1, 1, 1, 6),
+    ],
+)
+def test_channels_of_pixels_that_lie_far_apart_are_copied(dtype, channels, groups, stride, split, together, rows):
+    geometry = {"stride": (stride,) * 2, "padding": ((1, 0), (0, 0)), "dilation": (1, 1), "groups": groups}
+    x, w = Spec((2, 5, 6, channels), dtype), Spec((1, 1, channels // groups, 70), dtype)
+    dy = Conv(**geometry).infer(x, w)
+    op = ConvFilterGrad(window=(1, 1), **geometry)
+    config = {"rows": rows, "vectors": 2, "lanes": 4, "split": split, "pixels": 256, "together": together}
+    assert conv_filter_grad._blocking(op, (x, dy), (w,), config).block > 0
+    check(op, (x, dy), dtype, 32, config)
 
 
 def test_aliasing_rows_are_copied():
