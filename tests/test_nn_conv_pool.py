@@ -264,6 +264,7 @@ def test_filters_of_a_local_convolution_are_split_with_the_rows() -> None:
         assert node.specs[0].shape == (4, *FILTERS[1:])
 
 
+@pytest.mark.slow
 def test_two_ranks_by_rows_train_as_one() -> None:
     """Two ranks with real kernels, none of them a reference, against the step in NumPy."""
 

@@ -77,7 +77,10 @@ def test_clip_value() -> None:
         np.testing.assert_allclose(after[name], before[name] - 0.5 * np.clip(d[name], -limit, limit), rtol=1e-12)
 
 
-@pytest.mark.parametrize("inner", [optim.sgd(0.3), optim.adam(optim.step_decay(0.1, factor=0.5, every=2))])
+@pytest.mark.parametrize(
+    "inner",
+    [optim.adam(optim.step_decay(0.1, factor=0.5, every=2)), pytest.param(optim.sgd(0.3), marks=pytest.mark.slow)],
+)
 def test_four_batches_of_8_are_one_of_32(inner: Any) -> None:
     whole = run(inner, 32, 4)
     parts = run(optim.accumulate(inner, 4), 8, 16)

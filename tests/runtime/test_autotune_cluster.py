@@ -41,6 +41,7 @@ def cluster_in(folder):
     )
 
 
+@pytest.mark.slow
 def test_one_worker_tunes_for_all_and_everybody_knows(folder, small):
     elsewhere = folder / "elsewhere"
     told = []

@@ -80,6 +80,7 @@ def test_train_in_this_process(recipe, tmp_path):
     assert "is at step 7 already" in error_of("train", recipe, *how, "--resume", "--seed", 2)
 
 
+@pytest.mark.slow
 def test_train_on_a_running_scheduler(client, recipe, tmp_path):
     result = call(
         "train", recipe, "--scheduler", client.scheduler.address, "--no-report", "--run-dir", tmp_path / "run"

@@ -231,6 +231,7 @@ def data(url):
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_is_tuned_as_asked(results, tmp_path):
     recipe, report = tmp_path / "recipe.py", tmp_path / "report.json"
     recipe.write_text(RECIPE)

@@ -81,6 +81,7 @@ def test_a_module_that_workers_do_not_have(client, tmp_path, monkeypatch):
     assert same_bits(rf.fit(step, data, steps=2, granularity="op", **how).state, here.state)
 
 
+@pytest.mark.slow
 def test_an_op_and_a_template_of_a_script(tmp_path):
     """The processes that a script starts have it as another module."""
     script = tmp_path / "script.py"

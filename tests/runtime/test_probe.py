@@ -155,6 +155,7 @@ def test_the_table_and_its_histograms(feeds):
         values.histograms(0)
 
 
+@pytest.mark.slow
 def test_float32_as_well(feeds):
     step = make_step(dtype="float32")
     got = rf.probe(step, "grad/dense_1/*", feeds)

@@ -76,6 +76,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(data, step, whole, tmp_path):
     assert lines[-1]["outcome"] == "done"
 
 
+@pytest.mark.slow
 def test_a_killed_client_of_a_cluster_goes_on_to_the_same_bits(data, step, whole, tmp_path):
     run_dir = tmp_path / "run"
     killed(data, run_dir, workers=2)

@@ -157,7 +157,7 @@ def test_one_rank_learns() -> None:
     assert not any(call.choice.reference for call, *_ in [(s,) for s in programs("1 rank")[0].steps])
 
 
-@pytest.mark.parametrize("plan", ["2 ranks", "3 ranks"])
+@pytest.mark.parametrize("plan", [pytest.param("2 ranks", marks=pytest.mark.slow), "3 ranks"])
 def test_samples_that_do_not_divide_evenly(plan: str) -> None:
     made = programs(plan)
     rows = [program.layout["x"].shape[0] for program in made]
@@ -165,7 +165,9 @@ def test_samples_that_do_not_divide_evenly(plan: str) -> None:
     assert_same_run(train(made, 200), alone(), 1e-10)
 
 
-@pytest.mark.parametrize("plan", ["rows", pytest.param("columns", marks=pytest.mark.slow), "filters", "sharded state"])
+@pytest.mark.parametrize(
+    "plan", ["rows", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("columns", "filters")), "sharded state"]
+)
 def test_other_splits(plan: str) -> None:
     made = programs(plan)
     run = train(made, 20)
@@ -194,6 +196,7 @@ def test_float32_gradients(plan: str) -> None:
         assert np.linalg.norm(one.outputs[name]) > 0
 
 
+@pytest.mark.slow
 def test_float32_losses_deviate_no_more_than_other_orders_of_one_batch() -> None:
     """The same records in another order change only the order of sums (there is no dropout here)."""
     steps = 30
