@@ -13,7 +13,7 @@ A tile holds (tap, channel) pairs by filters and grows by one pixel at a time:
 
 The (s, c) of a row of taps follow each other in x, and a tile may take several rows of taps. A task has ``together``
 panels of filters and all tiles of a few rows of taps, so that a chunk of ``pixels`` pixels of dy and x is read from the
-nearest caches. Of dy a panel is copied for all tiles; of x a line of channels for all panels, if pixels lie so far
+nearest caches. Of dy a panel is copied for all tiles; of x a few tiles for all panels, if pixels lie so far
 apart that a cache cannot hold them. Chunks are short for accuracy as well: float32 sums have few terms. Where images
 are large or tasks are few, ``split`` cuts the records into parts: a task takes all panels and tiles of a chunk while it
 is in a cache, and the sums of the parts are added in order in the end.
@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,17 @@ from .tile_rules import tile_rules
 
 SUMS = 1 << 20  # most partial sums
 NEAR_BYTES = 1 << 22  # operands that a last-level cache holds
+COPYING = 2.0  # half-cycles of copying one element of x, measured
 FAR, NEAR = 1.7, 8.0  # bytes from memory and from that cache in a half-cycle, for all cores
 COPY_BYTES = 1 << 17  # most of dy, and of x, that may lie on a stack
-LINE_BYTES, FAR_APART = 64, 512  # of a cache; pixels that are so many bytes apart fall into few of its sets
+LINE_BYTES, FAR_BYTES = 64, 512  # of a cache; pixels that are so many bytes apart fall into few of its sets
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 10, 8, 7, 6, 5, 4),
     "vectors": (2, 1, 3, 4),
     "lanes": (16, 8, 4, 2),
     "split": (1, 2, 4, 8, 16, 32),
     "pixels": (256, 1024, 512, 128),  # most between two visits of the partial sums
-    "together": (1, 2, 4, 8),  # panels of filters that share what is copied of x
+    "together": (1, 2, 4, 8),  # panels of filters that share what is copied of x; 1: it is not copied
 }
 FIRST_PIXELS = SPACE["pixels"][0]
 
@@ -68,9 +70,10 @@ class Blocking:
     def of(cls, g: Geometry, itemsize: int, config: Mapping[str, Any]) -> Blocking:
         rows, window, length = config["rows"], g.axes[1].taps[0], cls.length(g)
         tile_lines = balanced(window, rows // length) if length < rows else 1
-        width, chunk = config["vectors"] * config["lanes"], max(1, config["pixels"] // g.axes[2].out)
-        tile = (tile_lines, balanced(length, rows), width)
-        return cls(g, *tile, config["split"], chunk, config["together"], itemsize)
+        width, split, d, h, w = config["vectors"] * config["lanes"], config["split"], *g.axes
+        chunk = balanced(-(-g.n // split) * d.out * h.out, max(1, config["pixels"] // w.out))
+        together = balanced(-(-g.outer // width), config["together"])
+        return cls(g, tile_lines, balanced(length, rows), width, split, chunk, together, itemsize)
 
     @staticmethod
     def length(g: Geometry) -> int:
@@ -129,13 +132,17 @@ class Blocking:
         return self.g.outer * self.g.groups > 2 * self.width and tiles >= 4 and size <= COPY_BYTES
 
     @property
-    def block(self) -> int:
-        """Channels of x that are copied, those of a line of a cache or a tile; 0 if it is read where it lies."""
+    def far(self) -> int:
+        """Bytes from one pixel to the next along the last axis."""
+        return self.g.axes[2].step * self.g.inner * self.g.groups * self.itemsize
+
+    @property
+    def gathered(self) -> int:
+        """Tiles whose x is copied together: they take whole lines of a cache. 0 if x is read where it lies."""
         w = self.g.axes[2]
-        block = max(1, LINE_BYTES // self.itemsize // self.rows) * self.rows
-        near = w.step * self.g.inner * self.g.groups * self.itemsize < FAR_APART
-        large = block * self.chunk * w.out * self.itemsize > COPY_BYTES
-        return 0 if self.lines > 1 or w.taps[0] > 1 or self.g.inner <= block or near or large else block
+        tiles = min(lcm(self.rows, LINE_BYTES // self.itemsize) // self.rows, self.tiles)
+        large = tiles * self.rows * self.chunk * w.out * self.itemsize > COPY_BYTES
+        return 0 if self.together == 1 or self.lines > 1 or w.taps[0] > 1 or self.far < FAR_BYTES or large else tiles
 
 
 def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
@@ -164,11 +171,9 @@ def _images(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, 
 
 def _chunk_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, split: int, pixels: int) -> bool:
     """No smaller ``pixels`` means the same chunks of a part."""
-    g = _geometry(op, ins, outs)
-    most = -(-g.n // split) * g.axes[0].out * g.axes[1].out
 
     def chunk(pixels: int) -> int:
-        return min(most, max(1, pixels // g.axes[2].out))
+        return _blocking(op, ins, outs, {**dict.fromkeys(SPACE, 1), "split": split, "pixels": pixels}).chunk
 
     return pixels == FIRST_PIXELS or all(
         chunk(other) != chunk(pixels) for other in SPACE["pixels"] if other < pixels or other == FIRST_PIXELS
@@ -176,9 +181,10 @@ def _chunk_once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Devi
 
 
 def _together(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    """There are panels to take together, and they share a copy."""
+    """There are panels to take together, they share a copy, and no smaller ``together`` means the same."""
     b = _blocking(op, ins, outs, config)
-    return b.together == 1 or (b.together < 2 * b.panels and b.block > 0 and b.copies)
+    smaller = (_blocking(op, ins, outs, {**config, "together": t}) for t in SPACE["together"] if t < config["together"])
+    return config["together"] == 1 or (b.gathered > 0 and b.copies and all(s.together < b.together for s in smaller))
 
 
 RULES = {
@@ -201,9 +207,10 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     if b.split == 1:
         x_bytes, dy_bytes = x_bytes * b.tasks, dy_bytes * b.others
     speed = FAR if ins[0].size_bytes + ins[1].size_bytes > NEAR_BYTES else NEAR
-    # each vector of x is read and written once for each bundle
-    copying = 2.0 * b.bundles * ins[0].size * b.g.axes[0].taps[0] * b.g.axes[1].taps[0] / config["lanes"]
-    computing += copying if b.block else 0.0
+    if b.gathered:
+        computing += COPYING * b.rows * b.tiles * b.others * b.g.groups * b.bundles * pixels
+    elif b.far >= FAR_BYTES and b.g.axes[2].taps[0] == 1:  # misses of the first-level cache, measured
+        computing += (1.0 + b.far / 1024) * sums * pixels
     return max(computing, (x_bytes + dy_bytes) / speed) * waiting(b.tasks, device.cores)
 
 
@@ -279,10 +286,11 @@ def tiles(
     out_d, out_h, out_w, pixel_rows = d.out, h.out, w.out, b.pixel_rows
     chunk, part_size = b.chunk, pieces * tile_count * tile_size
     copies, others, bundles, panel_size = b.copies, b.others, b.bundles, chunk * out_w * width
-    gathers, block = b.block > 0, b.block or length
-    tiles_each, blocks, last_block = -(-block // rows), -(-length // block), length - block
-    block_vectors, block_tail, x_step = -(-block // lanes), block % lanes, block if gathers else step_w
-    near_size, block_size = together * panel_size, chunk * out_w * block if gathers else 1
+    gathers, tiles_each = b.gathered > 0, b.gathered or tile_count
+    # x of a tile is written in whole vectors: each pixel's spill is overwritten by the next
+    row_vectors, row_tail, x_step = -(-rows // lanes), rows % lanes, rows if gathers else step_w
+    x_size = chunk * out_w * rows + (row_vectors * lanes - rows)
+    near_size, near_x_size = together * panel_size, tiles_each * x_size if gathers else 1
 
     def add_pixels(sums, slot, fresh, x, start, line, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
@@ -293,7 +301,7 @@ def tiles(
             top = first_h + o * row_step + line * row_spread
             if top + reach < low_h or top >= low_h + size_h:
                 continue  # nothing but zeros
-            pixel = start + ((row - begin) * out_w * block if gathers else n * record + z * step_d + o * step_h)
+            pixel = start + ((row - begin) * out_w * rows if gathers else n * record + z * step_d + o * step_h)
             source = (row - begin) * out_w * stride + column
             for i in range(out_w):
                 acc = outer(acc, x, pixel + i * x_step, 1, spread_h, dy, source + i * stride, tail)
@@ -319,14 +327,15 @@ def tiles(
                             v += sums[s + part * part_size + j]
                         dw[o + j] = epilogue(v, extras, o + j, k + j, at)
 
-    def gather(x, start, begin, end, near_x):  # type: ignore[no-untyped-def]
-        row_of_block = zeros(1, 1, block_vectors, lanes, x)
+    def gather(x, start, first_tile, last_tile, begin, end, near_x):  # type: ignore[no-untyped-def]
+        row_of_tile = zeros(1, 1, row_vectors, lanes, x)
         for row in range(begin, end):
             n, z, o = row // (out_h * out_d), row // out_h % out_d, row % out_h
-            pixel, into = start + n * record + z * step_d + o * step_h, (row - begin) * out_w * block
+            pixel, into = start + n * record + z * step_d + o * step_h, (row - begin) * out_w * rows
             for i in range(out_w):
-                found = load(row_of_block, x, pixel + i * step_w, 0, block_tail)
-                store(found, near_x, into + i * block, 0, block_tail)
+                for tile in range(first_tile, last_tile):
+                    found = load(row_of_tile, x, pixel + i * step_w + min(tile * rows, last_row), 0, row_tail)
+                    store(found, near_x, into + i * rows + (tile - first_tile) * x_size, 0, 0)
 
     def add_pieces(part, group, bundle, first_other, last_other, x, dy, sums, fresh, low, high):  # type: ignore[no-untyped-def]
         first_panel, last_panel = bundle * together, min(bundle * together + together, panels)
@@ -338,22 +347,22 @@ def tiles(
                 for i in range((high - low) * out_w):
                     row = zeros(1, 1, vectors, lanes, dy)
                     store(load(row, dy, first + i * filters, 0, tail), near_dy, into + i * width, 0, 0)
-        near_x = local(block_size, x)
+        near_x = local(near_x_size, x)
         for other in range(first_other, last_other):
             stretch, band, q = other % stretches, other // stretches % bands, other // (stretches * bands)
             line = min(band * lines, last_line)
             start = origin + q * spread_d + line * spread_h + stretch * spread_w + group * inner
-            for at_block in range(blocks):
-                begin = min(at_block * block, last_block) if gathers else 0
+            for first_tile in range(0, tile_count, tiles_each):
+                last_tile = min(first_tile + tiles_each, tile_count)
                 if gathers:
-                    gather(x, start + begin, low, high, near_x)
+                    gather(x, start, first_tile, last_tile, low, high, near_x)
                 for panel in range(first_panel, last_panel):
                     piece = (group * others + other) * panels + panel
-                    for tile in range(at_block * tiles_each, min((at_block + 1) * tiles_each, tile_count)):
+                    for tile in range(first_tile, last_tile):
                         slot = part * part_size + (piece * tile_count + tile) * tile_size
-                        from_x, source = min(tile * rows, last_row) - begin, near_x
+                        from_x, source = (tile - first_tile) * x_size, near_x
                         if not gathers:
-                            from_x, source = from_x + start, x
+                            from_x, source = start + min(tile * rows, last_row), x
                         if copies:
                             at_dy = (panel - first_panel) * panel_size
                             add_pixels(sums, slot, fresh, source, from_x, line, near_dy, at_dy, width, low, high)
