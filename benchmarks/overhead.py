@@ -1,4 +1,5 @@
-"""What training through Dask costs over the same program in this process, and how long the first step takes.
+"""What training through Dask costs over the same program in this process, how long the first step takes, and what a
+call of a kernel costs besides the kernel.
 
     python benchmarks/overhead.py [--steps 200] [--rounds 5]
 
@@ -21,7 +22,11 @@ from common import table, write
 from distributed import Client, LocalCluster
 
 import rapydli_flow as rf
+from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
+from rapydli_flow.runtime import tuning
+from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.scheduler import compile_program
 
 FIRST = """
 import time; begin = time.perf_counter()
@@ -77,6 +82,29 @@ def wall(step: Any, data: Any, steps: int, **where: Any) -> tuple[float, float]:
     return (end - begin) / (b - a) * 1e3, per_step(run)
 
 
+def step_us(calls: int, threads: int) -> float:
+    """Microseconds of a step of so many calls of a kernel that does next to nothing."""
+
+    def network(x: Any) -> Any:
+        for _ in range(calls):
+            x = nn.transpose(x, (0, 2, 1))
+        return x
+
+    known = tuning.known(host())
+    (graph,) = rf.Plan(1, threads).rank_graphs(rf.trace(network, x=rf.Spec((4, 8, 8))))
+    program = compile_program(graph, known)
+    assert len(program.steps) == calls
+    rank = Rank(program, known.device, threads=threads)
+    rank.start(0)
+    rank.feed({"x": np.zeros((4, 8, 8), np.float32)})
+    times = []
+    for i in range(500):
+        begin = time.perf_counter()
+        rank.step(0, i)
+        times.append(time.perf_counter() - begin)
+    return median(times[100:]) * 1e6
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,8 +153,11 @@ def main() -> None:
     rows.append(
         {"what": "first LeNet step from import, warm cache (s)", "ms_a_step": median(first[1:]) * 1e3, "ratio": 0.0}
     )
-    print(table(rows))
-    print(write("overhead", rows, steps=arguments.steps, batch=arguments.batch, threads=threads))
+    few, many = step_us(10, threads), step_us(210, threads)
+    call = (many - few) / 200
+    calls = {"call_us": round(call, 3), "step_us": round(few - 10 * call, 2)}
+    print(table(rows), calls, sep="\n")
+    print(write("overhead", rows, steps=arguments.steps, batch=arguments.batch, threads=threads, **calls))
 
 
 if __name__ == "__main__":
