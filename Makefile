@@ -48,6 +48,7 @@ bench: .peers/.installed
 	.peers/bin/python benchmarks/tracing.py
 	.peers/bin/python benchmarks/conv.py --tune 20
 	.peers/bin/python benchmarks/conv.py --scaling
+	.peers/bin/python benchmarks/dense.py
 	.peers/bin/python benchmarks/plots.py
 	.peers/bin/python benchmarks/train_step.py --tune 60 --compile
 	.peers/bin/python benchmarks/inference.py --tune 30
