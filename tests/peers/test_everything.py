@@ -14,6 +14,9 @@ ELSEWHERE = {
     "phase": "resolved before anything runs",
     "dropout": "random: another stream of random numbers",
     "fused": "made by a pass; see the op suite",
+    "again": "made by a pass; computes what another node did",
+    "normalize_scale": "made by a pass, of batch norm; networks of test_zoo have it",
+    "normalize_by": "made by a pass, of batch norm; networks of test_zoo have it",
     "all_reduce": "between ranks",
     "exchange": "between ranks",
 }
