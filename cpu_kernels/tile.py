@@ -21,6 +21,7 @@ Source of the method: Goto and van de Geijn, "Anatomy of high-performance matrix
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -91,6 +92,13 @@ class _Emit:
     def vector_at(self, data: ir.Value, start: ir.Value, j: int) -> ir.Value:
         """Address of the j-th vector behind element ``start``."""
         return self.builder.gep(data, [self.builder.add(start, ir.Constant(start.type, j * self.tile.lanes))])
+
+    def places(self, data: ir.Value, start: ir.Value, stride: ir.Value) -> Iterator[tuple[int, int, ir.Value]]:
+        """(number in the tile, number in its row, address) of every vector, for rows ``stride`` elements apart."""
+        for n, (_, _, first) in enumerate(self.tile.slots()):
+            row = self.builder.add(start, self.builder.mul(stride, ir.Constant(stride.type, n)))
+            for j in range(self.tile.vectors):
+                yield first + j, j, self.vector_at(data, row, j)
 
     def masked(self, j: int) -> bool:
         return bool(self.tail) and j == self.tile.vectors - 1
@@ -197,12 +205,9 @@ def columns(typingctx, tile, x, x_offset, x_stride, w, w_offset, tail):  # type:
         emit = _Emit(context, builder, tile, valid)
         x_data, w_data = emit.data(x, x_array), emit.data(w, w_array)
         factors = [emit.load(emit.vector_at(w_data, w_start, j), j) for j in range(tile.vectors)]
-        for n, (_, _, first) in enumerate(tile.slots()):
-            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
-            for j in range(tile.vectors):
-                vector = emit.load(emit.vector_at(x_data, row, j), j)
-                total = emit.fused(vector, factors[j], builder.extract_value(value, first + j))
-                value = builder.insert_value(value, total, first + j)
+        for slot, j, pointer in emit.places(x_data, start, stride):
+            total = emit.fused(emit.load(pointer, j), factors[j], builder.extract_value(value, slot))
+            value = builder.insert_value(value, total, slot)
         return value
 
     size = types.intp
@@ -218,10 +223,8 @@ def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyp
         value, y_array, start, stride, _ = args
         emit = _Emit(context, builder, tile, valid)
         data = emit.data(y, y_array)
-        for n, (_, _, first) in enumerate(tile.slots()):
-            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
-            for j in range(tile.vectors):
-                value = builder.insert_value(value, emit.load(emit.vector_at(data, row, j), j), first + j)
+        for slot, j, pointer in emit.places(data, start, stride):
+            value = builder.insert_value(value, emit.load(pointer, j), slot)
         return value
 
     return tile(tile, y, types.intp, types.intp, tail), codegen
@@ -236,10 +239,8 @@ def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-unty
         value, y_array, start, stride, _ = args
         emit = _Emit(context, builder, tile, valid)
         data = emit.data(y, y_array)
-        for n, (_, _, first) in enumerate(tile.slots()):
-            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
-            for j in range(tile.vectors):
-                emit.store(builder.extract_value(value, first + j), emit.vector_at(data, row, j), j)
+        for slot, j, pointer in emit.places(data, start, stride):
+            emit.store(builder.extract_value(value, slot), pointer, j)
         return context.get_dummy_value()
 
     return types.void(tile, y, types.intp, types.intp, tail), codegen
@@ -254,12 +255,8 @@ def add(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untype
         value, y_array, start, stride, _ = args
         emit = _Emit(context, builder, tile, valid)
         data = emit.data(y, y_array)
-        for n, (_, _, first) in enumerate(tile.slots()):
-            row = builder.add(start, builder.mul(stride, ir.Constant(stride.type, n)))
-            for j in range(tile.vectors):
-                pointer = emit.vector_at(data, row, j)
-                total = builder.fadd(emit.load(pointer, j), builder.extract_value(value, first + j))
-                emit.store(total, pointer, j)
+        for slot, j, pointer in emit.places(data, start, stride):
+            emit.store(builder.fadd(emit.load(pointer, j), builder.extract_value(value, slot)), pointer, j)
         return context.get_dummy_value()
 
     return types.void(tile, y, types.intp, types.intp, tail), codegen
