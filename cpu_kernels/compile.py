@@ -5,7 +5,7 @@
 The module is written into ``RAPYDLI_CACHE_DIR/kernels`` under the hash of all that its code depends on;
 Numba keeps the machine code beside it and reloads it in milliseconds. Closures become functions,
 their free variables become constants, the epilogue becomes a function of one element. The text is
-never rewritten (Numba's index knows it by its time stamp) unless its last line, a hash of the rest,
+never rewritten (Numba's index knows it by its time or its text) unless its last line, a hash of the rest,
 says that it is damaged.
 """
 
@@ -268,8 +268,9 @@ def _module(name: str, write: Callable[[], str]) -> Any:
         except TemplateError:
             raise
         except Exception:  # whatever a damaged cache makes of itself: compile again, once
-            for left in (folder / "__pycache__").glob(f"{name}.*"):
-                left.unlink(missing_ok=True)
+            pass
+    for left in (folder / "__pycache__").glob(f"{name}.*"):  # code of a damaged module may be damaged too
+        left.unlink(missing_ok=True)
     _store(path, write())
     return _load(name, path)
 

@@ -67,11 +67,12 @@ def test_few_are_compiled_here(empty, monkeypatch):
     assert kept_of(PAIRS, host()) == [True] * 4
 
 
-def test_a_damaged_cache_is_compiled_again(empty, monkeypatch):
+@pytest.mark.parametrize("which", range(len(PAIRS)))
+def test_a_damaged_cache_is_compiled_again(empty, monkeypatch, which):
     warm(PAIRS, host(), compilers=1)
     for file in empty.glob("__pycache__/*.nbc"):
         file.write_bytes(b"damaged")
-    next(empty.glob("*.py")).write_text("damaged")
+    sorted(empty.glob("*.py"))[which].write_text("damaged")
     forget(monkeypatch)
     assert warm(PAIRS, host()).failed == ()
     x, y = np.array([[-1.0] * 6] * 4, np.float32), np.ones((4, 6), np.float32)
