@@ -6,22 +6,23 @@ A `batch_matmul` is many such products, each with tasks of its own.
 
 A task computes a block of rows by a band of panels, `vectors * lanes` columns each:
 
-    for each DEPTH of i:                            b     K               a panel is packed once per task,
-        pack the panels of b  ------------------> i |  |panel|  |         transposed in registers for `tb`,
-        for each tile of rows, each panel:                                and stays in the nearest caches
-            acc  = partial sums of the tile
+    for each DEPTH of i:                            b     K               rows of b are read along the band;
+        pack the band's panels of b  -----------> i |  |panel|  |         transposed in registers for `tb`
+        copy the block's rows of a
+        for each panel, each tile of rows:                                the panel stays in the first-level
+            acc  = partial sums of the tile                               cache, the rows in the second
             acc += a[rows, i] x panel[i, columns]   (`outer`, broadcast a)
             partial sums = acc
     write the sums through the epilogue
 
-Panels and sums live on the stack of the task, so there is no workspace. Few rows do not repay
-packing: with ``pack=False`` tiles read b where it lies. Rows of a that would evict each other from the
-first-level cache (their distance is a large power of two) are copied apart.
+Panels, rows and sums live on the stack of the task, so there is no workspace. Where one DEPTH is all there
+is, tiles are written as they come, row by row, without sums. Few columns do not repay copying rows, and
+few rows not packing: with ``pack=False`` tiles read b where it lies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -32,13 +33,16 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .tile import balanced, load, local, natural, outer, step_cost, store, transpose, zeros
+from .tile import balanced, load, local, natural, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
 
-DEPTH = 256  # length of a panel: 256 x 32 floats are 32 KiB
-BAND_BYTES, SUMS_BYTES = 1 << 17, 1 << 16  # most bytes of a task's panels, and of its sums
+DEPTH, DEPTH_UNPACKED = 256, 8  # length of a panel: 256 x 16 floats are 16 KiB; of b read where it lies, row by row
+BAND_BYTES, BLOCK_BYTES, SUMS_BYTES = 1 << 17, 1 << 17, 1 << 16  # most bytes of a task's panels, rows of a, and sums
 TASKS = 16  # enough to share out evenly among the cores of a rank
 ALIAS_BYTES = 2048  # rows this far apart fall into the same set of a first-level cache
+# Half-cycles, measured: for a vector of a that is copied, a piece of a row of the transposed a, a vector of b that is
+# packed, and the next row of b, which lies elsewhere in memory.
+COPYING, CUTTING, PACKING, JUMP = 1.0, 10.0, 2.0, 16.0
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 8, 6, 4),
     "vectors": (2, 1, 3, 4),
@@ -49,43 +53,73 @@ SPACE: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Blocking:
-    """How m x k sums are cut: tiles of ``rows`` by ``width``; ``tiles`` by ``band`` of them for each task."""
+    """How m x k sums of ``inner`` products are cut: tiles are ``rows`` by ``width``, tasks ``tiles`` by ``band``."""
 
+    m: int
+    k: int
+    inner: int
+    ta: bool
+    products: int
     rows: int
     width: int
-    row_tiles: int
-    panels: int
+    lanes: int
+    depth: int
     tiles: int
     band: int
 
     @classmethod
-    def of(cls, y: Spec, *, rows: int, vectors: int, lanes: int) -> Blocking:
-        (m, k), dtype = y.shape[-2:], y.dtype
-        goal = -(-TASKS // prod(y.shape[:-2]))  # tasks of one of several products
-        rows, width, itemsize = balanced(m, rows), vectors * lanes, np.dtype(dtype).itemsize
+    def of(cls, y: Spec, inner: int, ta: bool, *, rows: int, vectors: int, lanes: int, pack: bool) -> Blocking:
+        """The blocking of least cost for tiles of ``vectors * lanes`` columns."""
+        (m, k), products = y.shape[-2:], prod(y.shape[:-2])
+        rows, width, itemsize = balanced(m, rows), vectors * lanes, np.dtype(y.dtype).itemsize
+        depth = max(1, min(DEPTH if pack else DEPTH_UNPACKED, inner))
         row_tiles, panels = -(-m // rows), -(-k // width)
 
-        def cut(band: int) -> Blocking:
-            most = max(1, SUMS_BYTES // (rows * band * width * itemsize))
-            tiles = min(row_tiles, most, max(1, row_tiles * -(-panels // band) // goal))
-            return cls(rows, width, row_tiles, panels, tiles, band)
+        def candidates() -> Iterator[Blocking]:
+            most_panels = min(panels, max(1, BAND_BYTES // (depth * width * itemsize)))
+            most_tiles = min(row_tiles, max(1, BLOCK_BYTES // (depth * rows * itemsize)))
+            for band in {balanced(panels, most) for most in (most_panels, *_powers(most_panels))}:
+                held = SUMS_BYTES // (rows * band * width * itemsize) if inner > depth else most_tiles
+                for tiles in {balanced(row_tiles, most) for most in _powers(min(most_tiles, max(1, held)))}:
+                    yield cls(m, k, inner, ta, products, rows, width, lanes, depth, tiles, band)
 
-        # a wide band reads longer pieces of the rows of b, and what it reads of a serves more columns; but
-        # packing must serve many rows
-        for band in (4, 2):
-            blocking = cut(band)
-            enough = blocking.tasks >= goal and blocking.tiles >= min(row_tiles, 8)
-            if enough and band * width * DEPTH * itemsize <= BAND_BYTES:
-                return blocking
-        return cut(1)
+        return min(candidates(), key=lambda one: (one.each * one.products < TASKS, one.cost, one.band))
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.m // self.rows)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.k // self.width)
 
     @property
     def bands(self) -> int:
         return -(-self.panels // self.band)
 
     @property
-    def tasks(self) -> int:
+    def each(self) -> int:
+        """Tasks of one product."""
         return -(-self.row_tiles // self.tiles) * self.bands
+
+    @property
+    def cost(self) -> float:
+        """Half-cycles of a core for each of the ``inner`` products, in shares of TASKS cores."""
+        vectors, tasks = self.width // self.lanes, self.each * self.products
+        tiles = self.tiles * self.band * step_cost(self.rows, vectors)
+        copies = self.tiles * (CUTTING if self.ta else COPYING * self.rows / self.lanes)
+        copies += PACKING * self.band * vectors + JUMP
+        return tasks * (tiles + copies) * waiting(tasks, TASKS // 4)
+
+    @property
+    def single(self) -> bool:
+        """One panel is as long as all of ``inner``."""
+        return self.inner <= self.depth
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two that are not above ``most``, and ``most``."""
+    return [*(1 << n for n in range(most.bit_length())), most]
 
 
 def _sizes(op: Any, a: Spec) -> tuple[int, int]:
@@ -117,7 +151,7 @@ RULES = {
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    m, lanes = outs[0].shape[-2], device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    (m, inner), lanes = _sizes(op, ins[0]), device.vector_bytes // np.dtype(outs[0].dtype).itemsize
 
     def candidates() -> Iterator[dict[str, Any]]:
         for rows, vectors in product(SPACE["rows"], SPACE["vectors"]):
@@ -127,8 +161,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
                 yield config
 
     def cost(config: dict[str, Any]) -> float:
-        blocking = Blocking.of(outs[0], **{name: config[name] for name in ("rows", "vectors", "lanes")})
-        return blocking.row_tiles * blocking.panels * step_cost(blocking.rows, config["vectors"])
+        return Blocking.of(outs[0], inner, op.ta, **config).cost
 
     return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes, "pack": True})
 
@@ -148,111 +181,141 @@ def tiles(
 ) -> Loop:
     """Register tiles over rows and columns, panels of b packed by each task."""
     m, inner = _sizes(op, ins[0])
-    k, products = outs[0].shape[-1], prod(outs[0].shape[:-2])
-    blocking = Blocking.of(outs[0], rows=rows, vectors=vectors, lanes=lanes)
-    rows, width, block, row_tiles = blocking.rows, blocking.width, blocking.tiles, blocking.row_tiles
-    panels, band, bands = blocking.panels, blocking.band, blocking.bands
+    b = Blocking.of(outs[0], inner, op.ta, rows=rows, vectors=vectors, lanes=lanes, pack=pack)
+    rows, width, block, band, depth, k = b.rows, b.width, b.tiles, b.band, b.depth, b.k
+    row_tiles, panels, bands, each, single = b.row_tiles, b.panels, b.bands, b.each, b.single
     # columns of a panel that exist; where k is wider than a panel, the last one moves back to end at k
     columns = min(k, width)
-    tail = columns % lanes
-    last, even = k - columns, panels * columns == k
-    squares = columns // lanes
-    itemsize = np.dtype(outs[0].dtype).itemsize
-    copy = (m if op.ta else inner) * itemsize % ALIAS_BYTES == 0 and inner > 1
-    depth = min(DEPTH, inner) if pack or copy else max(inner, 1)
-    # in the copy of a tile's part of a: distance of rows, distance of i
-    copy_row, copy_step = (1, rows) if op.ta else (depth + 16, 1)
+    tail, last, even = columns % lanes, k - columns, panels * columns == k
+    written = single and epilogue.identity  # what panels share is written twice, and is the same
+    aliased = (m if op.ta else inner) * np.dtype(outs[0].dtype).itemsize % ALIAS_BYTES == 0
+    copy = inner > 1 and (op.ta or aliased or band > 2)
+    block_rows = block * rows
+    # in a, and in the copy of a block's part of it: distance of rows, distance of i
     row_step, inner_step = (1, m) if op.ta else (inner, 1)
-    panel_size = depth * width if pack else 0
-    band_size = max(1, panel_size * band)
-    copy_size = rows * (depth + 16) if copy else 1
+    # rows of a lie one behind the other in the copy; transposed, tile behind tile
+    x_row, x_step = (row_step, inner_step) if not copy else (1, rows) if op.ta else (depth + 16, 1)
+    x_tile = depth + 16 if op.ta else x_row
+    panel_size, b_step = (depth * width, width) if pack else (0, k)
+    w_tail, tiled = 0 if pack else tail, copy and op.ta
+    band_size, copy_size = max(1, panel_size * band), block_rows * (depth + 16) if copy else 1
     tile_size = rows * width
-    sums_size = block * band * tile_size
-    each = blocking.tasks
-    a_size, b_size, y_size = (m * inner, inner * k, m * k) if products > 1 else (0, 0, 0)
+    sums_size = tile_size if single else block * band * tile_size
+    by_rows = single or not pack
+    a_size, b_size, y_size = (m * inner, inner * k, m * k) if b.products > 1 else (0, 0, 0)
+    pack_band = _pack_columns(b, inner, vectors) if op.tb else _pack_rows(b, vectors)
 
-    def pack_rows(b, at_b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
-        for i in range(count):
-            row = zeros(1, 1, vectors, lanes, panel)
-            row = load(row, b, at_b + (start + i) * k + column, 0, tail)
-            store(row, panel, into + i * width, 0, 0)
-
-    def pack_columns(b, at_b, panel, into, start, count, column):  # type: ignore[no-untyped-def]
-        whole = count - count % lanes
-        for v in range(squares):
-            source = at_b + (column + v * lanes) * inner + start
-            for i in range(0, whole, lanes):
-                square = zeros(1, lanes, 1, lanes, panel)
-                square = load(square, b, source + i, inner, 0)
-                store(transpose(square), panel, into + i * width + v * lanes, width, 0)
-            for i in range(whole, count):
-                for j in range(lanes):
-                    panel[into + i * width + v * lanes + j] = b[source + j * inner + i]
-        for j in range(squares * lanes, width):
+    def copy_rows(a, source, part, height, count):  # type: ignore[no-untyped-def]
+        for r in range(height):
+            line, into = natural(source + r * inner), natural(r * x_row)
             for i in range(count):
-                value = b[at_b + (column + j) * inner + start + i] if j < columns else 0
-                panel[into + i * width + j] = value
+                part[into + i] = a[line + i]
 
-    def copy_rows(a, part, source, count):  # type: ignore[no-untyped-def]
-        for r in range(rows):
-            row = natural(source + r * inner)
-            for i in range(count):
-                part[r * copy_row + i] = a[row + i]
-
-    def copy_columns(a, part, source, count):  # type: ignore[no-untyped-def]
+    def copy_columns(a, source, part, height, count):  # type: ignore[no-untyped-def]
         for i in range(count):
-            row = natural(source + i * m)
-            for r in range(rows):
-                part[i * rows + r] = a[row + r]
+            line, into = natural(source + i * m), natural(i * rows)
+            for t in range(-(-height // rows)):
+                row = natural(min(t * rows, height - rows))
+                for r in range(rows):
+                    part[into + t * part_tile + r] = a[line + row + r]
 
-    def multiply(sums, slot, fresh, x, at_x, x_step, x_row, w, at_w, w_step, count):  # type: ignore[no-untyped-def]
-        acc = zeros(1, rows, vectors, lanes, sums)
-        if not fresh:
-            acc = load(acc, sums, slot, width, 0)
+    copy_part, part_tile = copy_columns if op.ta else copy_rows, rows * x_tile
+
+    def multiply(acc, x, at_x, w, at_w, count):  # type: ignore[no-untyped-def]
         for i in range(count):
-            acc = outer(acc, x, at_x + i * x_step, x_row, 0, w, at_w + i * w_step, w_tail)
-        store(acc, sums, slot, width, 0)
+            acc = outer(acc, x, at_x + i * x_step, x_row, 0, w, at_w + i * b_step, w_tail)
+        return acc
 
-    pack_panel = pack_columns if op.tb else pack_rows
-    copy_part = copy_columns if op.ta else copy_rows
-    w_tail = 0 if pack else tail
-
-    def write(y, at_y, sums, first_tile, tile_count, first_panel, panel_count, extras, at):  # type: ignore[no-untyped-def]
-        for t in range(tile_count):
-            row = min((first_tile + t) * rows, m - rows)
-            for r in range((first_tile + t) * rows - row, rows):
-                for p in range(panel_count):
-                    column = natural(min((first_panel + p) * width, last))
-                    skip = 0 if even else natural((first_panel + p) * width - column)
-                    o, s = natural(at_y + (row + r) * k + column), natural((t * band + p) * tile_size + r * width)
-                    for j in range(skip, columns):
-                        y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
+    def write(y, at_y, sums, slot, tile, panel, extras, at):  # type: ignore[no-untyped-def]
+        row, column = min(tile * rows, m - rows), natural(min(panel * width, last))
+        skip = 0 if even else natural(panel * width - column)
+        for r in range(tile * rows - row, rows):
+            o, s = natural(at_y + (row + r) * k + column), natural(slot + r * width)
+            for j in range(skip, columns):
+                y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
 
     def body(task, a, b, y, extras, at):  # type: ignore[no-untyped-def]
-        panel, part, sums = local(band_size, y), local(copy_size, y), local(sums_size, y)
+        packed, part, sums = local(band_size, y), local(copy_size, y), local(sums_size, y)
         which, piece = task // each, task % each
         at_a, at_b, at_y = which * a_size, which * b_size, which * y_size
         first_tile, first_panel = piece // bands * block, piece % bands * band
         tile_count, panel_count = min(block, row_tiles - first_tile), min(band, panels - first_panel)
+        top = min(first_tile * rows, m - rows)
+        height = min((first_tile + tile_count) * rows, m) - top
+        outer_count, inner_count = (tile_count, panel_count) if by_rows else (panel_count, tile_count)
         for start in range(0, max(inner, 1), depth):
             count = min(depth, inner - start)
             if pack:
-                for p in range(panel_count):
-                    pack_panel(b, at_b, panel, p * panel_size, start, count, min((first_panel + p) * width, last))
-            for t in range(tile_count):
-                source = at_a + min((first_tile + t) * rows, m - rows) * row_step + start * inner_step
-                if copy:
-                    copy_part(a, part, source, count)
-                    x, at_x, x_step, x_row = part, 0, copy_step, copy_row
-                else:
-                    x, at_x, x_step, x_row = a, source, inner_step, row_step
-                for p in range(panel_count):
-                    slot, column = (t * band + p) * tile_size, min((first_panel + p) * width, last)
-                    if pack:
-                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, panel, p * panel_size, width, count)
+                pack_band(b, at_b, packed, start, count, first_panel, panel_count)
+            source = at_a + top * row_step + start * inner_step
+            if copy:
+                copy_part(a, source, part, height, count)
+            x, at_x = (part, 0) if copy else (a, source)
+            for u in range(outer_count):
+                for v in range(inner_count):
+                    t, p = (u, v) if by_rows else (v, u)
+                    row, column = min((first_tile + t) * rows, m - rows), min((first_panel + p) * width, last)
+                    slot = 0 if single else (t * band + p) * tile_size
+                    acc = zeros(1, rows, vectors, lanes, y)
+                    if start > 0:
+                        acc = load(acc, sums, slot, width, 0)
+                    w, at_w = (packed, p * panel_size) if pack else (b, at_b + start * k + column)
+                    of_tile = t * part_tile if tiled else (row - top) * x_row
+                    acc = multiply(acc, x, at_x + of_tile, w, at_w, count)
+                    if written:
+                        store(acc, y, at_y + row * k + column, k, tail)
                     else:
-                        at_w = at_b + start * k + column
-                        multiply(sums, slot, start == 0, x, at_x, x_step, x_row, b, at_w, k, count)
-        write(y, at_y, sums, first_tile, tile_count, first_panel, panel_count, extras, at)
+                        store(acc, sums, slot, width, 0)
+                        if single:
+                            write(y, at_y, sums, slot, first_tile + t, first_panel + p, extras, at)
+        if not single:
+            for t in range(tile_count):
+                for p in range(panel_count):
+                    slot = (t * band + p) * tile_size
+                    write(y, at_y, sums, slot, first_tile + t, first_panel + p, extras, at)
 
-    return Loop(body, each * products)
+    return Loop(body, each * b.products)
+
+
+def _pack_rows(b: Blocking, vectors: int) -> Callable[..., None]:
+    """Copies `count` rows of b along a band into its panels."""
+    k, width, lanes, panel_size = b.k, b.width, b.lanes, b.depth * b.width
+    columns = min(k, width)
+    tail, last = columns % lanes, k - columns
+
+    def pack(b, at_b, packed, start, count, first, panels):  # type: ignore[no-untyped-def]
+        for i in range(count):
+            line = at_b + (start + i) * k
+            for p in range(panels):
+                row = zeros(1, 1, vectors, lanes, packed)
+                row = load(row, b, line + min((first + p) * width, last), 0, tail)
+                store(row, packed, p * panel_size + i * width, 0, 0)
+
+    return pack
+
+
+def _pack_columns(b: Blocking, inner: int, vectors: int) -> Callable[..., None]:
+    """Transposes `count` columns of b along a band into its panels."""
+    k, width, lanes, panel_size = b.k, b.width, b.lanes, b.depth * b.width
+    columns = min(k, width)
+    last, squares = k - columns, columns // lanes
+
+    def pack(b, at_b, packed, start, count, first, panels):  # type: ignore[no-untyped-def]
+        whole = count - count % lanes
+        for p in range(panels):
+            into, column = natural(p * panel_size), min((first + p) * width, last)
+            for v in range(squares):
+                source = natural(at_b + (column + v * lanes) * inner + start)
+                for i in range(0, whole, lanes):
+                    square = zeros(1, lanes, 1, lanes, packed)
+                    square = load(square, b, source + i, inner, 0)
+                    store(transpose(square), packed, into + i * width + v * lanes, width, 0)
+                for i in range(whole, count):
+                    for j in range(lanes):
+                        packed[into + i * width + v * lanes + j] = b[source + j * inner + i]
+            for j in range(squares * lanes, width):
+                for i in range(count):
+                    value = b[at_b + (column + j) * inner + start + i] if j < columns else 0
+                    packed[into + i * width + j] = value
+
+    return pack

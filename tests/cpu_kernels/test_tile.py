@@ -7,7 +7,7 @@ import pytest
 from numba import njit
 from numba.core.errors import TypingError
 
-from cpu_kernels import conv_filter_grad, conv_geometry
+from cpu_kernels import conv_filter_grad, conv_geometry, dense
 from cpu_kernels.compile import compile_kernel, run_kernel
 from cpu_kernels.tile import add, balanced, holds, load, local, outer, store, transpose, zeros
 from rapydli_flow.ops.conv import Conv, ConvFilterGrad, ConvInputGrad
@@ -243,3 +243,24 @@ def test_pointwise_convolution_is_flat():
     ins = (Spec((2, 3, 4, 5)), Spec((1, 1, 5, 6)))
     g = conv_geometry.geometry(op, ins, (op.infer(*ins),)).flat()
     assert (g.n, [axis.out for axis in g.axes]) == (1, [1, 1, 24])
+
+
+@pytest.mark.parametrize(("ta", "tb"), [*product((False, True), repeat=2)])
+@pytest.mark.parametrize(
+    ("m", "inner", "k"),
+    [
+        (131, 600, 301),  # several blocks, bands and depths, none of them even
+        (707, 21, 90),  # one depth: tiles are written as they come
+        (16, 9, 500),
+        (5, 100, 2100),  # few rows: b is read where it lies, if it is not transposed
+    ],
+)
+def test_products_of_many_blocks(m, inner, k, ta, tb):
+    op, y = Matmul(ta=ta, tb=tb), Spec((m, k))
+    a, b = Spec((inner, m) if ta else (m, inner)), Spec((k, inner) if tb else (inner, k))
+    config = tiled("matmul").default(op, (a, b), (y,), device(32))
+    assert config["pack"] == (tb or m > 5)
+    blocking = dense.Blocking.of(y, inner, ta, **config)
+    assert blocking.each >= 16
+    assert blocking.single == (inner <= (256 if config["pack"] else 8))
+    check(op, (a, b), "float32", 32)
