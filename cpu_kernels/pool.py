@@ -2,16 +2,16 @@
 
     max_pool       y[o] = max over taps of x[o * stride - padding + tap], argmax[o] = the first tap that has it
     sum_pool       y[o] = sum over taps of x[...]
-    ..._grad       a row of dx at a time: the windows over that row add their dy to its elements
-                   (max_pool: to the one that they chose)
+    ..._grad       an element of dx at a time: the dy of all windows over it
+                   (max_pool: of those that chose it)
 
-Fewer axes are taken as 3 by putting axes of size 1 in front. Channels are the inner loop, over arrays on
-the stack that nothing can alias, so that LLVM vectorises without asking.
+Fewer axes are taken as 3 by putting axes of size 1 in front. A tile (see `tile`) holds some channels of one
+place while the taps pass by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local
+from .tile import chosen, fill, larger, local, natural, plus, store, zeros
+from .tile_rules import vector_rules
 
-TASKS = {"tasks": (16, 8, 32, 4)}
-MOST_ROW = 1 << 17  # elements of a row of dx that fit on a thread's stack
+SPACE: dict[str, tuple[Any, ...]] = {"vectors": (4, 2, 1), "lanes": (8, 16, 4, 2), "tasks": (16, 8, 32, 4)}
 
 
 @dataclass(frozen=True)
@@ -62,166 +62,194 @@ def first(i, window, stride):  # type: ignore[no-untyped-def]
     return max(0, -((window - 1 - i) // stride))
 
 
-@template("max_pool", "cpu", space=TASKS)
-def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
-    """Each output row in turn; windows that lie inside are unrolled, the others are clipped first."""
+def _channels(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+    return outs[0].shape[-1]
+
+
+RULES = vector_rules(_channels, tiles=2)
+
+
+def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
+    """As many vectors as there are channels for."""
+    lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
+    vectors = max((v for v in SPACE["vectors"] if (v - 1) * lanes < _channels(op, ins, outs)), default=1)
+    return {"vectors": vectors, "lanes": lanes, "tasks": SPACE["tasks"][0]}
+
+
+def _tile_writer(epilogue: Epilogue, channels: int, width: int, tail: int) -> Callable[..., None]:
+    """Writes a tile of one place, whose channels begin at that of a panel or, for the last panel, earlier."""
+    valid = min(channels, width)
+    even, plain = -(-channels // width) * valid == channels, epilogue.identity
+
+    def write(acc, y, place, panel, column, sums, extras, at):  # type: ignore[no-untyped-def]
+        if plain:  # channels that two panels share get the same value twice
+            store(acc, y, place + column, 0, tail)
+            return
+        store(acc, sums, 0, 0, 0)
+        o, k = natural(place + column), natural(column)
+        for j in range(0 if even else natural(panel * width - column), valid):
+            y[o + j] = epilogue(sums[j], extras, o + j, k + j, at)
+
+    return write
+
+
+@template("max_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def largest(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+) -> Loop:
+    """Rows of the result for each task, taps of a window clipped to what lies inside."""
     g = Geometry.of(op, ins[0], outs[0], op.window)
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
-    lines = g.n * OD * OH
+    lines, width = g.n * OD * OH, vectors * lanes
     count = max(1, min(tasks, lines))
-    T, A = np.dtype(outs[0].dtype).type, np.dtype(outs[1].dtype).type
-
-    def inside(x, base, best, tap):  # type: ignore[no-untyped-def]
-        for c in range(C):
-            b = x[base + c]
-            t = T(0)  # taps in the dtype of x: vectors of one width
-            for q in range(KD):
-                for r in range(KH):
-                    for s in range(KW):
-                        v = x[base + ((q * H + r) * W + s) * C + c]
-                        take = (not v <= b) & (b == b)  # a NaN wins, and the first one stays
-                        b = v if take else b
-                        t = T((q * KH + r) * KW + s) if take else t
-            best[c] = b
-            tap[c] = t
-
-    def better(x, base, best, tap, t):  # type: ignore[no-untyped-def]
-        for c in range(C):
-            v, b, a = x[base + c], best[c], tap[c]
-            take = (not v <= b) & (b == b)
-            best[c] = v if take else b
-            tap[c] = t if take else a
+    panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
+    T = np.dtype(outs[0].dtype).type
+    nothing = T(-np.inf)
 
     def body(task, x, y, argmax, extras, at):  # type: ignore[no-untyped-def]
-        best, tap = local(C, y), local(C, y)
+        blank = zeros(1, 1, vectors, lanes, y)
         for line in range(task * lines // count, (task + 1) * lines // count):
             n, d, h = line // (OD * OH), line // OH % OD * SD - PD, line % OH * SH - PH
             q0, q1 = max(0, -d), min(KD, D - d)
             r0, r1 = max(0, -h), min(KH, H - h)
-            for column in range(OW):
-                w = column * SW - PW
+            for o in range(OW):
+                w = o * SW - PW
                 s0, s1 = max(0, -w), min(KW, W - w)
-                base = (((n * D + d) * H + h) * W + w) * C
-                if (q1 - q0) * (r1 - r0) * (s1 - s0) == KD * KH * KW:
-                    inside(x, base, best, tap)
-                else:
-                    for c in range(C):
-                        best[c] = -np.inf
-                        tap[c] = 0
+                for panel in range(panels):
+                    column = min(panel * width, last)
+                    base = (((n * D + d) * H + h) * W + w) * C + column
+                    best, which = fill(blank, nothing), blank
                     for q in range(q0, q1):
                         for r in range(r0, r1):
                             for s in range(s0, s1):
-                                t = T((q * KH + r) * KW + s)
-                                better(x, base + ((q * H + r) * W + s) * C, best, tap, t)
-                o = (line * OW + column) * C
-                for c in range(C):
-                    y[o + c] = best[c]
-                for c in range(C):
-                    argmax[o + c] = A(tap[c])
+                                tap = T((q * KH + r) * KW + s)
+                                best, which = larger(best, which, x, base + ((q * H + r) * W + s) * C, tap, tail)
+                    store(best, y, (line * OW + o) * C + column, 0, tail)
+                    store(which, argmax, (line * OW + o) * C + column, 0, tail)
 
     return Loop(body, count)
 
 
-@template("sum_pool", "cpu", space=TASKS)
-def row_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
-    """Each output row in turn, the taps of a window clipped to what lies inside."""
+@template("sum_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def sums(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+) -> Loop:
+    """Rows of the result for each task, taps of a window clipped to what lies inside."""
     g = Geometry.of(op, ins[0], outs[0], op.window)
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
-    lines = g.n * OD * OH
+    lines, width = g.n * OD * OH, vectors * lanes
     count = max(1, min(tasks, lines))
+    panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
+    write = _tile_writer(epilogue, C, width, tail)
 
     def body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
-        total = local(C, y)
+        total = local(width, y)
         for line in range(task * lines // count, (task + 1) * lines // count):
             n, d, h = line // (OD * OH), line // OH % OD * SD - PD, line % OH * SH - PH
-            for column in range(OW):
-                w = column * SW - PW
-                for c in range(C):
-                    total[c] = 0
-                for q in range(max(0, -d), min(KD, D - d)):
-                    for r in range(max(0, -h), min(KH, H - h)):
-                        for s in range(max(0, -w), min(KW, W - w)):
-                            i = (((n * D + d + q) * H + h + r) * W + w + s) * C
-                            for c in range(C):
-                                total[c] += x[i + c]
-                o = (line * OW + column) * C
-                for c in range(C):
-                    y[o + c] = epilogue(total[c], extras, o + c, c, at)
+            q0, q1 = max(0, -d), min(KD, D - d)
+            r0, r1 = max(0, -h), min(KH, H - h)
+            for o in range(OW):
+                w = o * SW - PW
+                s0, s1 = max(0, -w), min(KW, W - w)
+                for panel in range(panels):
+                    column = min(panel * width, last)
+                    base = (((n * D + d) * H + h) * W + w) * C + column
+                    acc = zeros(1, 1, vectors, lanes, y)
+                    for q in range(q0, q1):
+                        for r in range(r0, r1):
+                            for s in range(s0, s1):
+                                acc = plus(acc, x, base + ((q * H + r) * W + s) * C, 0, tail)
+                    write(acc, y, (line * OW + o) * C, panel, column, total, extras, at)
 
     return Loop(body, count)
 
 
-def _fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    return max(spec.shape[-2] * spec.shape[-1] for spec in (*ins, *outs)) <= MOST_ROW
-
-
-def _scatter(g: Geometry, tasks: int, chosen: bool, epilogue: Epilogue) -> Loop:
-    """The gradient by rows of dx; ``chosen``: only to the tap that argmax names."""
+def _gather(g: Geometry, chooses: bool, epilogue: Epilogue, index: Any, vectors: int, lanes: int, tasks: int) -> Loop:
+    """The gradient by elements of dx; ``chooses``: only from windows whose argmax, of dtype ``index``, is theirs."""
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
-    lines = g.n * D * H
+    lines, width = g.n * D * H, vectors * lanes
     count = max(1, min(tasks, lines))
-    T = np.dtype(epilogue.out.dtype).type
-    plain, row_size, window_row = epilogue.identity, W * C, OW * C
+    panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
+    write = _tile_writer(epilogue, C, width, tail)
 
-    def add(total, i, dy, o):  # type: ignore[no-untyped-def]
-        for c in range(C):
-            total[i + c] += dy[o + c]
-
-    def add_chosen(total, i, dy, o, winner, j, tap):  # type: ignore[no-untyped-def]
-        for c in range(C):
-            v = dy[o + c]  # read in any case: a select, not a branch
-            total[i + c] += v if winner[j + c] == tap else T(0)
-
-    def row(line, dy, argmax, dx, extras, at):  # type: ignore[no-untyped-def]
-        total, winner = local(row_size, dx), local(window_row, dx)
-        for i in range(row_size):
-            total[i] = 0
+    def row(line, dy, argmax, dx, total, extras, at):  # type: ignore[no-untyped-def]
         n, d, h = line // (D * H), line // H % D + PD, line % H + PH
-        for p in range(first(d, KD, SD), min(OD, d // SD + 1)):
-            for q in range(first(h, KH, SH), min(OH, h // SH + 1)):
-                tap = ((d - p * SD) * KH + h - q * SH) * KW
-                top = ((n * OD + p) * OH + q) * OW * C
-                if chosen:
-                    for j in range(window_row):  # in the dtype of dy: vectors of one width
-                        winner[j] = argmax[top + j]
-                for r in range(OW):
-                    o, left = top + r * C, r * SW - PW
-                    for s in range(max(0, -left), min(KW, W - left)):
-                        if chosen:
-                            add_chosen(total, (left + s) * C, dy, o, winner, r * C, T(tap + s))
-                        else:
-                            add(total, (left + s) * C, dy, o)
-        o = line * W * C
-        if plain:
-            for i in range(row_size):
-                dx[o + i] = total[i]
-        else:
-            for column in range(W):
-                for c in range(C):
-                    i = column * C + c
-                    dx[o + i] = epilogue(total[i], extras, o + i, c, at)
+        p0, p1 = first(d, KD, SD), min(OD, d // SD + 1)
+        q0, q1 = first(h, KH, SH), min(OH, h // SH + 1)
+        for i in range(W):
+            w = i + PW
+            r0, r1 = first(w, KW, SW), min(OW, w // SW + 1)
+            for panel in range(panels):
+                column = min(panel * width, last)
+                acc = zeros(1, 1, vectors, lanes, dx)
+                for p in range(p0, p1):
+                    for q in range(q0, q1):
+                        top = ((n * OD + p) * OH + q) * OW * C + column
+                        tap = ((d - p * SD) * KH + h - q * SH) * KW + w
+                        for r in range(r0, r1):
+                            if chooses:
+                                acc = chosen(acc, dy, argmax, top + r * C, index(tap - r * SW), tail)
+                            else:
+                                acc = plus(acc, dy, top + r * C, 0, tail)
+                write(acc, dx, (line * W + i) * C, panel, column, total, extras, at)
 
     def max_body(task, dy, argmax, dx, extras, at):  # type: ignore[no-untyped-def]
+        total = local(width, dx)
         for line in range(task * lines // count, (task + 1) * lines // count):
-            row(line, dy, argmax, dx, extras, at)
+            row(line, dy, argmax, dx, total, extras, at)
 
     def sum_body(task, dy, dx, extras, at):  # type: ignore[no-untyped-def]
+        total = local(width, dx)
         for line in range(task * lines // count, (task + 1) * lines // count):
-            row(line, dy, dy, dx, extras, at)
+            row(line, dy, dy, dx, total, extras, at)
 
-    return Loop(max_body if chosen else sum_body, count)
-
-
-@template("max_pool_grad", "cpu", space=TASKS, fits=_fits)
-def scatter(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
-    """``tasks``: how many."""
-    return _scatter(Geometry.of(op, outs[0], ins[0], op.window), tasks, True, epilogue)
+    return Loop(max_body if chooses else sum_body, count)
 
 
-@template("sum_pool_grad", "cpu", space=TASKS, fits=_fits)
-def scatter_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, tasks: int) -> Loop:
-    """``tasks``: how many."""
-    return _scatter(Geometry.of(op, outs[0], ins[0], op.window), tasks, False, epilogue)
+@template("max_pool_grad", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def chosen_windows(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+) -> Loop:
+    """Rows of dx for each task; each element gets the dy of the windows that chose it."""
+    g = Geometry.of(op, outs[0], ins[0], op.window)
+    return _gather(g, True, epilogue, np.dtype(ins[1].dtype).type, vectors, lanes, tasks)
+
+
+@template("sum_pool_grad", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def all_windows(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    *,
+    vectors: int,
+    lanes: int,
+    tasks: int,
+) -> Loop:
+    """Rows of dx for each task; each element gets the dy of all windows over it."""
+    g = Geometry.of(op, outs[0], ins[0], op.window)
+    return _gather(g, False, epilogue, np.int64, vectors, lanes, tasks)

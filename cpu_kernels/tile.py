@@ -112,32 +112,44 @@ class _Emit:
     def function(self, name: str, result: ir.Type, operands: list[ir.Type]) -> ir.Function:
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, operands), name)
 
-    @property
-    def suffix(self) -> str:
-        return f"v{self.tile.lanes}f{self.tile.align * 8}"
+    def suffix(self, vector: ir.VectorType) -> str:
+        """How names of LLVM's intrinsics end."""
+        element = vector.element
+        kind = f"i{element.width}" if isinstance(element, ir.IntType) else f"f{self.tile.align * 8}"
+        return f"v{self.tile.lanes}{kind}"
 
     def load(self, pointer: ir.Value, j: int) -> ir.Value:
-        vector = self.tile.vector
+        """The j-th vector of a row, of the elements that the pointer is to; invalid lanes are 0."""
+        vector = ir.VectorType(pointer.type.pointee, self.tile.lanes)
         pointer = self.builder.bitcast(pointer, vector.as_pointer())
+        align = self.align(vector)
         if not self.masked(j):
-            return self.builder.load(pointer, align=self.tile.align)
+            return self.builder.load(pointer, align=align)
         operands = [pointer.type, self.int, self.mask.type, vector]
-        load = self.function(f"llvm.masked.load.{self.suffix}.p0", vector, operands)
-        zero = ir.Constant(vector, [0.0] * self.tile.lanes)
-        return self.builder.call(load, [pointer, self.int(self.tile.align), self.mask, zero])
+        load = self.function(f"llvm.masked.load.{self.suffix(vector)}.p0", vector, operands)
+        return self.builder.call(load, [pointer, self.int(align), self.mask, ir.Constant(vector, None)])
 
     def store(self, value: ir.Value, pointer: ir.Value, j: int) -> None:
-        vector = self.tile.vector
+        """Write the j-th vector of a row, as whole numbers where the pointer is to such."""
+        vector = ir.VectorType(pointer.type.pointee, self.tile.lanes)
+        if isinstance(vector.element, ir.IntType):
+            value = self.builder.fptoui(value, vector)
         pointer = self.builder.bitcast(pointer, vector.as_pointer())
+        align = self.align(vector)
         if not self.masked(j):
-            self.builder.store(value, pointer, align=self.tile.align)
+            self.builder.store(value, pointer, align=align)
             return
         operands = [vector, pointer.type, self.int, self.mask.type]
-        store = self.function(f"llvm.masked.store.{self.suffix}.p0", ir.VoidType(), operands)
-        self.builder.call(store, [value, pointer, self.int(self.tile.align), self.mask])
+        store = self.function(f"llvm.masked.store.{self.suffix(vector)}.p0", ir.VoidType(), operands)
+        self.builder.call(store, [value, pointer, self.int(align), self.mask])
+
+    def align(self, vector: ir.VectorType) -> int:
+        """Bytes of an element."""
+        element = vector.element
+        return element.width // 8 if isinstance(element, ir.IntType) else self.tile.align
 
     def broadcast(self, scalar: ir.Value) -> ir.Value:
-        nothing = ir.Constant(self.tile.vector, ir.Undefined)
+        nothing = ir.Constant(ir.VectorType(scalar.type, self.tile.lanes), ir.Undefined)
         first = self.builder.insert_element(nothing, scalar, self.int(0))
         everywhere = ir.Constant(ir.VectorType(self.int, self.tile.lanes), [0] * self.tile.lanes)
         return self.builder.shuffle_vector(first, nothing, everywhere)
@@ -145,7 +157,7 @@ class _Emit:
     def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         # fmuladd, not fma: without such an instruction fma becomes a library call for each lane
         vector = self.tile.vector
-        return self.builder.call(self.function(f"llvm.fmuladd.{self.suffix}", vector, [vector] * 3), [a, b, c])
+        return self.builder.call(self.function(f"llvm.fmuladd.{self.suffix(vector)}", vector, [vector] * 3), [a, b, c])
 
 
 def _constant(name: str, given: Any) -> int:
@@ -230,9 +242,84 @@ def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyp
     return tile(tile, y, types.intp, types.intp, tail), codegen
 
 
+@intrinsic
+def fill(typingctx, tile, value):  # type: ignore[no-untyped-def]
+    """A tile like ``tile`` with ``value`` everywhere."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        made, vector = args[0], _Emit(context, builder, tile).broadcast(args[1])
+        for slot in range(tile.lines * tile.rows * tile.vectors):
+            made = builder.insert_value(made, vector, slot)
+        return made
+
+    return tile(tile, tile.dtype), codegen
+
+
+@intrinsic(prefer_literal=True)
+def plus(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """The tile + the rows of y, ``y_stride`` elements apart."""
+    valid = _constant("plus: tail", tail)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, y_array, start, stride, _ = args
+        emit = _Emit(context, builder, tile, valid)
+        data = emit.data(y, y_array)
+        for slot, j, pointer in emit.places(data, start, stride):
+            total = builder.fadd(builder.extract_value(value, slot), emit.load(pointer, j))
+            value = builder.insert_value(value, total, slot)
+        return value
+
+    return tile(tile, y, types.intp, types.intp, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def larger(typingctx, best, which, x, x_offset, tap, tail):  # type: ignore[no-untyped-def]
+    """(best, which), tiles of one row, where x[x_offset + ...] is larger than ``best``: that, and ``tap``.
+
+    Of equal values the first one stays; a NaN is larger than any number, and the first NaN stays.
+    """
+    valid = _constant("larger: tail", tail)
+    both = types.UniTuple(best, 2)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, winner, x_array, start, number, _ = args
+        emit = _Emit(context, builder, best, valid)
+        data, number = emit.data(x, x_array), emit.broadcast(number)
+        for slot, j, pointer in emit.places(data, start, start):
+            new, old = emit.load(pointer, j), builder.extract_value(value, slot)
+            take = builder.and_(builder.fcmp_unordered(">", new, old), builder.fcmp_ordered("ord", old, old))
+            value = builder.insert_value(value, builder.select(take, new, old), slot)
+            kept = builder.extract_value(winner, slot)
+            winner = builder.insert_value(winner, builder.select(take, number, kept), slot)
+        return context.make_tuple(builder, both, [value, winner])
+
+    return both(best, which, x, types.intp, best.dtype, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def chosen(typingctx, tile, y, which, offset, tap, tail):  # type: ignore[no-untyped-def]
+    """A tile of one row + y[offset + ...] where which[offset + ...], whole numbers, is ``tap``."""
+    valid = _constant("chosen: tail", tail)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, y_array, which_array, start, number, _ = args
+        emit = _Emit(context, builder, tile, valid)
+        data, numbers = emit.data(y, y_array), emit.data(which, which_array)
+        wanted = emit.broadcast(number)
+        zero = ir.Constant(tile.vector, None)
+        places = zip(emit.places(data, start, start), emit.places(numbers, start, start), strict=True)
+        for (slot, j, pointer), (_, _, at_number) in places:
+            same = builder.icmp_signed("==", emit.load(at_number, j), wanted)
+            total = builder.select(same, emit.load(pointer, j), zero)
+            value = builder.insert_value(value, builder.fadd(builder.extract_value(value, slot), total), slot)
+        return value
+
+    return tile(tile, y, which, types.intp, which.dtype, tail), codegen
+
+
 @intrinsic(prefer_literal=True)
 def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
-    """Write the rows of the tile to y, ``y_stride`` elements apart."""
+    """Write the rows of the tile to y, ``y_stride`` elements apart; to whole numbers they are converted."""
     valid = _constant("store: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]

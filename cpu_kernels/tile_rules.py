@@ -31,6 +31,24 @@ class Columns(Protocol):
     def __call__(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int: ...
 
 
+def vector_rules(columns: Columns, tiles: int) -> Rules:
+    """The rules of ``tiles`` tiles of one row each, all in registers."""
+
+    def registers(
+        op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int
+    ) -> bool:
+        return holds(tiles, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+
+    return {"no empty vector": _filled(columns), "tiles in registers": registers}
+
+
+def _filled(columns: Columns) -> Callable[..., bool]:
+    def filled(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
+        return (vectors - 1) * lanes < columns(op, ins, outs)
+
+    return filled
+
+
 def tile_rules(shape: Shape, columns: Columns, choices: Sequence[int]) -> Rules:
     """The rules of tiles; ``choices`` are the values that ``rows`` may have. They come after a rule that
     there are elements to write."""
@@ -40,13 +58,10 @@ def tile_rules(shape: Shape, columns: Columns, choices: Sequence[int]) -> Rules:
         made = shape(op, ins, outs, rows)
         return not any(r < rows and shape(op, ins, outs, r) == made for r in choices)
 
-    def filled(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
-        return (vectors - 1) * lanes < columns(op, ins, outs)
-
     def registers(
         op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int, vectors: int, lanes: int
     ) -> bool:
         size = prod(shape(op, ins, outs, rows))
         return holds(size, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
 
-    return {"a tile once": once, "no empty vector": filled, "tile in registers": registers}
+    return {"a tile once": once, "no empty vector": _filled(columns), "tile in registers": registers}
