@@ -96,6 +96,33 @@ def convolutions() -> str:
     return "\n".join(lines)
 
 
+def scaling() -> str:
+    """How much faster two threads are than one."""
+    found = result("conv_scaling")
+    rows = sorted(found["rows"], key=lambda r: r["2 threads / 1"])
+    worst = ", ".join(f"{r['shape']} {r['direction']} {r['2 threads / 1']:.2f}" for r in rows[:3])
+    middle = rows[len(rows) // 2]["2 threads / 1"]
+    return (
+        f"Two threads compute these convolutions {found['mean']:.2f} times as fast as one (geometric mean of "
+        f"{len(rows)} rows; median {middle:.2f}; the least: {worst})."
+    )
+
+
+def products() -> str:
+    """Products of dense layers beside NumPy's BLAS and PyTorch's."""
+    found = result("dense")
+    lines = [
+        "| layer | direction | ours, GFLOP/s | NumPy | PyTorch | ours / NumPy | ours / PyTorch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        speeds = " | ".join(f"{r[side]:.0f}" for side in ("ours", "numpy", "torch"))
+        ratios = " | ".join(f"{r[f'ours / {side}']:.2f}" for side in ("numpy", "torch"))
+        lines.append(f"| {r['layer']} | {r['direction']} | {speeds} | {ratios} |")
+    lines.append(f"| geometric mean | | | | | {found['means']['numpy']:.2f} | {found['means']['torch']:.2f} |")
+    return "\n".join(lines)
+
+
 def slower() -> str:
     """The convolutions that are slower than PyTorch's."""
     rows = [r for r in result("conv")["rows"] if r["ratio"] < 1]
@@ -172,6 +199,8 @@ def main() -> None:
     parts = {
         "conv": (convolutions, "conv", "README.md"),
         "slower": (slower, "conv", "docs/speed.md"),
+        "scaling": (scaling, "conv_scaling", "docs/speed.md"),
+        "dense": (products, "dense", "docs/speed.md"),
         "train_step": (partial(beside_torch, "train_step"), "train_step", "README.md"),
         "inference": (partial(beside_torch, "inference"), "inference", "README.md"),
         "overhead": (overheads, "overhead", "README.md"),

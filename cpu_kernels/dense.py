@@ -22,7 +22,7 @@ few rows not packing: with ``pack=False`` tiles read b where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -41,8 +41,8 @@ BAND_BYTES, BLOCK_BYTES, SUMS_BYTES = 1 << 17, 1 << 17, 1 << 16  # most bytes of
 TASKS = 16  # enough to share out evenly among the cores of a rank
 ALIAS_BYTES = 2048  # rows this far apart fall into the same set of a first-level cache
 # Half-cycles, measured: for a vector of a that is copied, a piece of a row of the transposed a, a vector of b that is
-# packed, and the next row of b, which lies elsewhere in memory.
-COPYING, CUTTING, PACKING, JUMP = 1.0, 10.0, 2.0, 16.0
+# packed, and the next row of b, which lies elsewhere in memory, packed or not.
+COPYING, CUTTING, PACKING, JUMP, JUMP_UNPACKED = 1.0, 10.0, 2.0, 16.0, 160.0
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 8, 6, 4),
     "vectors": (2, 1, 3, 4),
@@ -59,6 +59,7 @@ class Blocking:
     k: int
     inner: int
     ta: bool
+    pack: bool
     products: int
     rows: int
     width: int
@@ -81,7 +82,7 @@ class Blocking:
             for band in {balanced(panels, most) for most in (most_panels, *_powers(most_panels))}:
                 held = SUMS_BYTES // (rows * band * width * itemsize) if inner > depth else most_tiles
                 for tiles in {balanced(row_tiles, most) for most in _powers(min(most_tiles, max(1, held)))}:
-                    yield cls(m, k, inner, ta, products, rows, width, lanes, depth, tiles, band)
+                    yield cls(m, k, inner, ta, pack, products, rows, width, lanes, depth, tiles, band)
 
         return min(candidates(), key=lambda one: (one.each * one.products < TASKS, one.cost, one.band))
 
@@ -108,7 +109,7 @@ class Blocking:
         vectors, tasks = self.width // self.lanes, self.each * self.products
         tiles = self.tiles * self.band * step_cost(self.rows, vectors)
         copies = self.tiles * (CUTTING if self.ta else COPYING * self.rows / self.lanes)
-        copies += PACKING * self.band * vectors + JUMP
+        copies += PACKING * self.band * vectors + JUMP if self.pack else JUMP_UNPACKED
         return tasks * (tiles + copies) * waiting(tasks, TASKS // 4)
 
     @property
@@ -166,8 +167,14 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     return min(candidates(), key=cost, default={"rows": 4, "vectors": 1, "lanes": lanes, "pack": True})
 
 
-@template("batch_matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
-@template("matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def _cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
+    """Half-cycles of all cores, about."""
+    inner = _sizes(op, ins[0])[1]
+    return inner * Blocking.of(outs[0], inner, op.ta, **config).cost
+
+
+@template("batch_matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer, cost=_cost)
+@template("matmul", "cpu", space=SPACE, fits=RULES, prefer=_prefer, cost=_cost)
 def tiles(
     op: Any,
     ins: Sequence[Spec],

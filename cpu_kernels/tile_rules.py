@@ -25,31 +25,31 @@ class Shape(Protocol):
     def __call__(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]: ...
 
 
-class Columns(Protocol):
-    """Columns that tiles share out among their vectors."""
+class Count(Protocol):
+    """A number that follows from the op: of columns that tiles share out among their vectors, or of rows."""
 
     def __call__(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int: ...
 
 
-def vector_rules(columns: Columns, tiles: int) -> Rules:
-    """The rules of ``tiles`` tiles of one row each, all in registers."""
+def vector_rules(columns: Count, rows: Count) -> Rules:
+    """The rules of a tile, or of several together, whose ``rows`` are not to be chosen."""
 
     def registers(
         op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int
     ) -> bool:
-        return holds(tiles, vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
+        return holds(rows(op, ins, outs), vectors, lanes, np.dtype(outs[0].dtype).itemsize, device.vector_bytes)
 
-    return {"no empty vector": _filled(columns), "tiles in registers": registers}
+    return {"no empty vector": _filled(columns), "tile in registers": registers}
 
 
-def _filled(columns: Columns) -> Callable[..., bool]:
+def _filled(columns: Count) -> Callable[..., bool]:
     def filled(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vectors: int, lanes: int) -> bool:
         return (vectors - 1) * lanes < columns(op, ins, outs)
 
     return filled
 
 
-def tile_rules(shape: Shape, columns: Columns, choices: Sequence[int]) -> Rules:
+def tile_rules(shape: Shape, columns: Count, choices: Sequence[int]) -> Rules:
     """The rules of tiles; ``choices`` are the values that ``rows`` may have. They come after a rule that
     there are elements to write."""
 

@@ -42,7 +42,7 @@ class Matmul(Op):
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        shapes = ((3, 4, 2), (7, 9, 33), (17, 5, 16))
+        shapes = ((3, 4, 2), (7, 9, 33), (17, 5, 16), (5, 130, 21))
         return tuple(
             Sample(cls(ta=ta, tb=tb), (Spec((i, m) if ta else (m, i)), Spec((k, i) if tb else (i, k))))
             for ta in (False, True)

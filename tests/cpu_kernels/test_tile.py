@@ -113,11 +113,11 @@ def test_registers():
     assert not holds(1, 1, 16, 4, 32)  # no such vectors
 
 
-def check(op, ins, dtype, vector_bytes, config=None):
+def check(op, ins, dtype, vector_bytes, config=None, template=None):
     """A kernel against the reference in float64; the output is NaN before, the workspace too."""
     ins = tuple(Spec(s.shape, dtype) for s in ins)
     out = op.infer(*ins)
-    template = tiled(op.family)
+    template = template or tiled(op.family)
     config = config or template.default(op, ins, (out,), device(vector_bytes))
     kernel = compile_kernel(template, op, ins, (out,), device(vector_bytes), config)
     rng = np.random.default_rng(1)
@@ -264,3 +264,14 @@ def test_products_of_many_blocks(m, inner, k, ta, tb):
     assert blocking.each >= 16
     assert blocking.single == (inner <= (256 if config["pack"] else 8))
     check(op, (a, b), "float32", 32)
+
+
+@pytest.mark.parametrize("ta", [False, True])
+@pytest.mark.parametrize(("m", "k", "dtype"), [(1, 40, "float32"), (8, 37, "float32"), (3, 3, "float64")])
+def test_products_of_few_rows_with_a_large_matrix(m, k, ta, dtype):
+    (streamed,) = (one for one in templates("matmul", "cpu") if one.name == "streamed")
+    op, a, b, y = Matmul(ta=ta), Spec((205, m) if ta else (m, 205), dtype), Spec((205, k), dtype), Spec((m, k), dtype)
+    for vector_bytes in (16, 32, 64):
+        check(op, (a, b), dtype, vector_bytes, template=streamed)
+    assert not streamed.space_of(Matmul(tb=True), (Spec((m, 205), dtype), Spec((k, 205), dtype)), (y,), device(32))
+    assert not streamed.space_of(op, (Spec((205, 9)), b), (Spec((9, k)),), device(32))
