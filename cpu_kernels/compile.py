@@ -262,16 +262,18 @@ def _module(name: str, write: Callable[[], str]) -> Any:
     path = folder / f"{name}.py"
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # Numba imports the module by its name when it reloads the code
-    if _whole(path):
-        try:
-            return _load(name, path)
-        except TemplateError:
+    if not _whole(path):
+        _store(path, write())
+    try:
+        return _load(name, path)
+    except TemplateError:
+        raise
+    except Exception:  # whatever damaged machine code makes of itself: compile again, once
+        left = [*(folder / "__pycache__").glob(f"{name}.*")]
+        if not left:
             raise
-        except Exception:  # whatever a damaged cache makes of itself: compile again, once
-            pass
-    for left in (folder / "__pycache__").glob(f"{name}.*"):  # code of a damaged module may be damaged too
-        left.unlink(missing_ok=True)
-    _store(path, write())
+        for file in left:
+            file.unlink(missing_ok=True)
     return _load(name, path)
 
 
