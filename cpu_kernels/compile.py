@@ -242,6 +242,9 @@ def compile_kernel(
             template.check(op, ins, outs, device, config)
             name = asked.module(device)
             module = _module(name, asked.text)
+            reloaded = module.entry.cache_hits > 0
+            if reloaded:  # LLVM's code for linking it into other functions: a third of a megabyte that nobody reads
+                module.entry._library._shared_module = None
             _kernels[key] = Kernel(
                 address=module.entry.address,
                 tasks=module.TASKS,
@@ -250,7 +253,7 @@ def compile_kernel(
                 module=name,
                 template=template.name,
                 config=tuple(config.items()),
-                reloaded=module.entry.cache_hits > 0,
+                reloaded=reloaded,
                 entry=module.entry,
             )
         return _kernels[key]
