@@ -180,14 +180,15 @@ def sums(
     return Loop(body, count)
 
 
-def _gather(g: Geometry, chooses: bool, epilogue: Epilogue, index: Any, vectors: int, lanes: int, tasks: int) -> Loop:
-    """The gradient by elements of dx; ``chooses``: only from windows whose argmax, of dtype ``index``, is theirs."""
+def _gather(g: Geometry, epilogue: Epilogue, argmax_type: Any, *, vectors: int, lanes: int, tasks: int) -> Loop:
+    """The gradient by elements of dx; with an ``argmax_type`` from windows that chose the element, else from all."""
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
     lines, width = g.n * D * H, vectors * lanes
     count = max(1, min(tasks, lines))
     panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
     write = _tile_writer(epilogue, C, width, tail)
+    chooses, index = argmax_type is not None, argmax_type or np.int64
 
     def row(line, dy, argmax, dx, total, extras, at):  # type: ignore[no-untyped-def]
         n, d, h = line // (D * H), line // H % D + PD, line % H + PH
@@ -224,32 +225,12 @@ def _gather(g: Geometry, chooses: bool, epilogue: Epilogue, index: Any, vectors:
 
 
 @template("max_pool_grad", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
-def chosen_windows(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    epilogue: Epilogue,
-    *,
-    vectors: int,
-    lanes: int,
-    tasks: int,
-) -> Loop:
+def chosen_windows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
     """Rows of dx for each task; each element gets the dy of the windows that chose it."""
-    g = Geometry.of(op, outs[0], ins[0], op.window)
-    return _gather(g, True, epilogue, np.dtype(ins[1].dtype).type, vectors, lanes, tasks)
+    return _gather(Geometry.of(op, outs[0], ins[0], op.window), epilogue, np.dtype(ins[1].dtype).type, **config)
 
 
 @template("sum_pool_grad", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
-def all_windows(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    epilogue: Epilogue,
-    *,
-    vectors: int,
-    lanes: int,
-    tasks: int,
-) -> Loop:
+def all_windows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
     """Rows of dx for each task; each element gets the dy of all windows over it."""
-    g = Geometry.of(op, outs[0], ins[0], op.window)
-    return _gather(g, False, epilogue, np.int64, vectors, lanes, tasks)
+    return _gather(Geometry.of(op, outs[0], ins[0], op.window), epilogue, None, **config)
