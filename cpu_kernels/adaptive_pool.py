@@ -15,7 +15,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
-from .tile import local
+from .buffer import local
 
 TASKS = {"tasks": (16, 8, 32, 4)}
 

@@ -24,6 +24,7 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
+from .buffer import local
 from .conv_geometry import backward, forward, padding
 from .conv_overlap import Overlap, overlapping
 from .conv_tiling import (
@@ -40,7 +41,7 @@ from .conv_tiling import (
     workspace,
     workspace_grad,
 )
-from .tile import load, local, natural, outer, store, transpose, zeros
+from .tile import load, outer, store, transpose, zeros
 
 
 @template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer, cost=cost)
@@ -101,7 +102,7 @@ def _packing(b: Blocking, w: Sequence[int]) -> Callable[..., None]:
     size = length * width
 
     def pack(task, w, filters):  # type: ignore[no-untyped-def]
-        k, into = natural(task // panels * outer_channels + min(task % panels * width, last)), natural(task * size)
+        k, into = task // panels * outer_channels + min(task % panels * width, last), task * size
         for i in range(length):
             for j in range(width):
                 filters[into + i * width + j] = w[i * filters_each + k + j] if j < columns else 0
@@ -142,14 +143,14 @@ def _reverse_packing(b: Blocking, w: Sequence[int], lanes: int) -> Callable[...,
         phase, panel = task // everything, task % everything
         p_d, p_h, p_w = phase // (phases_h * phases_w), phase // phases_w % phases_h, phase % phases_w
         n_d, n_h, n_w = taps_d[p_d], taps_h[p_h], taps_w[p_w]
-        into = natural(starts[phase] + panel * n_d * n_h * n_w * panel_tap)
+        into = starts[phase] + panel * n_d * n_h * n_w * panel_tap
         column = panel // panels * inner + min(panel % panels * width, last) * filters_each
         for tap in range(n_d * n_h * n_w):
             q = tap_of(tap // (n_h * n_w), n_d, stride_d, p_d, hole_d)
             r = tap_of(tap // n_w % n_h, n_h, stride_h, p_h, hole_h)
             s = tap_of(tap % n_w, n_w, stride_w, p_w, hole_w)
             if q >= 0 and r >= 0 and s >= 0:
-                exchange(w, natural(((q * w_h + r) * w_w + s) * tap_size + column), filters, into + tap * panel_tap)
+                exchange(w, ((q * w_h + r) * w_w + s) * tap_size + column, filters, into + tap * panel_tap)
             else:
                 for i in range(panel_tap):
                     filters[into + tap * panel_tap + i] = 0
@@ -242,8 +243,8 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
             read, write, weights, first = reads[phase], writes[phase], starts[phase], firsts[phase]
         weights += panel * n_d * n_h * n_w * inner * width
         column = min(panel % panels * width, last)
-        skip = 0 if even else natural(panel % panels * width - column)
-        k = natural(panel // panels * outer_channels + column)
+        skip = 0 if even else panel % panels * width - column
+        k = panel // panels * outer_channels + column
         read += panel // panels * inner
         source = padded if pads else x
         for tile in range(begin, min(begin + run, total)):
@@ -262,7 +263,7 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
                 continue
             for line in range(top - o_h, lines):
                 for i in range(left - o_w, rows):
-                    o, s = natural(corner + line * into_h + i * into_w), natural((line * rows + i) * width)
+                    o, s = corner + line * into_h + i * into_w, (line * rows + i) * width
                     for j in range(skip, columns):
                         y[o + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
 

@@ -32,8 +32,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
+from .buffer import local
 from .conv_geometry import Geometry, forward, padding, sizes, something
-from .tile import balanced, load, local, natural, outer, step_cost, store, waiting, zeros
+from .tile import balanced, load, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 
 SUMS = 1 << 20  # most partial sums
@@ -312,15 +313,15 @@ def tiles(
         q = piece // (panels * stretches * bands) % window_d
         group = piece // (panels * stretches * bands * window_d)
         column, line = min(panel * width, last), min(band * lines, last_line)
-        skip = 0 if even else natural(panel * width - column)
-        k = natural(group * outer_channels + column)
+        skip = 0 if even else panel * width - column
+        k = group * outer_channels + column
         for tile in range(tile_count):
             first = min(tile * rows, last_row)
             for m in range(band * lines - line, lines):
                 for i in range(tile * rows - first, rows):
                     position = (q * window_h + line + m) * row_length + stretch * inner + first + i
-                    o = natural(position * filters + k)
-                    s = natural((piece * tile_count + tile) * tile_size + (m * rows + i) * width)
+                    o = position * filters + k
+                    s = (piece * tile_count + tile) * tile_size + (m * rows + i) * width
                     for j in range(skip, columns):
                         v = sums[s + j]
                         for part in range(1, split):

@@ -27,8 +27,6 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device
 
-from .tile import natural
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -187,12 +185,12 @@ def padding(g: Geometry) -> tuple[Callable[..., None], int]:
 
     def pad(task, source, padded):  # type: ignore[no-untyped-def]
         z, at_row = task // height % depth - from_d, task % height - from_h
-        begin = natural(task * row)
+        begin = task * row
         if z < 0 or z >= size_d or at_row < 0 or at_row >= size_h:
             for i in range(row):
                 padded[begin + i] = 0
         else:
-            origin = natural(((task // (height * depth) * size_d + z) * size_h + at_row) * inside)
+            origin = ((task // (height * depth) * size_d + z) * size_h + at_row) * inside
             for i in range(low):
                 padded[begin + i] = 0
             for i in range(inside):

@@ -23,8 +23,9 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop
 
+from .buffer import local
 from .conv_geometry import Sizes, sizes
-from .tile import add, balanced, local, natural, outer, store, zeros
+from .tile import add, balanced, outer, store, zeros
 
 BUFFER_BYTES = 1 << 16  # longest row that may lie on a stack
 
@@ -102,7 +103,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
 
     def before(task, dy, w, dx, packed, unused, extras, at):  # type: ignore[no-untyped-def]
         taps, panel = task // panels, task % panels
-        source, into = natural((taps * length + min(panel * width, last)) * filters), natural(task * panel_size)
+        source, into = (taps * length + min(panel * width, last)) * filters, task * panel_size
         for j in range(width):
             for k in range(filters):
                 packed[into + k * width + j] = w[source + j * filters + k] if j < columns else 0
@@ -113,7 +114,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
             buffer[e] = 0
         for panel in range(panels):
             column = min(panel * width, last)
-            skip = 0 if even else natural(panel * width - column)
+            skip = 0 if even else panel * width - column
             for tile in range(tile_count):
                 first = min(tile * rows, last_pixel)
                 acc = zeros(1, rows, vectors, lanes, sums)
@@ -135,7 +136,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
                     continue
                 store(acc, sums, 0, width, 0)
                 for p in range(tile * rows - first, rows):
-                    into = natural(origin + (first + p) * step + column)
+                    into = origin + (first + p) * step + column
                     for j in range(skip, columns):
                         buffer[into + j] += sums[p * width + j]
 
@@ -144,7 +145,7 @@ def overlapping(g: Overlap, epilogue: Epilogue, *, vectors: int, lanes: int, tas
         for row in range(task * run, min((task + 1) * run, total)):
             row_of(buffer, row // (x_h * x_d), row // x_h % x_d, row % x_h, dy, packed)
             for pixel in range(x_w):
-                o = natural(row * row_size + pixel * channels)
+                o = row * row_size + pixel * channels
                 for c in range(channels):
                     value = buffer[zero + pixel * channels + c]
                     dx[o + c] = epilogue(value, extras, o + c, c, at)

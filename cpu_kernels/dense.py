@@ -33,7 +33,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
-from .tile import balanced, load, local, natural, outer, step_cost, store, transpose, waiting, zeros
+from .buffer import local
+from .tile import balanced, load, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
 
 DEPTH, DEPTH_UNPACKED = 256, 8  # length of a panel: 256 x 16 floats are 16 KiB; of b read where it lies, row by row
@@ -214,15 +215,15 @@ def tiles(
 
     def copy_rows(a, source, part, height, count):  # type: ignore[no-untyped-def]
         for r in range(height):
-            line, into = natural(source + r * inner), natural(r * x_row)
+            line, into = source + r * inner, r * x_row
             for i in range(count):
                 part[into + i] = a[line + i]
 
     def copy_columns(a, source, part, height, count):  # type: ignore[no-untyped-def]
         for i in range(count):
-            line, into = natural(source + i * m), natural(i * rows)
+            line, into = source + i * m, i * rows
             for t in range(-(-height // rows)):
-                row = natural(min(t * rows, height - rows))
+                row = min(t * rows, height - rows)
                 for r in range(rows):
                     part[into + t * part_tile + r] = a[line + row + r]
 
@@ -234,10 +235,10 @@ def tiles(
         return acc
 
     def write(y, at_y, sums, slot, tile, panel, extras, at):  # type: ignore[no-untyped-def]
-        row, column = min(tile * rows, m - rows), natural(min(panel * width, last))
-        skip = 0 if even else natural(panel * width - column)
+        row, column = min(tile * rows, m - rows), min(panel * width, last)
+        skip = 0 if even else panel * width - column
         for r in range(tile * rows - row, rows):
-            o, s = natural(at_y + (row + r) * k + column), natural(slot + r * width)
+            o, s = at_y + (row + r) * k + column, slot + r * width
             for j in range(skip, columns):
                 y[o + j] = epilogue(sums[s + j], extras, o + j, column + j, at)
 
@@ -310,9 +311,9 @@ def _pack_columns(b: Blocking, inner: int, vectors: int) -> Callable[..., None]:
     def pack(b, at_b, packed, start, count, first, panels):  # type: ignore[no-untyped-def]
         whole = count - count % lanes
         for p in range(panels):
-            into, column = natural(p * panel_size), min((first + p) * width, last)
+            into, column = p * panel_size, min((first + p) * width, last)
             for v in range(squares):
-                source = natural(at_b + (column + v * lanes) * inner + start)
+                source = at_b + (column + v * lanes) * inner + start
                 for i in range(0, whole, lanes):
                     square = zeros(1, lanes, 1, lanes, packed)
                     square = load(square, b, source + i, inner, 0)

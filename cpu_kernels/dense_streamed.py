@@ -24,7 +24,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import holds, load, natural, outer, step_cost, store, waiting, zeros
+from .tile import holds, load, outer, step_cost, store, waiting, zeros
 from .tile_rules import vector_rules
 
 STEP = 8  # rows of b at a time: their sums are loaded and stored once
@@ -116,10 +116,10 @@ def streamed(
                 store(acc, sums, slot, width, 0)
 
     def body(panel, a, b, y, sums, extras, at):  # type: ignore[no-untyped-def]
-        column = natural(min(panel * width, last))
-        skip = 0 if even else natural(panel * width - column)
+        column = min(panel * width, last)
+        skip = 0 if even else panel * width - column
         for r in range(m):
-            o, s = natural(r * k + column), natural(panel * size + r * width)
+            o, s = r * k + column, panel * size + r * width
             for j in range(skip, columns):
                 v = sums[s + j]
                 for part in range(1, parts):

@@ -18,8 +18,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
+from .buffer import local
 from .conv_geometry import Axis, Geometry, backward, forward, geometry
-from .tile import balanced, columns, local, natural, store, zeros
+from .tile import balanced, columns, store, zeros
 from .tile_rules import tile_rules
 
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -139,7 +140,7 @@ def depthwise(
             return
         store(acc, sums, 0, width, 0)
         for i in range(first, pixels):
-            o, s, k = natural(into + i * stride_c + column), natural(i * width), natural(column)
+            o, s, k = into + i * stride_c + column, i * width, column
             for j in range(skip, valid):
                 y[o + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
 
@@ -157,7 +158,7 @@ def depthwise(
         high_r = min(n_h, (size_h - 1 - top_h) // spread_h + 1)
         for panel in range(panels):
             column = min(panel * width, last)
-            skip = 0 if even else natural(panel * width - column)
+            skip = 0 if even else panel * width - column
             acc = acc_of
             for q in range(n_d):
                 at_d, tap_d = top_d + q * spread_d, tap_of(q, n_d, stride_d, p_d, hole_d)

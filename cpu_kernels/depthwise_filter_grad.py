@@ -18,9 +18,10 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
+from .buffer import local
 from .conv_geometry import Geometry, forward, sizes
 from .depthwise import one_each
-from .tile import columns, holds, load, local, natural, store, zeros
+from .tile import columns, holds, load, store, zeros
 
 MOST_TAPS = 12  # of a row
 LOCAL_BYTES = 1 << 18  # most sums of a part
@@ -114,7 +115,7 @@ def depthwise(
             for s in range(window_w):
                 position = from_w + o * step_w + s * spread_w
                 if 0 <= position < size_w:
-                    a, b, into = natural(at_x + position * channels), natural(at_dy + o * channels), slot + s * width
+                    a, b, into = at_x + position * channels, at_dy + o * channels, slot + s * width
                     for j in range(valid):
                         sums[into + j] += x[a + j] * dy[b + j]
 
@@ -131,7 +132,7 @@ def depthwise(
                         row = ((n * size_d + at_d) * size_h + at_h) * size_w * channels
                         for panel in range(panels):
                             column = min(panel * width, last)
-                            slot = natural(((q * window_h + r) * panels + panel) * window_w * width)
+                            slot = ((q * window_h + r) * panels + panel) * window_w * width
                             at_x, at_dy = row + column, line * out_w * channels + column
                             add_ends(x, at_x, dy, at_dy, sums, slot, 0, begin)
                             add_inside(x, at_x + from_w * channels, dy, at_dy, sums, slot)
@@ -139,13 +140,13 @@ def depthwise(
         for taps in range(window_d * window_h):
             for panel in range(panels):
                 for s in range(window_w):
-                    into = natural(task * taps_size + (taps * window_w + s) * channels + min(panel * width, last))
-                    slot = natural(((taps * panels + panel) * window_w + s) * width)
+                    into = task * taps_size + (taps * window_w + s) * channels + min(panel * width, last)
+                    slot = ((taps * panels + panel) * window_w + s) * width
                     for j in range(valid):
                         parts[into + j] = sums[slot + j]
 
     def body(task, x, dy, dw, parts, extras, at):  # type: ignore[no-untyped-def]
-        o = natural(task * channels)
+        o = task * channels
         for c in range(channels):
             total = parts[o + c]
             for part in range(1, split):

@@ -29,6 +29,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from rapydli_flow.config import settings
 from rapydli_flow.errors import TemplateError
@@ -60,40 +61,17 @@ class Kernel:
     entry: Any = field(default=None, compare=False, repr=False)  # keeps the machine code alive
 
 
-def _array(context: Any, builder: Any, kind: Any, address: Any, size: Any) -> Any:
-    """A flat array of Numba type ``kind`` over memory that it does not own."""
-    out = context.make_array(kind)(context, builder)
-    item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-    context.populate_array(
-        out,
-        data=builder.inttoptr(address, out.data.type),
-        shape=cgutils.pack_array(builder, [size]),
-        strides=cgutils.pack_array(builder, [item]),
-        itemsize=item,
-        meminfo=None,
-    )
-    return out._getvalue()
-
-
-@intrinsic(prefer_literal=True)
-def flat(typing, buffers, i, size, dtype):  # type: ignore[no-untyped-def]
-    """The i-th buffer as a flat array of constant size, for the entry of a generated module."""
-    array = types.Array(dtype.dtype, 1, "C")
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        address = builder.load(builder.gep(args[0], [ir.Constant(ir.IntType(64), i.literal_value)]))
-        return _array(context, builder, array, address, context.get_constant(types.intp, size.literal_value))
-
-    return array(buffers, i, size, dtype), codegen
-
-
 @intrinsic
 def words(typing, address, size):  # type: ignore[no-untyped-def]
     """``size`` int64 values at an address."""
     array = types.Array(types.int64, 1, "C")
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _array(context, builder, array, *args)
+        out = context.make_array(array)(context, builder)
+        item = context.get_constant(types.intp, 8)
+        data = builder.inttoptr(args[0], out.data.type)
+        populate_array(out, data, [args[1]], [item], item, None)
+        return out._getvalue()
 
     return array(types.int64, types.int64), codegen
 

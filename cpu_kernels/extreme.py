@@ -18,8 +18,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
+from .buffer import local
 from .reduce import TOGETHER, WIDTH, Layout, place
-from .tile import local
 
 
 def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], *, parts: int) -> tuple[Spec, ...]:

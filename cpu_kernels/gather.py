@@ -19,8 +19,6 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
-from .tile import natural
-
 GRAIN = {"grain": (16384, 4096, 65536)}
 
 
@@ -81,14 +79,14 @@ def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue,
 
     def body(task, table, ids, y, extras, at):  # type: ignore[no-untyped-def]
         for n in range(task * group, min(places, (task + 1) * group)):
-            i, o = np.int64(ids[n]), natural(n * D)
+            i, o = np.int64(ids[n]), n * D
             if 0 <= i < V:
-                row = natural(i * D)
+                row = i * D
                 for d in range(D):
-                    y[natural(o + d)] = epilogue(table[natural(row + d)], extras, o + d, d, at)
+                    y[o + d] = epilogue(table[row + d], extras, o + d, d, at)
             else:
                 for d in range(D):
-                    y[natural(o + d)] = epilogue(T(np.nan), extras, o + d, d, at)
+                    y[o + d] = epilogue(T(np.nan), extras, o + d, d, at)
 
     return Loop(body, -(-places // group))
 
@@ -124,16 +122,16 @@ def row_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
                 ends[i] += 1
 
     def body(task, dy, ids, dtable, ends, order, sums, extras, at):  # type: ignore[no-untyped-def]
-        own = natural(task * D)
+        own = task * D
         for v in range(task * V // count, (task + 1) * V // count):
             for d in range(D):
-                sums[natural(own + d)] = 0
+                sums[own + d] = 0
             for p in range(ends[v - 1] if v else 0, ends[v]):
-                source = natural(order[p] * D)
+                source = order[p] * D
                 for d in range(D):
-                    sums[natural(own + d)] += dy[natural(source + d)]
-            o = natural(v * D)
+                    sums[own + d] += dy[source + d]
+            o = v * D
             for d in range(D):
-                dtable[natural(o + d)] = epilogue(T(sums[natural(own + d)]), extras, o + d, d, at)
+                dtable[o + d] = epilogue(T(sums[own + d]), extras, o + d, d, at)
 
     return Loop(body, count, before=sort, before_tasks=1)

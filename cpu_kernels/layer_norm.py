@@ -28,7 +28,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local
+from .buffer import local
 
 BLOCK = 32  # vectors that are added before they enter the float64 sums
 MOST_BAND = 1 << 14  # channels whose sums fit on a thread's stack

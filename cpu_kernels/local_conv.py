@@ -22,8 +22,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
+from .buffer import local
 from .pool import Geometry, first
-from .tile import balanced, load, local, natural, outer, step_cost, store, zeros
+from .tile import balanced, load, outer, step_cost, store, zeros
 from .tile_rules import tile_rules
 
 TASKS = 64  # enough to share out evenly among the cores of a rank
@@ -97,7 +98,7 @@ def _writer(tiling: Tiling, epilogue: Epilogue) -> Callable[..., None]:
 
     def write(y, o, step, sums, slot, above, left, column, extras, at):  # type: ignore[no-untyped-def]
         for r in range(above, rows):
-            i, s = natural(o + r * step), natural(slot + r * width)
+            i, s = o + r * step, slot + r * width
             for j in range(left, columns):
                 y[i + j] = epilogue(sums[s + j], extras, i + j, column + j, at)
 
@@ -207,7 +208,7 @@ def elements_back(
                             tap = ((place * KD + d - p * SD) * KH + h - q * SH) * KW + v - r * SW
                             for k in range(0, K, depth):
                                 length = min(depth, K - k)
-                                pack(packed, w, natural((tap * C + column) * K + k), length)
+                                pack(packed, w, (tap * C + column) * K + k, length)
                                 add(sums, packed, dy, place * K + k, length, start, many)
                 for tile in range(many):
                     row = min((start + tile) * rows, last_row)

@@ -18,7 +18,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local, natural
+from .buffer import local
 
 SPACE = {"tasks": (16, 8, 32, 4)}
 MOST_CHANNELS = 1 << 15  # terms of so many channels fit on a thread's stack
@@ -62,7 +62,7 @@ def channels(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
         for j in range(terms):
             square[j] = 0
         for i in range(task * places // count, (task + 1) * places // count):
-            o = natural(i * C)
+            o = i * C
             for c in range(C):
                 square[low + c] = x[o + c] * x[o + c]
                 d[c] = 0
@@ -92,7 +92,7 @@ def gradients(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epil
             square[j] = 0
             reached[j] = 0
         for i in range(task * places // count, (task + 1) * places // count):
-            o = natural(i * C)
+            o = i * C
             for c in range(C):
                 square[low + c] = x[o + c] * x[o + c]
                 d[c] = 0

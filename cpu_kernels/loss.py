@@ -23,8 +23,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
+from .buffer import local
 from .softmax import SPACE, exponentials, fits, largest
-from .tile import local
 
 
 @template("cross_entropy", "cpu", space=SPACE, fits=fits)

@@ -19,7 +19,7 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local
+from .buffer import local
 
 BLOCK = 32  # rows that are added before they enter the float64 sums
 CHANNELS = 256  # of a task of the second phase

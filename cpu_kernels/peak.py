@@ -13,7 +13,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Template
 
-from .tile import local, outer, store, zeros
+from .buffer import local
+from .tile import outer, store, zeros
 
 DEPTH = 256  # steps over the operands, which then are 14 KiB and 32 KiB
 REPEATS = 64

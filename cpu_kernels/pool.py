@@ -20,7 +20,8 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import chosen, fill, larger, local, natural, plus, store, zeros
+from .buffer import local
+from .tile import chosen, fill, larger, plus, store, zeros
 from .tile_rules import vector_rules
 
 SPACE: dict[str, tuple[Any, ...]] = {"vectors": (4, 2, 1), "lanes": (8, 16, 4, 2), "tasks": (16, 8, 32, 4)}
@@ -86,8 +87,8 @@ def _tile_writer(epilogue: Epilogue, channels: int, width: int, tail: int) -> Ca
             store(acc, y, place + column, 0, tail)
             return
         store(acc, sums, 0, 0, 0)
-        o, k = natural(place + column), natural(column)
-        for j in range(0 if even else natural(panel * width - column), valid):
+        o, k = place + column, column
+        for j in range(0 if even else panel * width - column, valid):
             y[o + j] = epilogue(sums[j], extras, o + j, k + j, at)
 
     return write

@@ -22,9 +22,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, template
 
+from .buffer import local
 from .pointwise import elements
 from .shape import COPY
-from .tile import local
 
 WIDTH = 1024  # columns, or addends of a run, that are summed together
 BLOCK = 32  # rows that are added before they enter the float64 sums

@@ -17,7 +17,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local
+from .buffer import local
 
 SPACE = {"tasks": (16, 8, 32, 4)}
 MOST_CHANNELS = 1 << 16  # that fit on a thread's stack, in float64

@@ -16,7 +16,6 @@ from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
 from .pointwise import Walk, elements
 from .text import written
-from .tile import natural
 
 COPY = Scalar(("x0",), (), ("x0",))
 
@@ -42,9 +41,9 @@ def joined(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogu
             left = end - width
             yield f"        a, o = row * {width}, row * {walk.inner} + {left}"
             yield f"        for j in range(max(low - {left}, 0), min(high - {left}, {width})):"
-            yield "            p = natural(o + j)"
-            yield f"            out_0[p] = epilogue(in_{i}[natural(a + j)], extras, p, p % {shape[-1]}, at)"
+            yield "            p = o + j"
+            yield f"            out_0[p] = epilogue(in_{i}[a + j], extras, p, p % {shape[-1]}, at)"
 
     arrays = ", ".join(f"in_{i}" for i in range(len(ins)))
     text = "\n".join([f"def joined(task, {arrays}, out_0, extras, at):", *lines()]) + "\n"
-    return Loop(written(text, epilogue=epilogue, natural=natural), walk.tasks)
+    return Loop(written(text, epilogue=epilogue), walk.tasks)

@@ -21,7 +21,6 @@ from rapydli_flow.template import Epilogue, Loop, template
 
 from .pointwise import Walk
 from .reduce import place
-from .tile import natural
 
 GRAIN = {"grain": (16384, 4096, 65536)}
 
@@ -58,8 +57,8 @@ def strided(out: Spec, epilogue: Epilogue, *, steps: Sequence[int], base: int, g
         for row in range(first, min(first + group, rows)):
             i, o = base + place(row, outer_sizes, outer_steps) + low * step, row * inner + low
             for j in range(min(columns, inner - low)):
-                p = natural(o + j)
-                y[p] = epilogue(x[natural(i + j * step)], extras, p, p % channels, at)
+                p = o + j
+                y[p] = epilogue(x[i + j * step], extras, p, p % channels, at)
 
     return Loop(body, walk.tasks)
 
@@ -120,7 +119,7 @@ def spread(lines: Sequence[Line], out: Spec, epilogue: Epilogue, *, value: float
 
     def fill(y, o, low, high, extras, at):  # type: ignore[no-untyped-def]
         for j in range(o + low, o + high):
-            p = natural(j)
+            p = j
             y[p] = epilogue(T(value), extras, p, p % channels, at)
 
     def body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
@@ -134,8 +133,8 @@ def spread(lines: Sequence[Line], out: Spec, epilogue: Epilogue, *, value: float
             a, b = min(max(low, start), high), min(max(low, end), high)
             fill(y, o, low, a, extras, at)
             for j in range(a, b):
-                i, p = j - start, natural(o + j)
-                v = x[natural(r * count + i // step)] if i % step == 0 else T(value)
+                i, p = j - start, o + j
+                v = x[r * count + i // step] if i % step == 0 else T(value)
                 y[p] = epilogue(v, extras, p, p % channels, at)
             fill(y, o, b, high, extras, at)
 

@@ -20,7 +20,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, template
 
-from .tile import local
+from .buffer import local
 
 SPACE = {"tasks": (8, 16, 4, 1)}
 MOST_CLASSES = 1 << 17  # exponentials of so many classes fit on a thread's stack

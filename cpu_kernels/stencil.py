@@ -30,8 +30,8 @@ from numba.np.arrayobj import populate_array
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Loop
 
+from .buffer import data
 from .text import literal, references, replaced, written
-from .tile import natural
 
 
 @intrinsic
@@ -49,12 +49,27 @@ def shaped(typing, array, shape):  # type: ignore[no-untyped-def]
         for size in reversed(sizes):
             strides.insert(0, step)
             step = builder.mul(step, size)
-        data = context.make_array(array)(context, builder, args[0]).data
         out = context.make_array(kind)(context, builder)
-        populate_array(out, data, sizes, strides, item, ir.Constant(out.meminfo.type, None))
+        populate_array(
+            out, data(context, builder, array, args[0]), sizes, strides, item, ir.Constant(out.meminfo.type, None)
+        )
         return out._getvalue()
 
     return kind(array, shape), codegen
+
+
+@intrinsic
+def natural(typingctx, i):  # type: ignore[no-untyped-def]
+    """The index ``i``, which is promised not to be negative.
+
+    Without the promise an index of a user's array may count from the end, and LLVM gathers instead of loading vectors.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.assume(builder.icmp_signed(">=", args[0], ir.Constant(args[0].type, 0)))
+        return args[0]
+
+    return types.intp(types.intp), codegen
 
 
 def specialised(

@@ -25,10 +25,6 @@ from rapydli_flow.errors import TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar
 
-# What the compiler may assume. Not that numbers are finite: what is not must stay so, to be detected. No estimates of
-# quotients and roots, which vectors have but single elements do not, and no other order of sums: then an element has
-# the same bits in a vector, in a loop's remainder, in place, and wherever its buffers lie.
-FASTMATH = "{'nsz', 'contract'}"
 INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 PACKAGES = ("rapydli_flow", "cpu_kernels", "gpu_kernels")
 
@@ -40,13 +36,10 @@ Made by cpu_kernels/text.py; edit the template instead.
 from __future__ import annotations
 
 import numpy
-from numba import cfunc, njit
-from cpu_kernels.driver import flat
-from cpu_kernels.inlined import Inlined
+from numba import cfunc
+from cpu_kernels.buffer import flat
+from cpu_kernels.inlined import OPTIONS, part
 {imports}
-OPTIONS = {{"fastmath": {fastmath}, "error_model": "numpy", "boundscheck": False}}
-INLINE = {{**OPTIONS, "forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}}
-INLINE["pipeline_class"] = Inlined
 T = numpy.{dtype}
 U = numpy.uint64
 {constants}
@@ -61,7 +54,7 @@ class _Text:
         self.imports: dict[str, str] = {}
         self.constants: dict[str, str] = {}
         self.functions: list[str] = []
-        used = ("numpy", "cfunc", "njit", "flat", "Inlined", "OPTIONS", "INLINE", "entry")
+        used = ("numpy", "cfunc", "flat", "OPTIONS", "part", "entry")
         self._names: dict[str, Any] = dict.fromkeys(used)
         self._names |= {"T": "", "U": ""}
         self._done: dict[int, tuple[str, Any]] = {}  # the object is kept so that its id stays its own
@@ -129,7 +122,7 @@ class _Text:
         names = [n for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in new]
         lines = replaced(text.splitlines(), [(n, new[n.id]) for n in names])
         lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"def {node.name}(", f"def {known}(", 1)
-        self.functions.append("\n".join(["@njit(**INLINE)", *lines[node.lineno - 1 :]]))
+        self.functions.append("\n".join(["@part", *lines[node.lineno - 1 :]]))
         return known
 
     def _epilogue(self, name: str, epilogue: Epilogue) -> str:
@@ -145,7 +138,7 @@ class _Text:
         lines += [*scalar.lines, f"return {scalar.results[0]}"]
         for name, value in scalar_names(scalar).items():
             self.refer(name, value)
-        head = f"@njit(**INLINE)\ndef {known}({scalar.parameters[0]}, extras, o, k, at):"
+        head = f"@part\ndef {known}({scalar.parameters[0]}, extras, o, k, at):"
         self.functions.append("\n    ".join([head, *lines]))
         return known
 
@@ -254,7 +247,7 @@ def module_text(loop: Loop, buffers: Sequence[Sequence[Spec]], owner: str, title
     names = [f"{kind}_{i}" for kind, specs in (("in", ins), ("out", outs), ("work", work)) for i in range(len(specs))]
     every = [f"extra_{i}" for i in range(len(extras))]
     lines = [
-        f"{name} = flat(buffers, {i}, {spec.size}, numpy.{spec.dtype})"
+        f"{name} = flat(buffers, {i}, numpy.{spec.dtype})"
         for i, (name, spec) in enumerate(zip([*names, *every, "at"], [*ins, *outs, *work, *extras, *at], strict=True))
     ]
     lines.append(f"extras = ({''.join(f'{name}, ' for name in every).rstrip()})")
@@ -275,7 +268,6 @@ def module_text(loop: Loop, buffers: Sequence[Sequence[Spec]], owner: str, title
     top = HEAD.format(
         title=title,
         imports="".join(f"{line}\n" for line in text.imports.values()),
-        fastmath=FASTMATH,
         dtype=dtype,
         constants="\n".join([*constants, f"TASKS = {tasks_text}"]),
     )

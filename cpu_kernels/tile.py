@@ -29,7 +29,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, register_model
-from numba.np.arrayobj import populate_array
+
+from .buffer import constant, data
 
 FULL_REGISTERS, FEW_REGISTERS = 32, 16
 
@@ -76,8 +77,8 @@ class _Emit:
         self.tail = tail % tile.lanes
         self.int = ir.IntType(32)
 
-    def data(self, array_type: Any, array: ir.Value) -> ir.Value:
-        return self.context.make_array(array_type)(self.context, self.builder, array).data
+    def data(self, kind: Any, array: ir.Value) -> ir.Value:
+        return data(self.context, self.builder, kind, array)
 
     def at(self, data: ir.Value, *steps: tuple[ir.Value, int]) -> ir.Value:
         """Address of element ``sum of value * factor``; factor 0 adds nothing."""
@@ -160,16 +161,9 @@ class _Emit:
         return self.builder.call(self.function(f"llvm.fmuladd.{self.suffix(vector)}", vector, [vector] * 3), [a, b, c])
 
 
-def _constant(name: str, given: Any) -> int:
-    """The value of an argument that the compiler must know."""
-    if not isinstance(given, types.IntegerLiteral):
-        raise TypingError(f"{name} is not a constant but {given}. Make it a free variable of the kernel, not a sum.")
-    return int(given.literal_value)
-
-
 def _extents(*given: Any) -> tuple[int, ...]:
     names = ("lines", "rows", "vectors", "lanes")
-    return tuple(_constant(f"zeros: {name}", extent) for name, extent in zip(names, given, strict=True))
+    return tuple(constant(f"zeros: {name}", extent) for name, extent in zip(names, given, strict=True))
 
 
 @intrinsic(prefer_literal=True)
@@ -188,7 +182,7 @@ def zeros(typingctx, lines, rows, vectors, lanes, like):  # type: ignore[no-unty
 @intrinsic(prefer_literal=True)
 def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  # type: ignore[no-untyped-def]
     """tile[l, i, j] + x[x_offset + l*x_jump + i*x_stride] * w[w_offset + j*lanes : ... + lanes]."""
-    valid = _constant("outer: tail", tail)
+    valid = constant("outer: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, x_array, start, stride, jump, w_array, w_start, _ = args
@@ -210,7 +204,7 @@ def outer(typingctx, tile, x, x_offset, x_stride, x_jump, w, w_offset, tail):  #
 @intrinsic(prefer_literal=True)
 def columns(typingctx, tile, x, x_offset, x_stride, w, w_offset, tail):  # type: ignore[no-untyped-def]
     """tile[i, j] + x[x_offset + i*x_stride + j*lanes : ... + lanes] * w[w_offset + j*lanes : ... + lanes], 1 line."""
-    valid = _constant("columns: tail", tail)
+    valid = constant("columns: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, x_array, start, stride, w_array, w_start, _ = args
@@ -229,7 +223,7 @@ def columns(typingctx, tile, x, x_offset, x_stride, w, w_offset, tail):  # type:
 @intrinsic(prefer_literal=True)
 def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
-    valid = _constant("load: tail", tail)
+    valid = constant("load: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
@@ -258,7 +252,7 @@ def fill(typingctx, tile, value):  # type: ignore[no-untyped-def]
 @intrinsic(prefer_literal=True)
 def plus(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """The tile + the rows of y, ``y_stride`` elements apart."""
-    valid = _constant("plus: tail", tail)
+    valid = constant("plus: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
@@ -278,7 +272,7 @@ def larger(typingctx, best, which, x, x_offset, tap, tail):  # type: ignore[no-u
 
     Of equal values the first one stays; a NaN is larger than any number, and the first NaN stays.
     """
-    valid = _constant("larger: tail", tail)
+    valid = constant("larger: tail", tail)
     both = types.UniTuple(best, 2)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -299,7 +293,7 @@ def larger(typingctx, best, which, x, x_offset, tap, tail):  # type: ignore[no-u
 @intrinsic(prefer_literal=True)
 def chosen(typingctx, tile, y, which, offset, tap, tail):  # type: ignore[no-untyped-def]
     """A tile of one row + y[offset + ...] where which[offset + ...], whole numbers, is ``tap``."""
-    valid = _constant("chosen: tail", tail)
+    valid = constant("chosen: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, which_array, start, number, _ = args
@@ -320,7 +314,7 @@ def chosen(typingctx, tile, y, which, offset, tap, tail):  # type: ignore[no-unt
 @intrinsic(prefer_literal=True)
 def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """Write the rows of the tile to y, ``y_stride`` elements apart; to whole numbers they are converted."""
-    valid = _constant("store: tail", tail)
+    valid = constant("store: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
@@ -336,7 +330,7 @@ def store(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-unty
 @intrinsic(prefer_literal=True)
 def add(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
     """Add the rows of the tile to y, ``y_stride`` elements apart, one after the other: they may overlap."""
-    valid = _constant("add: tail", tail)
+    valid = constant("add: tail", tail)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
@@ -374,40 +368,6 @@ def transpose(typingctx, tile):  # type: ignore[no-untyped-def]
         return value
 
     return tile(tile), codegen
-
-
-@intrinsic(prefer_literal=True)
-def local(typingctx, size, like):  # type: ignore[no-untyped-def]
-    """An uninitialised array of a constant size and the dtype of ``like``, on the stack of the caller."""
-    array, length = types.Array(like.dtype, 1, "C"), _constant("local: size", size)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        element = context.get_data_type(like.dtype)
-        count, itemsize = ir.Constant(ir.IntType(64), length), like.dtype.bitwidth // 8
-        with builder.goto_entry_block():
-            memory = builder.alloca(element, size=count)
-            memory.align = 64
-        out = context.make_array(array)(context, builder)
-        shape, strides = [context.get_constant(types.intp, v) for v in (length, itemsize)]
-        bytes_each = context.get_constant(types.intp, itemsize)
-        populate_array(out, memory, [shape], [strides], bytes_each, None)
-        return out._getvalue()
-
-    return array(size, like), codegen
-
-
-@intrinsic
-def natural(typingctx, i):  # type: ignore[no-untyped-def]
-    """The index ``i``, which is promised not to be negative.
-
-    Without the promise Numba's ``y[i + j]`` may count from the end, and LLVM gathers instead of loading vectors.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        builder.assume(builder.icmp_signed(">=", args[0], ir.Constant(args[0].type, 0)))
-        return args[0]
-
-    return types.intp(types.intp), codegen
 
 
 def balanced(extent: int, most: int) -> int:

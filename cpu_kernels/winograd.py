@@ -25,8 +25,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
+from .buffer import local
 from .conv_geometry import backward, forward, sizes
-from .tile import holds, load, local, natural, outer, step_cost, store, transpose, waiting, zeros
+from .tile import holds, load, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of
 from .winograd_transform import along, filter_lines, output_lines
@@ -233,7 +234,7 @@ def _rows_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
     def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
         for tap in range(TAP_COUNT):
             for i in range(count):
-                source, into = natural((tap * inner + start + i) * filters + column), (tap * lanes + i) * width
+                source, into = (tap * inner + start + i) * filters + column, (tap * lanes + i) * width
                 for j in range(columns):
                     lines[into + j] = w[source + j]
 
@@ -247,7 +248,7 @@ def _columns_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
 
     def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
         for tap in range(TAP_COUNT):
-            source, into = natural(((8 - tap) * channels + column) * inner + start), natural(tap * lanes * width)
+            source, into = ((8 - tap) * channels + column) * inner + start, tap * lanes * width
             whole = squares if count == lanes else 0
             for v in range(whole):
                 square = zeros(1, lanes, 1, lanes, lines)
@@ -323,8 +324,8 @@ def _loop(
         corner = tile // grid_size * result_record + (top * out_w + left) * channels + column
         for i in range(min(m, out_h - top)):
             for j in range(min(m, out_w - left)):
-                o, s = natural(corner + (i * out_w + j) * channels), natural((i * m + j) * width)
-                k = natural(column)
+                o, s = corner + (i * out_w + j) * channels, (i * m + j) * width
+                k = column
                 for e in range(skip, columns):
                     y[o + e] = epilogue(pixels[s + e], extras, o + e, k + e, at)
 
@@ -335,7 +336,7 @@ def _loop(
         for t in range(count):
             for panel in range(panel_count):
                 column = min((first_panel + panel) * width, last)
-                skip = 0 if even else natural((first_panel + panel) * width - column)
+                skip = 0 if even else (first_panel + panel) * width - column
                 write(first + t, t, panel, column, skip, sums, back, pixels, y, extras, at)
 
     def before(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]

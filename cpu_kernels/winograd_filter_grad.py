@@ -25,8 +25,9 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
 
+from .buffer import local
 from .conv_geometry import forward, sizes
-from .tile import load, local, natural, outer, step_cost, store, waiting, zeros
+from .tile import load, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd import best_tiles, instructions
 from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of, window
@@ -229,7 +230,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
 
     def write(row_tile, panel, sums, slot, back, taps, dw, extras, at):  # type: ignore[no-untyped-def]
         first, column = min(row_tile * rows, last_row), min(panel * width, last_column)
-        skip, k = 0 if even else natural(panel * width - column), natural(column)
+        skip, k = 0 if even else panel * width - column, column
         for r in range(row_tile * rows - first, rows):
             for j in range(n):
                 source = slot + j * tile_size + r * width
@@ -237,7 +238,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
             for i in range(TAPS):
                 to_taps(back, i * n * width, width, taps, i * TAPS * width, width, width)
             for tap in range(TAPS * TAPS):
-                o, s = natural((tap * channels + first + r) * filters + column), natural(tap * width)
+                o, s = (tap * channels + first + r) * filters + column, tap * width
                 for e in range(skip, columns):
                     dw[o + e] = epilogue(taps[s + e], extras, o + e, k + e, at)
 
@@ -259,7 +260,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
 
     def parts(task, x, dy, dw, sums, unused, extras, at):  # type: ignore[no-untyped-def]
         back, taps, whole = local(back_size, x), local(taps_size, x), local(whole_size, x)
-        first = natural(task * whole_size)
+        first = task * whole_size
         for i in range(whole_size):
             total_of = sums[first + i]
             for part in range(1, split):

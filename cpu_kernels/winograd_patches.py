@@ -12,7 +12,6 @@ from typing import Any
 from rapydli_flow.spec import Spec
 
 from .conv_geometry import Axis
-from .tile import natural
 from .winograd_transform import along, input_lines
 
 TAPS = 3
@@ -57,9 +56,9 @@ def window(x, record_at, top, left, height, breadth, size, source_h, source_w, r
     """Copies height x breadth pixels of ``size`` channels to ``raw``, zeros where they leave the source."""
     for i in range(height):
         for j in range(breadth):
-            to = natural((i * breadth + j) * size)
+            to = (i * breadth + j) * size
             if 0 <= top + i < source_h and 0 <= left + j < source_w:
-                there = natural(record_at + ((top + i) * source_w + left + j) * size)
+                there = record_at + ((top + i) * source_w + left + j) * size
                 for c in range(size):
                     raw[to + c] = x[there + c]
             else:

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from .text import written
-from .tile import natural
 
 SQUARES: dict[int, tuple[float, ...]] = {4: (1.0,), 6: (0.5, 2.0)}  # by n: of the points besides 0 and infinity
 
@@ -107,14 +106,14 @@ def along(lines: Sequence[str], reads: int, writes: int, dtype: str) -> Callable
     """
     text = [
         "def transform(source, at, step, target, into, into_step, length):",
-        *(f"    a{i} = natural(at + {i} * step)" for i in range(reads)),
-        *(f"    b{i} = natural(into + {i} * into_step)" for i in range(writes)),
+        *(f"    a{i} = at + {i} * step" for i in range(reads)),
+        *(f"    b{i} = into + {i} * into_step" for i in range(writes)),
         "    for c in range(length):",
         *(f"        d{i} = source[a{i} + c]" for i in range(reads)),
         *(f"        {line}" for line in lines),
         *(f"        target[b{i} + c] = r{i}" for i in range(writes)),
     ]
-    return written("\n".join(text) + "\n", natural=natural, T=np.dtype(dtype).type)
+    return written("\n".join(text) + "\n", T=np.dtype(dtype).type)
 
 
 def evaluate(lines: Sequence[str], values: Sequence[Any]) -> list[Any]:

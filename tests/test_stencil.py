@@ -100,7 +100,7 @@ def test_a_call_gives_what_the_reference_gives_and_takes_what_numpy_has():
 def test_the_source_has_parameters_and_extents_as_constants():
     text = double.source(U, config={"rows": 3, "twice": False})
     assert text.startswith('"""doubled/doubled(rows=3, twice=False)')
-    body = text[text.index("def doubled(") : text.index("\n\n\n@njit(**INLINE)\ndef parts")]
+    body = text[text.index("def doubled(") : text.index("\n\n\n@part\ndef parts")]
     lines = body.splitlines()
     assert lines[0] == "def doubled(task, u, v):"
     assert lines[2:6] == [
