@@ -46,12 +46,12 @@ floors: $(VENV)/.installed
 
 bench: .peers/.installed
 	.peers/bin/python benchmarks/tracing.py
-	.peers/bin/python benchmarks/conv.py --tune 20
-	.peers/bin/python benchmarks/conv.py --scaling
+	.peers/bin/python benchmarks/conv.py --seconds 2
+	.peers/bin/python benchmarks/conv.py --seconds 2 --scaling
 	.peers/bin/python benchmarks/dense.py
 	.peers/bin/python benchmarks/plots.py
-	.peers/bin/python benchmarks/train_step.py --tune 60 --compile
-	.peers/bin/python benchmarks/inference.py --tune 30
+	.peers/bin/python benchmarks/train_step.py --seconds 30 --compile
+	.peers/bin/python benchmarks/inference.py --seconds 12
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py
 

@@ -94,91 +94,64 @@ def _tile_writer(epilogue: Epilogue, channels: int, width: int, tail: int) -> Ca
     return write
 
 
-@template("max_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
-def largest(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    epilogue: Epilogue,
-    *,
-    vectors: int,
-    lanes: int,
-    tasks: int,
-) -> Loop:
-    """Rows of the result for each task, taps of a window clipped to what lies inside."""
-    g = Geometry.of(op, ins[0], outs[0], op.window)
-    (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
-    (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
-    lines, width = g.n * OD * OH, vectors * lanes
-    count = max(1, min(tasks, lines))
-    panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
-    T = np.dtype(outs[0].dtype).type
-    nothing = T(-np.inf)
-
-    def body(task, x, y, argmax, extras, at):  # type: ignore[no-untyped-def]
-        blank = zeros(1, 1, vectors, lanes, y)
-        for line in range(task * lines // count, (task + 1) * lines // count):
-            n, d, h = line // (OD * OH), line // OH % OD * SD - PD, line % OH * SH - PH
-            q0, q1 = max(0, -d), min(KD, D - d)
-            r0, r1 = max(0, -h), min(KH, H - h)
-            for o in range(OW):
-                w = o * SW - PW
-                s0, s1 = max(0, -w), min(KW, W - w)
-                for panel in range(panels):
-                    column = min(panel * width, last)
-                    base = (((n * D + d) * H + h) * W + w) * C + column
-                    best, which = fill(blank, nothing), blank
-                    for q in range(q0, q1):
-                        for r in range(r0, r1):
-                            for s in range(s0, s1):
-                                tap = T((q * KH + r) * KW + s)
-                                best, which = larger(best, which, x, base + ((q * H + r) * W + s) * C, tap, tail)
-                    store(best, y, (line * OW + o) * C + column, 0, tail)
-                    store(which, argmax, (line * OW + o) * C + column, 0, tail)
-
-    return Loop(body, count)
-
-
-@template("sum_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
-def sums(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    epilogue: Epilogue,
-    *,
-    vectors: int,
-    lanes: int,
-    tasks: int,
-) -> Loop:
-    """Rows of the result for each task, taps of a window clipped to what lies inside."""
-    g = Geometry.of(op, ins[0], outs[0], op.window)
+def _slide(g: Geometry, epilogue: Epilogue, dtype: str, *, most: bool, vectors: int, lanes: int, tasks: int) -> Loop:
+    """Windows clipped to what lies inside: with ``most`` the largest element and its tap, else the sum."""
     (D, H, W), (OD, OH, OW), C = g.size, g.out, g.c
     (KD, KH, KW), (SD, SH, SW), (PD, PH, PW) = g.window, g.stride, g.low
     lines, width = g.n * OD * OH, vectors * lanes
     count = max(1, min(tasks, lines))
     panels, last, tail = -(-C // width), C - min(C, width), min(C, width) % lanes
     write = _tile_writer(epilogue, C, width, tail)
+    T = np.dtype(dtype).type
+    start = T(-np.inf if most else 0)
 
-    def body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
+    def row(line, x, y, argmax, total, extras, at):  # type: ignore[no-untyped-def]
+        n, d, h = line // (OD * OH), line // OH % OD * SD - PD, line % OH * SH - PH
+        q0, q1 = max(0, -d), min(KD, D - d)
+        r0, r1 = max(0, -h), min(KH, H - h)
+        blank = zeros(1, 1, vectors, lanes, y)
+        for o in range(OW):
+            w = o * SW - PW
+            s0, s1 = max(0, -w), min(KW, W - w)
+            for panel in range(panels):
+                column, place = min(panel * width, last), (line * OW + o) * C
+                base = (((n * D + d) * H + h) * W + w) * C + column
+                acc, which = fill(blank, start), blank
+                for q in range(q0, q1):
+                    for r in range(r0, r1):
+                        for s in range(s0, s1):
+                            there = base + ((q * H + r) * W + s) * C
+                            if most:
+                                acc, which = larger(acc, which, x, there, T((q * KH + r) * KW + s), tail)
+                            else:
+                                acc = plus(acc, x, there, 0, tail)
+                write(acc, y, place, panel, column, total, extras, at)
+                if most:
+                    store(which, argmax, place + column, 0, tail)
+
+    def max_body(task, x, y, argmax, extras, at):  # type: ignore[no-untyped-def]
         total = local(width, y)
         for line in range(task * lines // count, (task + 1) * lines // count):
-            n, d, h = line // (OD * OH), line // OH % OD * SD - PD, line % OH * SH - PH
-            q0, q1 = max(0, -d), min(KD, D - d)
-            r0, r1 = max(0, -h), min(KH, H - h)
-            for o in range(OW):
-                w = o * SW - PW
-                s0, s1 = max(0, -w), min(KW, W - w)
-                for panel in range(panels):
-                    column = min(panel * width, last)
-                    base = (((n * D + d) * H + h) * W + w) * C + column
-                    acc = zeros(1, 1, vectors, lanes, y)
-                    for q in range(q0, q1):
-                        for r in range(r0, r1):
-                            for s in range(s0, s1):
-                                acc = plus(acc, x, base + ((q * H + r) * W + s) * C, 0, tail)
-                    write(acc, y, (line * OW + o) * C, panel, column, total, extras, at)
+            row(line, x, y, argmax, total, extras, at)
 
-    return Loop(body, count)
+    def sum_body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
+        total = local(width, y)
+        for line in range(task * lines // count, (task + 1) * lines // count):
+            row(line, x, y, y, total, extras, at)
+
+    return Loop(max_body if most else sum_body, count)
+
+
+@template("max_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def largest(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
+    """Rows of the result for each task."""
+    return _slide(Geometry.of(op, ins[0], outs[0], op.window), epilogue, outs[0].dtype, most=True, **config)
+
+
+@template("sum_pool", "cpu", space=SPACE, fits=RULES, prefer=_prefer)
+def sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
+    """Rows of the result for each task."""
+    return _slide(Geometry.of(op, ins[0], outs[0], op.window), epilogue, outs[0].dtype, most=False, **config)
 
 
 def _gather(g: Geometry, epilogue: Epilogue, argmax_type: Any, *, vectors: int, lanes: int, tasks: int) -> Loop:

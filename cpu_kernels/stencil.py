@@ -69,7 +69,7 @@ def natural(typingctx, i):  # type: ignore[no-untyped-def]
         builder.assume(builder.icmp_signed(">=", args[0], ir.Constant(args[0].type, 0)))
         return args[0]
 
-    return types.intp(types.intp), codegen
+    return numba_types.intp(numba_types.intp), codegen
 
 
 def specialised(

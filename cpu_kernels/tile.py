@@ -21,7 +21,7 @@ Source of the method: Goto and van de Geijn, "Anatomy of high-performance matrix
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -220,19 +220,31 @@ def columns(typingctx, tile, x, x_offset, x_stride, w, w_offset, tail):  # type:
     return tile(tile, x, size, size, w, size, tail), codegen
 
 
-@intrinsic(prefer_literal=True)
-def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
-    """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
-    valid = constant("load: tail", tail)
+def _rows(tile: Tile, y: Any, valid: int, combine: Callable[..., ir.Value]) -> Callable[..., ir.Value]:
+    """Code that takes rows of y into a tile: ``combine(builder, vector of the tile, vector of y)``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, y_array, start, stride, _ = args
         emit = _Emit(context, builder, tile, valid)
-        data = emit.data(y, y_array)
-        for slot, j, pointer in emit.places(data, start, stride):
-            value = builder.insert_value(value, emit.load(pointer, j), slot)
+        for slot, j, pointer in emit.places(emit.data(y, y_array), start, stride):
+            total = combine(builder, builder.extract_value(value, slot), emit.load(pointer, j))
+            value = builder.insert_value(value, total, slot)
         return value
 
+    return codegen
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """A tile like ``tile`` whose rows are read from y, ``y_stride`` elements apart; invalid lanes are 0."""
+    codegen = _rows(tile, y, constant("load: tail", tail), lambda builder, old, new: new)
+    return tile(tile, y, types.intp, types.intp, tail), codegen
+
+
+@intrinsic(prefer_literal=True)
+def plus(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
+    """The tile + the rows of y, ``y_stride`` elements apart."""
+    codegen = _rows(tile, y, constant("plus: tail", tail), lambda builder, old, new: builder.fadd(old, new))
     return tile(tile, y, types.intp, types.intp, tail), codegen
 
 
@@ -247,23 +259,6 @@ def fill(typingctx, tile, value):  # type: ignore[no-untyped-def]
         return made
 
     return tile(tile, tile.dtype), codegen
-
-
-@intrinsic(prefer_literal=True)
-def plus(typingctx, tile, y, y_offset, y_stride, tail):  # type: ignore[no-untyped-def]
-    """The tile + the rows of y, ``y_stride`` elements apart."""
-    valid = constant("plus: tail", tail)
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        value, y_array, start, stride, _ = args
-        emit = _Emit(context, builder, tile, valid)
-        data = emit.data(y, y_array)
-        for slot, j, pointer in emit.places(data, start, stride):
-            total = builder.fadd(builder.extract_value(value, slot), emit.load(pointer, j))
-            value = builder.insert_value(value, total, slot)
-        return value
-
-    return tile(tile, y, types.intp, types.intp, tail), codegen
 
 
 @intrinsic(prefer_literal=True)
