@@ -29,7 +29,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{tit
 h1{{font-size:24px;margin:0 0 4px}}h2{{font-size:16px;margin:1.8em 0 .4em}}table{{width:100%}}
 .tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:16px 0}}
 .tiles div{{border:1px solid #e3e8ed;border-radius:10px;padding:10px 14px}}.tiles b{{display:block;font-size:22px}}
-.tiles i{{font-style:normal;font-size:12px;color:#6b7786}}</style></head><body>{body}</body></html>
+.tiles i{{font-style:normal;font-size:12px;color:#6b7786}}
+.wide{{overflow-x:auto}}</style></head><body>{body}</body></html>
 """
 
 
@@ -176,7 +177,8 @@ class Timing(Measured):
         shown = "".join(f"<div><i>{escape(name)}</i><b>{escape(value)}</b></div>" for name, value in tiles)
         parts = [f"<h1>{escape(self.network)}</h1>", markup.small(self._words()), f'<div class="tiles">{shown}</div>']
         parts += ["<h2>Roofline</h2>", roofline(self), "<h2>Layers</h2>", _numbers_last(*self._layer_rows())]
-        parts += ["<h2>Kernels</h2>", _numbers_last(*self._kernel_rows()), *map(markup.small, NOTES)]
+        kernels = f'<div class="wide">{_numbers_last(*self._kernel_rows())}</div>'
+        parts += ["<h2>Kernels</h2>", kernels, *map(markup.small, NOTES)]
         return "".join(parts)
 
 
