@@ -154,6 +154,8 @@ def time(
     ``layers``, ``kernels``, ``save_html(path)`` with a roofline, ``to_json()``.
     """
     graph = network_of(graph) if inference or graph.network is None else graph
+    if threads is not None and threads < 1:
+        raise SettingError(f"time: threads={threads} is not 1 or more.")
     threads = threads or settings().threads
     if not 0 <= tune_s < float("inf"):
         raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")

@@ -145,6 +145,7 @@ def test_a_run_needs_three_programs(step):
     [
         ({"iterations": 0}, "time: iterations=0 is not 1 or more"),
         ({"tune_s": -1.0}, r"time: tune_s=-1.0 is not 0 \(no tuning\) or more seconds"),
+        ({"threads": 0}, r"time: threads=0 is not 1 or more"),
     ],
 )
 def test_wrong_options(step, options, message):
