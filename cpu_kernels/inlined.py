@@ -26,8 +26,7 @@ OPTIONS: dict[str, Any] = {"fastmath": {"nsz", "contract"}, "error_model": "nump
 
 
 class _Part(JITCodeLibrary):  # type: ignore[misc]
-    """LLVM code as Numba wrote it, to be linked. Steps that a later Numba calls otherwise are taken, which costs time
-    alone."""
+    """LLVM code as Numba wrote it, to be linked into kernels: not optimised, not loaded, never called by itself."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         pass
