@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ NEAR_BYTES = 1 << 22  # operands that a last-level cache holds
 COPYING = 2.0  # half-cycles of copying one element of x, measured
 FAR, NEAR = 1.7, 8.0  # bytes from memory and from that cache in a half-cycle, for all cores
 COPY_BYTES = 1 << 17  # most of dy, and of x, that may lie on a stack
+RUN = 50  # pixels, most that a loop takes as one row, measured
 LINE_BYTES, FAR_BYTES = 64, 512  # of a cache; pixels that are so many bytes apart fall into few of its sets
 SPACE: dict[str, tuple[Any, ...]] = {
     "rows": (14, 12, 10, 8, 7, 6, 5, 4),
@@ -144,6 +145,15 @@ class Blocking:
         tiles = min(lcm(self.rows, LINE_BYTES // self.itemsize) // self.rows, self.tiles)
         large = tiles * self.rows * self.chunk * w.out * self.itemsize > COPY_BYTES
         return 0 if self.together == 1 or self.lines > 1 or w.taps[0] > 1 or self.far < FAR_BYTES or large else tiles
+
+    @property
+    def joined(self) -> int:
+        """Rows of pixels that follow each other in x and are taken as one, where they are short."""
+        if not (self.gathered or all(axis.plain for axis in self.g.axes)):
+            return 1
+        d, h, w = self.g.axes
+        common = gcd(self.chunk, d.out * h.out)
+        return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or n * w.out <= RUN))
 
 
 def _geometry(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Geometry:
@@ -291,20 +301,22 @@ def tiles(
     # x of a tile is written in whole vectors: each pixel's spill is overwritten by the next
     row_vectors, row_tail, x_step = -(-rows // lanes), rows % lanes, rows if gathers else step_w
     x_size = chunk * out_w * rows + (row_vectors * lanes - rows)
+    rows_each = b.joined
+    run = rows_each * out_w
     near_size, near_x_size = together * panel_size, tiles_each * x_size if gathers else 1
 
     def add_pixels(sums, slot, fresh, x, start, line, dy, column, stride, begin, end):  # type: ignore[no-untyped-def]
         acc = zeros(lines, rows, vectors, lanes, sums)
         if not fresh:
             acc = load(acc, sums, slot, width, 0)
-        for row in range(begin, end):
+        for row in range(begin, end, rows_each):
             n, z, o = row // (out_h * out_d), row // out_h % out_d, row % out_h
             top = first_h + o * row_step + line * row_spread
-            if top + reach < low_h or top >= low_h + size_h:
+            if rows_each == 1 and (top + reach < low_h or top >= low_h + size_h):
                 continue  # nothing but zeros
             pixel = start + ((row - begin) * out_w * rows if gathers else n * record + z * step_d + o * step_h)
             source = (row - begin) * out_w * stride + column
-            for i in range(out_w):
+            for i in range(run):
                 acc = outer(acc, x, pixel + i * x_step, 1, spread_h, dy, source + i * stride, tail)
         store(acc, sums, slot, width, 0)
 

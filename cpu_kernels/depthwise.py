@@ -23,9 +23,10 @@ from .conv_geometry import Axis, Geometry, backward, forward, geometry
 from .tile import balanced, columns, store, zeros
 from .tile_rules import tile_rules
 
+FAR_BYTES = 1 << 24  # operands and result that come from memory
 SPACE: dict[str, tuple[Any, ...]] = {
-    "rows": (4, 6, 8, 3, 12),
-    "vectors": (2, 1, 3),
+    "rows": (4, 6, 8, 3, 12, 2, 1),
+    "vectors": (2, 1, 3, 4),
     "lanes": (16, 8, 4, 2),
     "tasks": (32, 16, 128),
 }
@@ -65,13 +66,15 @@ RULES = {"a filter for each channel": one_each, **tile_rules(_shape, channels_of
 
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> dict[str, Any]:
-    """As many pixels as hide the latency of a multiply-add."""
+    """As many pixels as hide the latency of a multiply-add, or whole lines of memory one after the other."""
     lanes = device.vector_bytes // np.dtype(outs[0].dtype).itemsize
     vectors = 2 if outs[0].shape[-1] > lanes else 1
     first = {"vectors": vectors, "lanes": lanes, "tasks": SPACE["tasks"][0]}
     if not one_each(op, ins, outs, device):
         return {**first, "rows": SPACE["rows"][0]}
-    shapes = [(_shape(op, ins, outs, rows), rows) for rows in sorted(SPACE["rows"]) if rows * vectors <= 8]
+    if outs[0].shape[-1] >= 4 * lanes and sum(spec.size_bytes for spec in (*ins, *outs)) > FAR_BYTES:
+        return {**first, "vectors": 4, "rows": 1}
+    shapes = [(_shape(op, ins, outs, rows), rows) for rows in (3, 4, 6, 8) if rows * vectors <= 8]
     return {**first, "rows": min(rows for shape, rows in shapes if shape == shapes[-1][0])}
 
 
