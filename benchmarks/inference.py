@@ -22,7 +22,7 @@ from memory import peaks
 from networks import batches, chosen, options
 from ours import Prediction
 from theirs import Prediction as TorchPrediction
-from theirs import sides, with_state
+from theirs import sides, with_state, without_compile
 
 from rapydli_flow.zoo import Network
 
@@ -33,9 +33,8 @@ def timed(case: Network, batch: int, given: argparse.Namespace) -> tuple[dict[st
     """Columns with the milliseconds of a batch and how far scores are apart, and the names of the sides."""
     data = batches(case, batch, count=2)
     mine = Prediction(case, batch, given.threads, tune_s=given.tune)
-    made, reason = sides(
-        TorchPrediction, lambda: with_state(case, mine.network, mine.state()), data, compiled=given.compile
-    )
+    without = without_compile("predict", case, batch, given)
+    made, reason = sides(TorchPrediction, lambda: with_state(case, mine.network, mine.state()), data, without=without)
     runs: dict[str, Any] = {"ours": mine, **made}
     fed = {name: data if name == "ours" else [run.tensors(*each) for each in data] for name, run in runs.items()}
     apart = 0.0

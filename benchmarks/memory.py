@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TIMES = 3
 
 
@@ -28,13 +30,21 @@ def in_memory(field: str) -> float:
     raise SystemExit(f"/proc/self/status has no {field}")
 
 
-def peak(what: str, side: str, network: str, *, batch: int, threads: int) -> dict[str, Any]:
-    """What a process of its own measures; an ``error`` instead where it does not get through."""
+def peak(
+    what: str, side: str, network: str, *, batch: int, threads: int, limit_s: float | None = None
+) -> dict[str, Any]:
+    """What a process of its own measures; an ``error`` instead where it does not get through, or not in time."""
     command = [sys.executable, str(Path(__file__).resolve()), what, side, network, str(batch), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said, wrong = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):  # its compilers too
+                one.kill()
+            return {"error": f"not through in {limit_s:g} s"}
+    if process.returncode:
+        return {"error": (wrong.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 

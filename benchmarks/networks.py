@@ -58,4 +58,7 @@ def options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
     parser.add_argument("--tune", type=float, default=0.0, help="seconds of tuning for each network first")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile, on channels_last")
+    parser.add_argument(
+        "--compile-limit", type=float, default=180.0, help="seconds that torch.compile may take for a network"
+    )
     parser.add_argument("--results", default="", help="folder of the JSON file (default: benchmarks/results)")

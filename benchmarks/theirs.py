@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from memory import peak
 from networks import MOMENTUM, RATE, dropout_of
 from torch import nn
 from twins import published, twin
@@ -71,16 +73,27 @@ def alone(case: Network) -> nn.Module:
     return published(case.name, case.classes, dropout=dropout_of(case))
 
 
+def without_compile(what: str, case: Network, batch: int, given: Namespace) -> str:
+    """Why a network is measured without torch.compile, '' if it is measured with it.
+
+    A process of its own tries first, which can be stopped, and leaves what it compiled in the compiler's cache.
+    """
+    if not given.compile:
+        return "not asked for (--compile)"
+    tried = peak(what, COMPILED, case.name, batch=batch, threads=given.threads, limit_s=given.compile_limit)
+    return str(tried.get("error", ""))
+
+
 def sides(
-    make: type[Step] | type[Prediction], module: Callable[[], nn.Module], data: list[tuple[Any, Any]], *, compiled: bool
+    make: type[Step] | type[Prediction], module: Callable[[], nn.Module], data: list[tuple[Any, Any]], *, without: str
 ) -> tuple[dict[str, Any], str]:
     """Each layout as a side, from modules that are made anew; and why there is none of torch.compile ('' if there is).
 
-    A compiled side has run once: its compiler may be missing, or may not get through this network.
+    ``without``: why none is wanted. A compiled side has run once: its compiler may not get through this network.
     """
     made: dict[str, Any] = {layout: make(module(), layout) for layout in LAYOUTS}
-    if not compiled:
-        return made, "not asked for (--compile)"
+    if without:
+        return made, without
     try:
         side = make(module(), COMPILED)
         fed = side.tensors(*data[0])

@@ -22,7 +22,7 @@ from networks import MOMENTUM, RATE, batches, chosen, has_dropout, options
 from ours import Step
 from theirs import Step as TorchStep
 from theirs import sides as torch_sides
-from theirs import with_state
+from theirs import with_state, without_compile
 
 from rapydli_flow.zoo import Network
 
@@ -35,12 +35,10 @@ class Sides:
     ``reason``: why there is no side of torch.compile, '' if there is.
     """
 
-    def __init__(
-        self, case: Network, mine: Step, data: list[tuple[Any, Any]], *, dropout: bool, compiled: bool
-    ) -> None:
+    def __init__(self, case: Network, mine: Step, data: list[tuple[Any, Any]], *, dropout: bool, without: str) -> None:
         state = mine.state()
         made, self.reason = torch_sides(
-            TorchStep, lambda: with_state(case, mine.network, state, dropout=dropout), data, compiled=compiled
+            TorchStep, lambda: with_state(case, mine.network, state, dropout=dropout), data, without=without
         )
         self.steps: dict[str, Any] = {"ours": mine, **made}
         self._data = {name: [side.tensors(*each) for each in data] for name, side in made.items()} | {"ours": data}
@@ -70,7 +68,7 @@ def apart(case: Network, data: list[tuple[Any, Any]], given: argparse.Namespace)
     if not given.agree_steps:
         return None, None
     mine = Step(case, case.batch, given.threads, dropout=False)
-    proof = Sides(case, mine, data, dropout=False, compiled=False)
+    proof = Sides(case, mine, data, dropout=False, without="not the same bits")
     found, own = proof.apart(given.agree_steps)
     if not found < max(APART, 3 * own):
         raise SystemExit(
@@ -82,7 +80,7 @@ def apart(case: Network, data: list[tuple[Any, Any]], given: argparse.Namespace)
 def timed(case: Network, data: list[tuple[Any, Any]], given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Columns with the milliseconds of a step, and the names of the sides."""
     mine = Step(case, case.batch, given.threads, tune_s=given.tune)
-    sides = Sides(case, mine, data, dropout=True, compiled=given.compile)
+    sides = Sides(case, mine, data, dropout=True, without=without_compile("train", case, case.batch, given))
     times = interleaved(
         {name: partial(sides.turn, name) for name in sides.steps},
         rounds=given.rounds,

@@ -96,3 +96,14 @@ def local(typing, size, like):  # type: ignore[no-untyped-def]
         return memory
 
     return kind(size, like), codegen
+
+
+@intrinsic
+def same(typing, a, b):  # type: ignore[no-untyped-def]
+    """Do two buffers begin at the same address?"""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        word = ir.IntType(64)
+        return builder.icmp_unsigned("==", *(builder.ptrtoint(pointer, word) for pointer in args))
+
+    return types.boolean(a, b), codegen

@@ -4,8 +4,9 @@
 
 Neighbouring axes that every operand reads alike are merged, which leaves a flat loop, or rows of
 channels, in nearly all cases; LLVM vectorises the inner loop. An operand may be the memory of an
-output: it is read where the output is written, before that (LLVM then runs its loop without vectors,
-which costs little where memory is the limit; results that wait on the stack were slower).
+output: it is read where the output is written, before that. LLVM, which sees two buffers that overlap, then runs its
+loop without vectors. That costs little where memory is the limit (results that wait on the stack were slower); where
+much is computed for each element, as for random numbers or exp, the loop is there twice, once for a buffer that is both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
+from .buffer import same
 from .text import scalar_names, written
 
 
@@ -170,4 +172,17 @@ def elements(
     head = f"def {name}_loop(task, {arrays}, extras, at):"  # _loop: an op may be called like a builtin, min or abs
     text = "\n".join([head, *lines()]) + "\n"
     names = {"epilogue": epilogue, "T": np.dtype(outs[0].dtype).type, "U": np.uint64}
-    return Loop(written(text, **names, **scalar_names(scalar)), walk.tasks)
+    loop = written(text, **names, **scalar_names(scalar))
+    much = scalar.uses or any("math." in line for line in scalar.lines)
+    twin = next((i for i in by_element if all(varies[i])), None) if much else None
+    if twin is not None:
+        both = arrays.replace(f"in_{twin},", "out_0,")
+        text = (
+            f"def {name}_either(task, {arrays}, extras, at):\n"
+            f"    if same(in_{twin}, out_0):\n"
+            f"        loop(task, {both}, extras, at)\n"
+            f"    else:\n"
+            f"        loop(task, {arrays}, extras, at)\n"
+        )
+        loop = written(text, loop=loop, same=same)
+    return Loop(loop, walk.tasks)
