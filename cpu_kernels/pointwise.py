@@ -6,7 +6,8 @@ Neighbouring axes that every operand reads alike are merged, which leaves a flat
 channels, in nearly all cases; LLVM vectorises the inner loop. An operand may be the memory of an
 output: it is read where the output is written, before that. LLVM, which sees two buffers that overlap, then runs its
 loop without vectors. That costs little where memory is the limit (results that wait on the stack were slower); where
-much is computed for each element, as for random numbers or exp, the loop is there twice, once for a buffer that is both.
+much is computed for each element, as for random numbers or exp, the loop is there twice, once for a buffer that is
+both.
 """
 
 from __future__ import annotations
