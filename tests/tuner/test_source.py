@@ -223,13 +223,14 @@ def test_keys_are_the_same_in_every_process() -> None:
 
 def test_a_space_of_ours_can_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     import cpu_kernels.conv_filter_grad as module
+    from cpu_kernels import filter_blocking
 
     (one,) = (t for t in templates("conv_filter_grad", "cpu") if t.name == "tiles")
     before = source_key(one)
     monkeypatch.setitem(module.SPACE, "rows", (99,))
     source_key.__globals__["_key"].cache_clear()
     assert source_key(one) == before
-    monkeypatch.setattr(module, "COPY_BYTES", 65)
+    monkeypatch.setattr(filter_blocking, "COPY_BYTES", 65)
     source_key.__globals__["_key"].cache_clear()
     assert source_key(one) != before
     monkeypatch.undo()
