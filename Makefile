@@ -47,7 +47,7 @@ floors: $(VENV)/.installed
 bench: .peers/.installed
 	.peers/bin/python benchmarks/tracing.py
 	.peers/bin/python benchmarks/conv.py --seconds 2
-	.peers/bin/python benchmarks/conv.py --seconds 1 --scaling
+	.peers/bin/python benchmarks/conv.py --seconds 2 --scaling
 	.peers/bin/python benchmarks/dense.py
 	.peers/bin/python benchmarks/plots.py
 	.peers/bin/python benchmarks/train_step.py --seconds 30 --compile
