@@ -23,7 +23,8 @@ from .warm import warm
 class Predictor:
     """A network with its state, for batches of any size up to the one it was traced with.
 
-    Programs are made for the batch sizes that come: the whole batch and the remainder.
+    Programs are made for the batch sizes that come: the whole batch and the remainder. They read the state where it is:
+    its arrays must stay as they are until another state is loaded.
     """
 
     def __init__(self, network: Graph, state: Mapping[str, Array], tuning: Tuning, *, threads: int = 1) -> None:
@@ -54,7 +55,8 @@ class Predictor:
         graph = self.network if size == self.batch_size else with_batch(self.network, size)
         (graph,) = Plan(1, self.threads).rank_graphs(graph)
         remainder = size != self.batch_size  # is whatever is left: nobody tunes for it
-        return compile_program(graph, replace(self.tuning, strict=False) if remainder else self.tuning)
+        tuning = replace(self.tuning, strict=False) if remainder else self.tuning
+        return compile_program(graph, tuning, lent=[leaf.name for leaf in graph.leaves("param", "state")])
 
     def _rank(self, size: int) -> Rank:
         if size not in self._ranks:

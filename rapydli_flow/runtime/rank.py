@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from cpu_kernels.compile import Asked, ask, compile_kernel
-from cpu_kernels.driver import CallList, Kernel
+from cpu_kernels.driver import CallList, Kernel, address_of
 
 from ..errors import SettingError
 from ..scheduler import Buffer, Call, Collective, Program
@@ -41,7 +41,7 @@ def memory_of(size: int) -> Array:
 
 
 class Rank:
-    """A program bound to an arena. Not thread-safe: one step at a time."""
+    """A program bound to an arena, and to what `load` lends it. Not thread-safe: one step at a time."""
 
     def __init__(
         self,
@@ -55,21 +55,28 @@ class Rank:
         self.program, self.device, self.threads = program, device, threads
         self.transport = transport or Alone()
         self._arena = memory_of(program.arena_bytes)
+        self._base = address_of(self._arena)
         if poison:  # NaN: nothing may read what was not written
             self._arena[:] = 0xFF
         self._views: dict[Buffer, Array] = {}
-        self._ats: list[Array] = []
-        self._bind()
+        self._lent: tuple[Array, ...] = ()
+        if not program.lent:
+            self._bind()
 
     # memory -----------------------------------------------------------------------------------------
 
     def view(self, buffer: Buffer) -> Array:
-        """The array of a buffer: the arena's own memory."""
+        """The array of a buffer: the arena's own memory, or what is lent."""
         if buffer not in self._views:
-            spec = buffer.spec
-            flat = self._arena[buffer.offset : buffer.offset + spec.size_bytes]
-            self._views[buffer] = flat.view(spec.dtype).reshape(spec.shape)
+            spec, first = buffer.spec, buffer.offset
+            lent = first < 0
+            flat = self._lent[-1 - first] if lent else self._arena[first : first + spec.size_bytes].view(spec.dtype)
+            self._views[buffer] = flat.reshape(spec.shape)
         return self._views[buffer]
+
+    def _address(self, buffer: Buffer) -> int:
+        """Where a buffer begins."""
+        return address_of(self._lent[-1 - buffer.offset]) if buffer.offset < 0 else self._base + buffer.offset
 
     def leaf(self, name: str) -> Array:
         """The array of a leaf on this rank."""
@@ -85,7 +92,12 @@ class Rank:
         return {name: self.leaf(name).copy() for name in self.program.kind("param", "state")}
 
     def load(self, state: Mapping[str, Array], *, whole: bool = True) -> None:
-        """Set parameters and state; ``whole`` arrays are cut to this rank's blocks."""
+        """Set parameters and state; ``whole`` arrays are cut to this rank's blocks.
+
+        Those that the program is lent are not copied, if they are contiguous and of the right dtype: they must stay as
+        they are until others are loaded.
+        """
+        lent: dict[str, Array] = {}
         for name in self.program.kind("param", "state"):
             if name not in state:
                 raise SettingError(f"the state has no {name!r}; it has {', '.join(sorted(state)) or 'nothing'}.")
@@ -94,7 +106,15 @@ class Rank:
             expected = block.whole if whole else block.shape
             if value.shape != expected:
                 raise SettingError(f"state {name!r} has shape {value.shape} but the network expects {expected}.")
-            self.leaf(name)[...] = value[block.slices] if whole else value
+            own = value[block.slices] if whole else value
+            if name in self.program.lent:
+                lent[name] = np.require(own, self.program.leaves[name].spec.dtype, ["C", "A"])
+            else:
+                self.leaf(name)[...] = own
+        if lent:
+            self._lent = tuple(lent[name] for name in self.program.lent)
+            self._views.clear()
+            self._bind()
 
     def feed(self, batch: Mapping[str, Array]) -> None:
         """Set this rank's rows of what is fed."""
@@ -114,6 +134,7 @@ class Rank:
 
     def _bind(self) -> None:
         calls: list[tuple[Kernel, Sequence[int]]] = []
+        self._ats: list[Array] = []
         self._plan: list[_Run | Call | Collective] = []
         self._names: list[str] = []
         for step in self.program.steps:
@@ -124,8 +145,7 @@ class Rank:
             at = at_array(step.at or Block.all(step.outs[0].spec.shape))
             self._ats.append(at)
             buffers = (*step.ins, *step.outs, *step.work, *step.extras)
-            addresses = [self._arena.ctypes.data + b.offset for b in buffers]
-            calls.append((kernel, [*addresses, at.ctypes.data]))
+            calls.append((kernel, [*map(self._address, buffers), address_of(at)]))
             self._names.append(step.name)
             n = len(calls)
             last = self._plan[-1] if self._plan else None

@@ -7,7 +7,7 @@ reads the old value any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import TooLittleMemory
@@ -20,7 +20,7 @@ from .arena import Arena
 
 @dataclass(frozen=True)
 class Buffer:
-    """Bytes ``offset`` to ``offset + spec.size_bytes`` of the arena."""
+    """Bytes ``offset`` to ``offset + spec.size_bytes`` of the arena; a negative offset stands for a lent leaf."""
 
     offset: int
     spec: Spec
@@ -61,7 +61,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank runs for one step."""
+    """What one rank runs for one step. ``lent``: leaves that lie outside of the arena, where their owner has them."""
 
     steps: tuple[Call | Collective, ...]
     leaves: Mapping[str, Buffer]
@@ -73,6 +73,7 @@ class Program:
     donated: int
     copied: int
     largest: tuple[tuple[str, int], ...] = ()
+    lent: tuple[str, ...] = ()
 
     def kind(self, *kinds: str) -> tuple[str, ...]:
         """Names of the leaves of these kinds, in order."""
@@ -95,14 +96,17 @@ class Program:
         )
 
 
-def compile_program(graph: Graph, tuning: Tuning) -> Program:
-    """The program of a rank graph; the tuning gives each kernel its template and config, which fix its workspace."""
-    return _Planner(graph, tuning).run()
+def compile_program(graph: Graph, tuning: Tuning, *, lent: Sequence[str] = ()) -> Program:
+    """The program of a rank graph; the tuning gives each kernel its template and config, which fix its workspace.
+
+    ``lent``: leaves that the program only reads, whose arrays the rank is lent instead of copying them.
+    """
+    return _Planner(graph, tuning, tuple(lent)).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, tuning: Tuning) -> None:
-        self.graph, self.tuning = graph, tuning
+    def __init__(self, graph: Graph, tuning: Tuning, lent: tuple[str, ...]) -> None:
+        self.graph, self.tuning, self.lent = graph, tuning, lent
         self.arena = Arena()
         self.buffers: dict[Value, Buffer] = {}
         self.root: dict[Value, Value] = {}
@@ -136,13 +140,19 @@ class _Planner:
         self.sizes[f"{name} {spec}"] = spec.size_bytes
         return Buffer(self.arena.take(spec.size_bytes), spec)
 
+    def leaf(self, node: Node) -> Buffer:
+        """Memory of the arena, or a number for memory that is lent."""
+        if node.name in self.lent:
+            return Buffer(-1 - self.lent.index(node.name), node.specs[0])
+        return self.take(node.name, node.specs[0])
+
     def run(self) -> Program:
         leaves: dict[str, Buffer] = {}
         starts: dict[str, Leaf] = {}
         layout: dict[str, Block] = {}
         for i, node in enumerate(self.graph.nodes):
             if isinstance(node.op, Leaf):
-                leaves[node.name] = self.buffers[i, 0] = self.take(node.name, node.specs[0])
+                leaves[node.name] = self.buffers[i, 0] = self.leaf(node)
                 starts[node.name] = node.op
                 layout[node.name] = node.at or Block.all(node.specs[0].shape)
         self.permanent = {b.offset for b in self.buffers.values()}
@@ -162,6 +172,7 @@ class _Planner:
             donated=self.donated,
             copied=copied,
             largest=tuple(largest),
+            lent=self.lent,
         )
 
     def place(self, i: int, node: Node) -> None:

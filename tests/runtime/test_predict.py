@@ -8,8 +8,11 @@ from distributed import get_task_stream
 from small_runs import BATCH, CLASSES, make_step, records
 
 import rapydli_flow as rf
+from cpu_kernels.compile import host
 from rapydli_flow.errors import SettingError
 from rapydli_flow.graph import predicting, with_batch
+from rapydli_flow.runtime.evaluate import Predictor
+from rapydli_flow.runtime.remembered import known
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -89,3 +92,23 @@ def test_two_states_are_not_mixed_up(step, run, data):
     other = rf.predict(run.graph, rf.init(make_step().network, seed=4), data["test"])
     assert one.name != other.name
     assert not np.allclose(one.compute(scheduler="sync"), other.compute(scheduler="sync"))
+
+
+def test_parameters_are_read_where_they_are(run):
+    """No program has a copy of them, whatever the batch; arrays that kernels cannot read are copied."""
+    fed, network = records(BATCH, seed=1), predicting(run.graph)
+    predictor = Predictor(network, run.state, known(host()))
+    wanted = predictor(fed)["y"]
+    assert set(predictor.program(BATCH).lent) == {leaf.name for leaf in network.leaves("param", "state")}
+    for size in (BATCH, 3):
+        assert np.shares_memory(predictor._rank(size).leaf("dense_1/w"), run.state["dense_1/w"])
+    fortran = {name: np.asfortranarray(value) for name, value in run.state.items()}
+    single = {name: value.astype(np.float32) for name, value in run.state.items()}
+    read_only = {name: value.copy() for name, value in run.state.items()}
+    for value in read_only.values():
+        value.flags.writeable = False
+    for state, rtol in ((fortran, 1e-12), (single, 1e-5), (read_only, 1e-12)):
+        predictor.load(state)
+        np.testing.assert_allclose(predictor(fed)["y"], wanted, rtol=rtol)
+    predictor.load({name: 2 * value for name, value in run.state.items()})
+    assert not np.allclose(predictor(fed)["y"], wanted)

@@ -219,6 +219,21 @@ def test_an_update_that_reads_its_leaf_elsewhere_does_not_go_home() -> None:
     assert made(graph).copied == 1
 
 
+def test_what_is_lent_takes_no_memory_and_is_not_written_to() -> None:
+    graph, (x, w) = leaves("x", "w", spec=Spec((64, 64)))
+    graph.outputs["y"] = Add()(Relu()(w), x).id
+    whole, program = made(graph), compile_program(graph, Tuning(host()), lent=["w"])
+    assert whole.arena_bytes - program.arena_bytes == Spec((64, 64)).size_bytes
+    assert all(buffer.offset >= 0 for step in program.steps for buffer in step.outs)
+    rank, value = Rank(program, host(), poison=True), np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    kept = value.copy()
+    rank.load({"w": value})
+    rank.leaf("x")[...] = 1
+    rank.step(0, 0)
+    np.testing.assert_array_equal(rank.output("y"), np.maximum(kept, 0) + 1)
+    np.testing.assert_array_equal(value, kept)
+
+
 def run(graph: Graph, feeds: Mapping[str, Any], steps: int = 3) -> None:
     """A rank's outputs and leaves, step after step, are those of the interpreter."""
     program = made(graph)
