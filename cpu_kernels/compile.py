@@ -149,7 +149,8 @@ class Asked:
     def buffers(self) -> tuple[tuple[Spec, ...], ...]:
         """Specs of inputs, outputs, workspaces, extras, and the place of the output."""
         work = tuple(self.template.workspace(self.op, self.ins, self.outs, **self.config))
-        return (self.ins, self.outs, work, self.epilogue.extras, (Spec((2 * len(self.outs[0].shape),), "int64"),))
+        outs = (self.epilogue.memory, *self.outs[1:])
+        return (self.ins, outs, work, self.epilogue.extras, (Spec((2 * len(self.outs[0].shape),), "int64"),))
 
     def key(self, device: Device) -> str:
         """A hash of all that its machine code depends on."""

@@ -44,7 +44,7 @@ from .conv_tiling import (
 from .tile import load, outer, store, transpose, zeros
 
 
-@template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer, cost=cost)
+@template("conv", "cpu", space=SPACE, fits=RULES, workspace=workspace, prefer=prefer, cost=cost, joins=True)
 def tiles(
     op: Any,
     ins: Sequence[Spec],
@@ -182,10 +182,12 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
     step_d, step_h, step_w = d.step * line_d, h.step * line_h, w_axis.step * channels
     spread_d, spread_h, spread_w = d.spread * line_d, h.spread * line_h, w_axis.spread * channels
     record = d.padded * line_d
-    # distances in the result
-    into_w = w_axis.into_step * g.outer * g.groups
-    into_h, into_d = (w_axis.out * g.outer * g.groups * step for step in (h.into_step, h.out * d.into_step))
-    result_record = d.out * h.out * w_axis.out * g.outer * g.groups
+    # distances in the result, in pixels; what a pixel has, and where it lies in memory
+    into_w = w_axis.into_step
+    into_h, into_d = w_axis.out * h.into_step, w_axis.out * h.out * d.into_step
+    result_record = d.out * h.out * w_axis.out
+    filters_each = g.outer * g.groups
+    first_column, row_size = epilogue.rows
     # a whole row of taps at once, or tap by tap
     contiguous = g.contiguous
     # by phase: taps and outputs along each axis, where the first output reads and where it lies
@@ -193,9 +195,7 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
     taps_d, taps_h, taps_w = (tuple(a[axis].taps[a[3][axis]] for a in each) for axis in range(3))
     count_d, count_h, count_w = (tuple(a[axis].count[a[3][axis]] for a in each) for axis in range(3))
     reads = tuple(d.first[i] * line_d + h.first[j] * line_h + w_axis.first[k] * channels for *_, (i, j, k) in each)
-    writes = tuple(
-        ((d.into[i] * h.out + h.into[j]) * w_axis.out + w_axis.into[k]) * g.outer * g.groups for *_, (i, j, k) in each
-    )
+    writes = tuple((d.into[i] * h.out + h.into[j]) * w_axis.out + w_axis.into[k] for *_, (i, j, k) in each)
     starts, firsts = b.starts, tuple(h.first[j] for *_, (_, j, _) in each)
     single = g.phases == 1
     # along the second axis: where x lies in the padded source, how far a tile goes
@@ -254,18 +254,21 @@ def _loop(b: Blocking, w: Sequence[int], epilogue: Epilogue, *, vectors: int, la
                 continue
             o_h, o_w = min(top, c_h - lines), min(left, c_w - rows)
             start = read + n * record + z * step_d + o_h * step_h + o_w * step_w
-            corner = write + n * result_record + z * into_d + o_h * into_h + o_w * into_w + k
+            corner = write + n * result_record + z * into_d + o_h * into_h + o_w * into_w
             # written at once, what pieces share twice; or into sums, and through the epilogue
-            target, into, into_row = (y, corner, into_w) if plain else (sums, 0, width)
+            target, into, into_row = sums, 0, width
+            if plain:
+                target, into, into_row = y, corner * row_size + first_column + k, into_w * row_size
             weights_of, from_h = filters if packs else w, first + o_h * step
             slide(source, start, from_h, weights_of, weights, n_d, n_h, n_w, target, into, into_row)
             if plain:
                 continue
             for line in range(top - o_h, lines):
                 for i in range(left - o_w, rows):
-                    o, s = corner + line * into_h + i * into_w, (line * rows + i) * width
+                    pixel, s = corner + line * into_h + i * into_w, (line * rows + i) * width
+                    o, into = pixel * filters_each + k, pixel * row_size + first_column + k
                     for j in range(skip, columns):
-                        y[o + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
+                        y[into + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
 
     tasks = everything * runs * g.phases
     return Loop(body, tasks, before=before if before_tasks else None, before_tasks=before_tasks)

@@ -83,7 +83,7 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     return 2.0 * op.flops(*ins) / config["lanes"]
 
 
-@template("conv", "cpu", space=SPACE, fits=RULES, prefer=prefer, cost=cost)
+@template("conv", "cpu", space=SPACE, fits=RULES, prefer=prefer, cost=cost, joins=True)
 @template("conv_input_grad", "cpu", space=SPACE, fits=RULES, prefer=prefer, cost=cost)
 def depthwise(
     op: Any,
@@ -122,12 +122,8 @@ def depthwise(
     most_d, most_h = max(count_d), max(count_h)
     lines = g.n * most_d * most_h * phases
     count = max(1, min(tasks, lines))
-    step_c, stride_c, spread_c, line_size = (
-        step_w * channels,
-        stride_w * channels,
-        spread_w * channels,
-        size_w * channels,
-    )
+    step_c, spread_c, line_size = step_w * channels, spread_w * channels, size_w * channels
+    first_column, row_size = epilogue.rows
 
     def tap_of(t, taps, stride, phase, hole):  # type: ignore[no-untyped-def]
         if not reverse:
@@ -139,13 +135,14 @@ def depthwise(
 
     def write(acc, first, pixels, into, column, skip, y, sums, extras, at):  # type: ignore[no-untyped-def]
         if plain:  # rows before the first one get what they have already
-            store(acc, y, into + column, stride_c, 0)
+            store(acc, y, into * row_size + first_column + column, stride_w * row_size, 0)
             return
         store(acc, sums, 0, width, 0)
         for i in range(first, pixels):
-            o, s, k = into + i * stride_c + column, i * width, column
+            pixel, s, k = into + i * stride_w, i * width, column
+            o, at_y = pixel * channels + column, pixel * row_size + first_column + column
             for j in range(skip, valid):
-                y[o + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
+                y[at_y + j] = epilogue(sums[s + j], extras, o + j, k + j, at)
 
     def tile(line, o, first, pixels, acc_of, low_s, high_s, x, weights, y, sums, extras, at):  # type: ignore[no-untyped-def]
         # outputs o, o + 1, ... of a line, as many as acc_of has rows; those from `first` are written
@@ -155,7 +152,7 @@ def depthwise(
         n_d, n_h, n_w = taps_d[p_d], taps_h[p_h], taps_w[p_w]
         top_d, top_h, start = from_d[p_d] + z * step_d, from_h[p_h] + r_h * step_h, from_w[p_w] + o * step_w
         into = ((n * out_d + into_d[p_d] + z * stride_d) * out_h + into_h[p_h] + r_h * stride_h) * out_w
-        into = (into + into_w[p_w] + o * stride_w) * channels
+        into += into_w[p_w] + o * stride_w
         # rows of taps that lie inside
         low_r = 0 if top_h >= 0 else (-top_h + spread_h - 1) // spread_h
         high_r = min(n_h, (size_h - 1 - top_h) // spread_h + 1)

@@ -50,7 +50,7 @@ def strided(out: Spec, epilogue: Epilogue, *, steps: Sequence[int], base: int, g
     walk, step = Walk(sizes, grain), moves[-1]
     rows, inner, columns, pieces, group = walk.rows, walk.inner, walk.columns, walk.parts, walk.group
     outer_sizes, outer_steps = (sizes[:-1], moves[:-1]) if len(sizes) > 1 else ((1,), (0,))
-    channels = out.shape[-1] if out.shape else 1
+    channels, by_source = out.shape[-1] if out.shape else 1, epilogue.by_source
 
     def body(task, x, y, extras, at):  # type: ignore[no-untyped-def]
         first, low = task // pieces * group, task % pieces * columns
@@ -58,7 +58,8 @@ def strided(out: Spec, epilogue: Epilogue, *, steps: Sequence[int], base: int, g
             i, o = base + place(row, outer_sizes, outer_steps) + low * step, row * inner + low
             for j in range(min(columns, inner - low)):
                 p = o + j
-                y[p] = epilogue(x[i + j * step], extras, p, p % channels, at)
+                s = i + j * step
+                y[p] = epilogue(x[s], extras, s if by_source else p, p % channels, at)
 
     return Loop(body, walk.tasks)
 

@@ -128,7 +128,7 @@ class _Text:
     def _epilogue(self, name: str, epilogue: Epilogue) -> str:
         known = self.claim(name, id(epilogue))
         scalar = epilogue.scalar
-        at = {"element": "o", "channel": "k", "scalar": "0"}
+        at = {"element": "o", "source": "o", "channel": "k", "scalar": "0"}
         lines = [
             f"{parameter} = extras[{i}][{at[epilogue.reach(extra)]}]"
             for i, (parameter, extra) in enumerate(zip(scalar.parameters[1:], epilogue.extras, strict=True))

@@ -211,7 +211,7 @@ def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     return _preferred(op, tuple(ins), tuple(outs), device)
 
 
-@template("conv", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
+@template("conv", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost, joins=True)
 def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Loop:
     """Winograd convolution."""
     b = Blocking.of(op, ins, outs, forward, config)
@@ -272,7 +272,7 @@ def _loop(
     columns = min(b.outer, width)
     last, channels, even = b.outer - columns, b.outer, all_panels * columns == b.outer
     out_h, out_w = b.h.out, b.w.out
-    result_record = out_h * out_w * channels
+    first_column, row_size = epilogue.rows
     patch_size, raw_size, turned_size = b.patch_size, n * n * inner, n * n * inner
     sums_width, sums_size = panels * width, b.sums_size
     matrix, lines_size, tap_rows = block * pitch, TAP_COUNT * lanes * width, TAPS * width
@@ -321,13 +321,13 @@ def _loop(
         for i in range(m):
             to_pixels(back, i * n * width, width, pixels, i * m * width, width, width)
         top, left = tile % grid_size // grid_w * m, tile % grid_w * m
-        corner = tile // grid_size * result_record + (top * out_w + left) * channels + column
+        corner = (tile // grid_size * out_h + top) * out_w + left
         for i in range(min(m, out_h - top)):
             for j in range(min(m, out_w - left)):
-                o, s = corner + (i * out_w + j) * channels, (i * m + j) * width
-                k = column
+                pixel, s, k = corner + i * out_w + j, (i * m + j) * width, column
+                o, into = pixel * channels + column, pixel * row_size + first_column + column
                 for e in range(skip, columns):
-                    y[o + e] = epilogue(pixels[s + e], extras, o + e, k + e, at)
+                    y[into + e] = epilogue(pixels[s + e], extras, o + e, k + e, at)
 
     def panels_of(first, count, group, v, at_v, u, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
         first_panel = group * panels

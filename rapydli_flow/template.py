@@ -86,12 +86,16 @@ class Epilogue:
     """What happens to an output element before it is stored: the pointwise tail of a fused op.
 
     ``scalar`` takes the element so far as ``v`` and the elements of ``extras`` as ``e0``, ``e1``, ...
-    Each extra has the shape of ``out``, or of its last axis, or none.
+    Each extra has the shape of ``out``, or of its last axis, or none; or that of ``source``, the operand of which the
+    op takes a part, and is read where that is read. ``into``: rows of ``out`` are part of longer ones in memory, from
+    this column on, of this length; see `rapydli_flow.scheduler.join`.
     """
 
     scalar: Scalar
     extras: tuple[Spec, ...]
     out: Spec
+    source: Spec | None = None
+    into: tuple[int, int] | None = None
 
     @classmethod
     def none(cls, out: Spec) -> Epilogue:
@@ -101,10 +105,27 @@ class Epilogue:
     def identity(self) -> bool:
         return not self.scalar.lines
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Where a row of ``out`` begins in its row of memory, and how far those are apart."""
+        return self.into or (0, self.out.shape[-1] if self.out.shape else 1)
+
+    @property
+    def memory(self) -> Spec:
+        """What ``out`` is, or is part of."""
+        return Spec((*self.out.shape[:-1], self.into[1]), self.out.dtype) if self.into else self.out
+
+    @property
+    def by_source(self) -> bool:
+        """Are there extras that are read where ``source`` is?"""
+        return any(self.reach(extra) == "source" for extra in self.extras)
+
     def reach(self, extra: Spec) -> str:
-        """How an extra is indexed: 'element', 'channel' or 'scalar'."""
+        """How an extra is indexed: 'element', 'source', 'channel' or 'scalar'."""
         if extra.shape == self.out.shape:
             return "element"
+        if self.source is not None and extra.shape == self.source.shape:
+            return "source"
         return "channel" if extra.shape else "scalar"
 
     @staticmethod
@@ -165,6 +186,7 @@ class Template:
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace
     prefer: Callable[..., Config] | None = None
     cost: Callable[..., float] | None = None
+    joins: bool = False  # can it write rows that are part of longer ones (`Epilogue.into`)?
 
     @property
     def name(self) -> str:
@@ -261,16 +283,18 @@ def template(
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace,
     prefer: Callable[..., Config] | None = None,
     cost: Callable[..., float] | None = None,
+    joins: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a template for a family of ops on a kind of device ('cpu' or 'cuda').
 
     ``fits``: rules by name, or one function that is a rule of its own. ``cost``, a function of op, specs, device and
     config, foretells time, in a unit that templates of one family share: untuned, the cheapest default is taken.
+    ``joins``: the template heeds `Epilogue.rows`, so that its result may be part of longer rows.
     """
     rules = fits if isinstance(fits, Mapping) else {"fits": fits} if fits is not None else {}
 
     def register(build: Callable[..., Any]) -> Callable[..., Any]:
-        made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer, cost)
+        made = Template(family, kind, build, dict(space or {}), dict(rules), workspace, prefer, cost, joins)
         _register(made)
         return build
 

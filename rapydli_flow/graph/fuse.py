@@ -27,6 +27,7 @@ from ..ops import (
     ReluGrad,
     Sample,
     Scale,
+    Slice,
     Sum,
     Tanh,
 )
@@ -64,10 +65,16 @@ class Fused(Op):
         if not isinstance(out, Spec):
             raise GraphError(f"fused: {self.anchor.name} has {len(out)} outputs; a tail follows an op with one.")
         for i, extra in enumerate(inputs[self.arity :]):
-            if not Epilogue.takes(extra, out):
+            if not (Epilogue.takes(extra, out) or self._source(inputs, extra)):
                 rule = f"extra {i} must be a scalar, or have the shape or the channels of the output {out}"
                 raise refuse(self, rule, {f"e{i}": extra}, "Leave the op that reads it outside the tail.")
         return out
+
+    def _source(self, inputs: Sequence[Spec], extra: Spec) -> bool:
+        """May a tail read this extra where a slice reads its operand? Only if nothing goes by the output's elements."""
+        out = self.anchor.infer(*inputs[: self.arity])
+        others = [x for x in inputs[self.arity :] if x.shape == out.shape]
+        return isinstance(self.anchor, Slice) and extra.shape == inputs[0].shape and not others and not self.indexed
 
     def index(self, *inputs: Spec) -> str:
         body, bar, given = self.anchor.index(*inputs[: self.arity]).partition("|")
@@ -75,7 +82,11 @@ class Fused(Op):
         axes = out.split()
         shape = self.infer(*inputs).shape
         extras = (
-            " ".join(axes) if x.shape == shape else " ".join(axes[len(axes) - len(x.shape) :]) or "()"
+            left.strip()
+            if self._source(inputs, x)
+            else " ".join(axes)
+            if x.shape == shape
+            else " ".join(axes[len(axes) - len(x.shape) :]) or "()"
             for x in inputs[self.arity :]
         )
         return f"{', '.join([left.strip(), *extras])} -> {out.strip()} {bar}{given}".strip()
@@ -86,7 +97,8 @@ class Fused(Op):
     def reference(self, *inputs: Any, **at: Block) -> Any:
         where = at.get("at")
         y = self.anchor.run(*inputs[: self.arity], at=where)[0]
-        extras = inputs[self.arity :]
+        shape, source = y.shape, inputs[0].shape if isinstance(self.anchor, Slice) else None
+        extras = [self.anchor.run(x)[0] if x.shape == source and x.shape != shape else x for x in inputs[self.arity :]]
         for op, slots in self.tail:
             y = op.run(*(y if s < 0 else extras[s] for s in slots), at=where)[0]
         return y
@@ -105,7 +117,8 @@ class Fused(Op):
             return v
 
         scalar: Scalar = trace(formula, names, indexed=indexed)
-        return Epilogue(scalar, tuple(extras), self.out_specs(*inputs)[0])
+        source = inputs[0] if isinstance(self.anchor, Slice) else None
+        return Epilogue(scalar, tuple(extras), self.out_specs(*inputs)[0], source)
 
     def flops(self, *inputs: Spec) -> int:
         out = self.out_specs(*inputs)[0]
@@ -181,6 +194,7 @@ def _samples() -> tuple[Sample, ...]:
     clock = Spec((), "int64")
     relu, add, grad = (Relu(), (-1,)), (Add(), (-1, 0)), (ReluGrad(), (-1, 0))
     a, b = Spec((7, 9)), Spec((9, 17))
+    cut = Slice(starts=(0, 1, 2, 1), stops=(2, 4, 6, 4), steps=(1, 1, 2, 1))
     return (
         Sample(Fused(anchor=conv, arity=2, tail=(add, relu)), (x, w, bias)),
         Sample(Fused(anchor=conv, arity=2, tail=(add, (Add(), (1, -1)), relu)), (x, w, bias, y)),
@@ -192,5 +206,6 @@ def _samples() -> tuple[Sample, ...]:
         Sample(Fused(anchor=Matmul(), arity=2, tail=(add, (Tanh(), (-1,)))), (a, b, Spec((17,)))),
         Sample(Fused(anchor=Matmul(tb=True), arity=2, tail=(grad,)), (a, Spec((17, 9)), Spec((7, 17)))),
         Sample(Fused(anchor=Multiply(), arity=2, tail=(add, relu)), (y, bias, y)),
+        Sample(Fused(anchor=cut, arity=1, tail=(grad,)), (y, y)),
         Sample(Fused(anchor=Sum(axes=(0,)), arity=1, tail=((Scale(by=0.5), (-1,)),)), (a,)),
     )

@@ -204,14 +204,23 @@ class Rank:
         first: int | None = None
         for position, (part, done) in enumerate(self._one_by_one()):
             done()
-            if first is None and not all(np.isfinite(self.view(b)).all() for b in part.outs if b.spec.floating):
+            if first is None and not all(np.isfinite(y).all() for y in self._written(part) if y.dtype.kind == "f"):
                 first = position
         return first
+
+    def _written(self, part: Call | Collective) -> list[Array]:
+        """What a node writes: of a joined array its own channels."""
+        outs = [self.view(b) for b in part.outs]
+        if isinstance(part, Call) and part.request.epilogue.into:
+            first, size = part.request.epilogue.into[0], part.request.outs[0].shape[-1]
+            outs[0] = outs[0][..., first : first + size]
+        return outs
 
     def describe(self, position: int) -> str:
         """A node of the program in words: its name, op and output."""
         part = self.program.steps[position]
-        return f"{part.name} ({part.title}, {', '.join(str(b.spec) for b in part.outs)})"
+        specs = part.request.outs if isinstance(part, Call) else [b.spec for b in part.outs]
+        return f"{part.name} ({part.title}, {', '.join(map(str, specs))})"
 
     def _one_by_one(self) -> Iterator[tuple[Call | Collective, Callable[[], None]]]:
         position = 0

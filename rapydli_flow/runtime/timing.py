@@ -18,8 +18,10 @@ import numpy as np
 
 from ..errors import SettingError
 from ..graph import Graph, hoist, predicting
+from ..ops import Slice
 from ..scheduler import Call, Plan, Program, compile_program
-from ..tuner import Tuning
+from ..spec import Spec
+from ..tuner import Request, Tuning
 from .attribution import PHASES, Place, copied, places
 from .feeding import label_classes
 from .peak import Peak, peak_here
@@ -191,9 +193,7 @@ def _timed(call: Call, place: Place, tuning: Tuning, time_s: float) -> Timed:
         state = "reference"
     elif tuning.choices.get(key) == call.choice:
         state = "pinned" if key in tuning.pinned else "tuned"
-    ins = [buffer.spec for buffer in (*call.ins, *call.extras)]
-    outs = [buffer.spec for buffer in call.outs]
-    whole = request.whole or request.op
+    ins, outs, whole = [*request.ins, *request.epilogue.extras], request.outs, request.whole or request.op
     return Timed(
         name=call.name,
         place=place,
@@ -202,9 +202,15 @@ def _timed(call: Call, place: Place, tuning: Tuning, time_s: float) -> Timed:
         state=state,
         time_s=time_s,
         flops=whole.flops(*ins),
-        size_bytes=sum(spec.size_bytes for spec in (*ins, *outs)),
+        size_bytes=sum(_read_bytes(request, spec) for spec in ins) + sum(spec.size_bytes for spec in outs),
         itemsize=max((np.dtype(spec.dtype).itemsize for spec in outs if spec.floating), default=4),
     )
+
+
+def _read_bytes(request: Request, spec: Spec) -> int:
+    """Bytes that are read of an operand: all, but of what a slice takes a part of, that part."""
+    part = isinstance(request.op, Slice) and spec.shape == request.ins[0].shape
+    return min(spec.size_bytes, request.outs[0].size_bytes) if part else spec.size_bytes
 
 
 def _feed(rank: Rank, graph: Graph, seed: int) -> None:

@@ -2,13 +2,13 @@
 
 An output takes the buffer of an input that dies at this node and is read only where the output is
 written (the index formula says so); the update of a leaf goes straight into the leaf once nothing
-reads the old value any more.
+reads the old value any more; a part of a concatenation goes straight into its place there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import TooLittleMemory
 from ..graph import Graph, Node, Value
@@ -16,6 +16,7 @@ from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
+from .join import Part, joins
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class _Planner:
         self.graph, self.tuning, self.lent = graph, tuning, lent
         self.arena = Arena()
         self.buffers: dict[Value, Buffer] = {}
-        self.root: dict[Value, Value] = {}
+        self.joined = joins(graph, tuning)
+        self.root: dict[Value, Value] = {v: part.whole for v, part in self.joined.items()}
         self.last = self._last_reads()
         self.permanent: set[int] = set()
         self.sizes: dict[str, int] = {}
@@ -180,8 +182,13 @@ class _Planner:
             self.buffers[i, 0] = Buffer(self.buffers[node.inputs[0]].offset, node.specs[0])
             self.release(i, node, set())
             return
+        if any(v in self.joined and self.joined[v].whole == (i, 0) for v in node.inputs):
+            return  # it has all its parts already
         taken: set[int] = set()
         for k, spec in enumerate(node.specs):
+            if (i, k) in self.joined:
+                self.buffers[i, k] = self.whole(self.joined[i, k].whole)
+                continue
             old = self.donor(i, node, k, taken)
             if old is not None:
                 self.donated += 1
@@ -192,14 +199,24 @@ class _Planner:
         if node.op.collective:
             self.steps.append(Collective(node.name, node.op, ins, outs))
         else:
-            self.steps.append(self.call(node, ins, outs))
+            self.steps.append(self.call(node, ins, outs, self.joined.get((i, 0))))
         for k in range(len(node.specs)):
-            if (i, k) not in self.last and outs[k].offset not in self.permanent:
+            if self.own((i, k)) not in self.last and outs[k].offset not in self.permanent:
                 self.arena.give(outs[k].offset, outs[k].spec.size_bytes)
         self.release(i, node, taken)
 
-    def call(self, node: Node, ins: tuple[Buffer, ...], outs: tuple[Buffer, ...]) -> Call:
+    def whole(self, value: Value) -> Buffer:
+        """The buffer of a value whose first part comes now, or that has some."""
+        if value not in self.buffers:
+            node = self.graph.nodes[value[0]]
+            self.buffers[value] = self.take(node.name, node.specs[0])
+        return self.buffers[value]
+
+    def call(self, node: Node, ins: tuple[Buffer, ...], outs: tuple[Buffer, ...], part: Part | None) -> Call:
         request, choice = self.tuning.serve(node.op, [b.spec for b in ins])
+        if part is not None:
+            into = part.first, outs[0].spec.shape[-1]
+            request = replace(request, epilogue=replace(request.epilogue, into=into))
         work = tuple(self.take(f"{node.name} workspace", spec) for spec in self.tuning.workspace(request, choice))
         for buffer in work:
             self.arena.give(buffer.offset, buffer.spec.size_bytes)

@@ -6,7 +6,7 @@ and the kernel must be of the template and config that were asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -112,6 +112,8 @@ def check_templates(
         check_kernel_in_place(sample, dtype, template, default)
         if sample.op.indexed:
             check_kernel(sample, dtype, template, default, at=_inside(outs[0], rng))
+        if template.joins:
+            check_kernel(sample, dtype, template, default, into=(3, outs[0].shape[-1] + 5))
     return count
 
 
@@ -141,6 +143,8 @@ def check_tails(sample: Sample) -> int:
         default = template.default(sample.op, sample.ins, (out,), host())
         if default is not None:
             check_kernel(tailed, "float32", template, default)
+            if template.joins:
+                check_kernel(tailed, "float32", template, default, into=(2, out.shape[-1] + 3))
             count += 1
     return count
 
@@ -171,18 +175,21 @@ def check_kernel(
     *,
     at: Block | None = None,
     donate: tuple[int, int] | None = None,
+    into: tuple[int, int] | None = None,
 ) -> None:
-    """One kernel against `reference` in float64; ``donate`` (i, k): output k lies on input i.
+    """One kernel against `reference` in float64; ``donate`` (i, k): output k lies on input i; ``into``: the output's
+    rows are part of longer ones, of which the rest must stay as it was.
 
     Outputs and workspaces hold garbage at first; guards around all buffers must survive, and inputs.
     """
     op = sample.op
     specs, outs = _typed(sample, dtype)
     anchor, anchor_specs, epilogue = parts(op, specs)
-    arity = len(anchor_specs)
+    arity, epilogue = len(anchor_specs), replace(epilogue, into=into)
     kernel = compile_kernel(template, anchor, anchor_specs, outs, host(), config, epilogue=epilogue)
     title = f"{template.family}/{template.name} {dict(config)} {dtype}"
     title += f" at {at}" if at else ""
+    title += f" into columns {into}" if into else ""
     title += f" with output {donate[1]} in place of input {donate[0]}" if donate else ""
     if (kernel.template, dict(kernel.config)) != (template.name, dict(config)):
         fail(sample, f"{title}: {kernel.template} {dict(kernel.config)} ran instead")
@@ -190,7 +197,7 @@ def check_kernel(
     wide = [x.astype(np.float64) if x.dtype.kind == "f" else x for x in values]
     want = op.run(*wide, at=at)
     ins = [Buffer.of(spec, value) for spec, value in zip(specs, values, strict=True)]
-    results = [Buffer.of(spec) for spec in outs]
+    results = [Buffer.of(spec) for spec in (epilogue.memory, *outs[1:])]
     if donate:
         results[donate[1]] = ins[donate[0]]
     work = [Buffer.of(spec) for spec in template.workspace(anchor, anchor_specs, outs, **config)]
@@ -204,8 +211,15 @@ def check_kernel(
         extras=arrays[arity:],
         at=np.array([*whole.lo, *whole.whole], np.int64),
     )
-    for k, (buffer, y) in enumerate(zip(results, want, strict=True)):
-        compare(sample, f"{title}: output {k}", buffer.array, y, TOLERANCE.get(outs[k].dtype, 0.0))
+    found = [buffer.array for buffer in results]
+    if into:
+        columns = range(into[0], into[0] + outs[0].shape[-1])
+        rest = np.ascontiguousarray(np.delete(found[0], columns, axis=-1))
+        if not (rest.view(np.uint8) == GARBAGE).all():
+            fail(sample, f"{title}: wrote outside its columns")
+        found[0] = found[0][..., columns.start : columns.stop]
+    for k, (array, y) in enumerate(zip(found, want, strict=True)):
+        compare(sample, f"{title}: output {k}", array, y, TOLERANCE.get(outs[k].dtype, 0.0))
     for i, (buffer, value) in enumerate(zip(ins, values, strict=True)):
         if not (donate and donate[0] == i) and not np.array_equal(buffer.array, value):
             fail(sample, f"{title}: input {i} was changed")
