@@ -122,7 +122,8 @@ class Fused(Op):
 
     def flops(self, *inputs: Spec) -> int:
         out = self.out_specs(*inputs)[0]
-        tail = sum(op.flops(*(out if s < 0 else inputs[self.arity + s] for s in slots)) for op, slots in self.tail)
+        extras = [Spec(out.shape, x.dtype) if self._source(inputs, x) else x for x in inputs[self.arity :]]
+        tail = sum(op.flops(*(out if s < 0 else extras[s] for s in slots)) for op, slots in self.tail)
         return self.anchor.flops(*inputs[: self.arity]) + tail
 
     @classmethod

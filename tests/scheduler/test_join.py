@@ -129,7 +129,7 @@ def test_a_template_that_cannot_join_copies(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_first_output_that_is_not_finite_is_named_beside_others_that_were_not() -> None:
-    graph, program = planned(predicting(rf.trace(inception, Spec(X))))
+    _, program = planned(predicting(rf.trace(inception, Spec(X))))
     rank = Rank(program, host(), poison=True)  # what is not written yet is NaN
     rank.start(0)
     rank.feed({"x": np.ones(X, np.float32)})
