@@ -101,7 +101,7 @@ def _whole(path: Path) -> bool:
 def _generator_key() -> str:
     """Hash of the code that every kernel contains or is made by, and of the compilers."""
     folder = Path(__file__).parent
-    parts = ("compile.py", "buffer.py", "inlined.py", "text.py", "driver.py", "tile.py", "stencil.py")
+    parts = ("compile.py", "buffer.py", "functions.py", "inlined.py", "text.py", "driver.py", "tile.py", "stencil.py")
     texts = [(folder / name).read_text() for name in parts]
     texts.append(Path(rapydli_flow.random.__file__).read_text())
     versions = (platform.python_version(), numba.__version__, llvmlite.__version__)

@@ -1,7 +1,8 @@
 """The text of a kernel's module: closures become functions, their free variables constants.
 
 What a body refers to is found in its code object; a function is written out after all that it refers to,
-under a name that nothing else has. The epilogue becomes a function of one element.
+under a name that nothing else has. The epilogue becomes a function of one element. What a body calls `math` is
+`cpu_kernels.functions`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import rapydli_flow.random
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar
+
+from . import functions
 
 INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 PACKAGES = ("rapydli_flow", "cpu_kernels", "gpu_kernels")
@@ -70,7 +73,7 @@ class _Text:
     def refer(self, name: str, value: Any) -> str:
         """The name under which the module knows a value that a function calls ``name``."""
         if isinstance(value, types.ModuleType):
-            return self._import(name, f"import {value.__name__} as {name}")
+            return self._import(name, f"import {_in_kernels(value.__name__)} as {name}")
         if isinstance(value, Epilogue):
             return self._once(value, lambda: self._epilogue(name, value))
         if _jitted(value):
@@ -81,7 +84,8 @@ class _Text:
             function = getattr(value, "py_func", getattr(value, "_defn", value))
             module, actual = getattr(function, "__module__", None), getattr(function, "__name__", None)
             if module and actual and getattr(sys.modules.get(module), actual, None) is value:
-                return self._import(name, f"from {module} import {actual}" + (f" as {name}" if name != actual else ""))
+                line = f"from {_in_kernels(module)} import {actual}"
+                return self._import(name, line if name == actual else f"{line} as {name}")
             raise TemplateError(f"template {self.owner}: {name} ({value!r}) cannot be imported from a module.")
         try:
             text = literal(value)
@@ -148,6 +152,11 @@ def _jitted(value: Any) -> bool:
     imported later could hold another."""
     function = getattr(value, "py_func", None)
     return isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] not in PACKAGES
+
+
+def _in_kernels(module: str) -> str:
+    """The module that a kernel imports for another."""
+    return functions.__name__ if module == "math" else module
 
 
 def scalar_names(scalar: Scalar) -> dict[str, Any]:
