@@ -99,11 +99,10 @@ def local(typing, size, like):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def same(typing, a, b):  # type: ignore[no-untyped-def]
-    """Do two buffers begin at the same address?"""
+def same(typing, one, other):  # type: ignore[no-untyped-def]
+    """Do two buffers lie at one address?"""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        word = ir.IntType(64)
-        return builder.icmp_unsigned("==", *(builder.ptrtoint(pointer, word) for pointer in args))
+        return builder.icmp_unsigned("==", *(builder.ptrtoint(a, ir.IntType(64)) for a in args))
 
-    return types.boolean(a, b), codegen
+    return types.boolean(one, other), codegen

@@ -4,10 +4,9 @@
 
 Neighbouring axes that every operand reads alike are merged, which leaves a flat loop, or rows of
 channels, in nearly all cases; LLVM vectorises the inner loop. An operand may be the memory of an
-output: it is read where the output is written, before that. LLVM, which sees two buffers that overlap, then runs its
-loop without vectors. That costs little where memory is the limit (results that wait on the stack were slower); where
-much is computed for each element, as for random numbers or exp, the loop is there twice, once for a buffer that is
-both.
+output: it is read where the output is written, before that. LLVM then runs its loop without vectors,
+which costs little where memory is the limit. Exponentials and the like, and random numbers, take several
+times as long without: in place, their results wait on the stack, a block at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +21,11 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, Loop, Scalar, template
 
-from .buffer import same
+from .buffer import local, same
+from .functions import WRITTEN
 from .text import scalar_names, written
+
+BLOCK = 256  # results that wait on the stack
 
 
 def merged(
@@ -119,6 +121,11 @@ def row_place(shape: Sequence[int]) -> list[str]:
     return [*lines, f"place = place * at[{2 * n - 1}] + at[{n - 1}]"] if n else lines
 
 
+def _costly(scalar: Scalar) -> bool:
+    """Does an element take much longer without vectors than memory takes to give it?"""
+    return bool(scalar.uses) or any(f"math.{name}(" in line for line in scalar.lines for name in WRITTEN)
+
+
 def _names(ins: Sequence[Spec]) -> tuple[str, ...]:
     return tuple(f"x{i}" for i in range(len(ins)))
 
@@ -147,11 +154,33 @@ def elements(
     scalars = [i for i in range(len(ins)) if not any(varies[i])]
     by_row = [i for i in range(len(ins)) if any(varies[i]) and not varies[i][-1]]
     by_element = [i for i in range(len(ins)) if varies[i][-1]]
+    waiting = bool(by_element) and (_costly(scalar) or _costly(epilogue.scalar))
     results = list(scalar.results)
     if not epilogue.identity:
         results[0] = f"epilogue({results[0]}, extras, o + j, {'j' if by_channel else '0'}, at)"
 
+    def values() -> Iterator[str]:
+        yield from (f"x{i} = in_{i}[a_{i} + j]" for i in by_element)
+        if scalar.indexed:
+            yield "index = U(place + j)"
+        yield from scalar.lines
+        # all results before the first is stored: an output may lie on an input
+        yield from (f"y{i} = {result}" for i, result in enumerate(results))
+
+    def blocks() -> Iterator[str]:
+        yield f"for block in range((high - low + {BLOCK - 1}) // {BLOCK}):"
+        yield f"    begin = low + block * {BLOCK}"
+        yield f"    end = min(begin + {BLOCK}, high)"
+        yield "    for j in range(begin, end):"
+        yield from (f"        {line}" for line in values())
+        yield from (f"        wait_{i}[j - begin] = y{i}" for i in range(len(outs)))
+        for i in range(len(outs)):
+            yield "    for j in range(begin, end):"
+            yield f"        out_{i}[o + j] = wait_{i}[j - begin]"
+
     def lines() -> Iterator[str]:
+        if waiting:
+            yield from (f"    wait_{i} = local({BLOCK}, out_{i})" for i in range(len(outs)))
         yield from (f"    x{i} = in_{i}[0]" for i in scalars)
         yield from (f"    {line}" for line in walk.lines())
         yield "    for row in range(first, last):"
@@ -160,30 +189,17 @@ def elements(
             yield from (f"        {line}" for line in row_place(shape))
         yield from (f"        x{i} = in_{i}[{walk.offset(varies[i])}]" for i in by_row)
         yield from (f"        a_{i} = {walk.offset(varies[i])}" for i in by_element)
+        if waiting:
+            found = (f"same(in_{i}, out_{k})" for i in by_element for k in range(len(outs)))
+            yield f"        if {' or '.join(found)}:"
+            yield from (f"            {line}" for line in blocks())
+            yield "            continue"
         yield "        for j in range(low, high):"
-        yield from (f"            x{i} = in_{i}[a_{i} + j]" for i in by_element)
-        if scalar.indexed:
-            yield "            index = U(place + j)"
-        yield from (f"            {line}" for line in scalar.lines)
-        # all results before the first is stored: an output may lie on an input
-        yield from (f"            y{i} = {result}" for i, result in enumerate(results))
+        yield from (f"            {line}" for line in values())
         yield from (f"            out_{i}[o + j] = y{i}" for i in range(len(outs)))
 
     arrays = ", ".join([*(f"in_{i}" for i in range(len(ins))), *(f"out_{i}" for i in range(len(outs)))])
     head = f"def {name}_loop(task, {arrays}, extras, at):"  # _loop: an op may be called like a builtin, min or abs
     text = "\n".join([head, *lines()]) + "\n"
-    names = {"epilogue": epilogue, "T": np.dtype(outs[0].dtype).type, "U": np.uint64}
-    loop = written(text, **names, **scalar_names(scalar))
-    much = scalar.uses or any("math." in line for line in scalar.lines)
-    twin = next((i for i in by_element if all(varies[i])), None) if much else None
-    if twin is not None:
-        both = arrays.replace(f"in_{twin},", "out_0,")
-        text = (
-            f"def {name}_either(task, {arrays}, extras, at):\n"
-            f"    if same(in_{twin}, out_0):\n"
-            f"        loop(task, {both}, extras, at)\n"
-            f"    else:\n"
-            f"        loop(task, {arrays}, extras, at)\n"
-        )
-        loop = written(text, loop=loop, same=same)
-    return Loop(loop, walk.tasks)
+    names = {"epilogue": epilogue, "T": np.dtype(outs[0].dtype).type, "U": np.uint64, "local": local, "same": same}
+    return Loop(written(text, **names, **scalar_names(scalar)), walk.tasks)
