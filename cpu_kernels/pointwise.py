@@ -121,9 +121,10 @@ def row_place(shape: Sequence[int]) -> list[str]:
     return [*lines, f"place = place * at[{2 * n - 1}] + at[{n - 1}]"] if n else lines
 
 
-def _costly(scalar: Scalar) -> bool:
+def _costly(scalar: Scalar, dtype: str) -> bool:
     """Does an element take much longer without vectors than memory takes to give it?"""
-    return bool(scalar.uses) or any(f"math.{name}(" in line for line in scalar.lines for name in WRITTEN)
+    called = any(f"math.{name}(" in line for line in scalar.lines for name in WRITTEN)
+    return bool(scalar.uses) or (called and dtype == "float32")
 
 
 def _names(ins: Sequence[Spec]) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ def elements(
     scalars = [i for i in range(len(ins)) if not any(varies[i])]
     by_row = [i for i in range(len(ins)) if any(varies[i]) and not varies[i][-1]]
     by_element = [i for i in range(len(ins)) if varies[i][-1]]
-    waiting = bool(by_element) and (_costly(scalar) or _costly(epilogue.scalar))
+    waiting = bool(by_element) and any(_costly(one, outs[0].dtype) for one in (scalar, epilogue.scalar))
     results = list(scalar.results)
     if not epilogue.identity:
         results[0] = f"epilogue({results[0]}, extras, o + j, {'j' if by_channel else '0'}, at)"
