@@ -1,4 +1,4 @@
-"""Concatenation without copies: which convolutions write their channels straight into the joined array.
+"""Concatenation without copies: which kernels write their channels straight into the joined array.
 
     y = concatenate([conv_1(x), conv_2(x)], -1)        y  n h w | channels of conv_1 | of conv_2 |
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..graph import Fused, Graph, Node, Value
-from ..ops import Concatenate, Slice
+from ..ops import Concatenate, Leaf, Slice
 from ..tuner import Tuning
 
 
@@ -51,9 +51,8 @@ def joins(graph: Graph, tuning: Tuning) -> dict[Value, Part]:
 
 
 def _writes(graph: Graph, node: Node, tuning: Tuning) -> bool:
-    """Is a node served by a kernel that can write into longer rows?"""
-    anchor = node.op.anchor if isinstance(node.op, Fused) else node.op
-    if anchor.family != "conv":
+    """Is a node served by a kernel that can write into longer rows? Those of convolutions can."""
+    if isinstance(node.op, Leaf) or node.op.view or node.op.collective:
         return False
     request, choice = tuning.serve(node.op, [graph.spec(v) for v in node.inputs])
     return not choice.reference and choice.find(request, tuning.device).joins
