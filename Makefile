@@ -50,8 +50,8 @@ bench: .peers/.installed
 	.peers/bin/python benchmarks/conv.py --seconds 2 --scaling
 	.peers/bin/python benchmarks/dense.py
 	.peers/bin/python benchmarks/plots.py
-	.peers/bin/python benchmarks/train_step.py --seconds 30 --compile
-	.peers/bin/python benchmarks/inference.py --seconds 12
+	.peers/bin/python benchmarks/train_step.py --seconds 12 --compile
+	.peers/bin/python benchmarks/inference.py --seconds 8
 	.peers/bin/python benchmarks/overhead.py
 	.peers/bin/python benchmarks/readme.py
 

@@ -59,12 +59,11 @@ def _settled(run: Callable[[], Any]) -> float:
 
 
 def beside_torch(times: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Columns of a row: milliseconds of ours and of each side of PyTorch, and how many times as fast as its eager best.
+    """Columns of a row: milliseconds of ours and of each side of PyTorch, and how many times as fast as its best.
 
     ``speedup_range`` is that ratio in the quarters of the rounds: its 25th and 75th percentile over rounds.
     """
-    eager = [name for name in ("nchw", "channels_last") if name in times]
-    best = min(eager, key=lambda name: median(times[name]))
+    best = min((name for name in times if name != "ours"), key=lambda name: median(times[name]))
     ratios = sorted(theirs / ours for ours, theirs in zip(times["ours"], times[best], strict=True))
     columns = {("ours_ms" if name == "ours" else f"torch_{name}_ms"): ms(each) for name, each in times.items()}
     quarters = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]

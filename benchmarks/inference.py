@@ -4,7 +4,7 @@
 
 Ours is the compiled program that predicts, PyTorch's is eval() under inference_mode, in both of its layouts; all have
 the same parameters and running statistics, and their scores are compared before anything is timed. The ratio is to
-PyTorch's faster layout. Memory is the most that a process has which runs one side only.
+PyTorch's fastest side. Memory is the most that a process has which runs one side only.
 """
 
 from __future__ import annotations

@@ -47,12 +47,11 @@ def beside_torch(name: str) -> str:
     where = found["hardware"]
     versions = where["packages"]
     lines.append("")
-    eager = "PyTorch's best is of its two eager layouts. " if "torch_compile" in sides else ""
     peaks = "MB: the most that a process with one side only has, PyTorch's in its thriftier layout. " if memory else ""
     lines.append(
         f"{rows[0]['threads']} threads of {where['cpu']}, "
         f"PyTorch {versions['torch']}, Numba {versions['numba']}, "
-        f"medians of interleaved runs, {where['time'][:10]}. {eager}{peaks}A shared machine: read the ratio."
+        f"medians of interleaved runs, {where['time'][:10]}. {peaks}A shared machine: read the ratio."
     )
     return "\n".join(lines)
 

@@ -26,7 +26,9 @@ class _Side:
     def __init__(self, module: nn.Module, layout: str) -> None:
         self.layout = LAYOUTS["channels_last" if layout == COMPILED else layout]
         self.module = module.to(memory_format=self.layout)  # type: ignore[call-overload]
-        self.call: Callable[..., Any] = torch.compile(self.module) if layout == COMPILED else self.module
+        # one shape: a second network in a process would else be compiled for any, which is slower and takes far longer
+        compiled = layout == COMPILED
+        self.call: Callable[..., Any] = torch.compile(self.module, dynamic=False) if compiled else self.module
 
     def tensors(self, x: Any, label: Any) -> tuple[Any, Any]:
         """Our batch N,H,W,C as N,C,H,W in this layout."""

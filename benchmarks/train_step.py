@@ -4,8 +4,8 @@
 
 All sides start from the same parameters and see the same batches; before anything is timed, their losses are compared
 over a few steps, without dropout, whose random numbers differ. What is timed has dropout where the network has it.
-PyTorch runs eagerly in both of its layouts; the ratio is to the faster one. Memory is the most that a process has which
-runs one side only.
+PyTorch runs eagerly in both of its layouts, and by torch.compile if asked; the ratio is to the fastest. Memory is the
+most that a process has which runs one side only.
 """
 
 from __future__ import annotations

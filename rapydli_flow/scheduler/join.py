@@ -52,7 +52,7 @@ def joins(graph: Graph, tuning: Tuning) -> dict[Value, Part]:
 
 def _writes(graph: Graph, node: Node, tuning: Tuning) -> bool:
     """Is a node served by a kernel that can write into longer rows? Those of convolutions can."""
-    if isinstance(node.op, Leaf) or node.op.view or node.op.collective:
+    if isinstance(node.op, Leaf) or node.op.view or node.op.collective or len(node.specs) > 1:
         return False
     request, choice = tuning.serve(node.op, [graph.spec(v) for v in node.inputs])
     return not choice.reference and choice.find(request, tuning.device).joins
