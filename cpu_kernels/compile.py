@@ -264,8 +264,6 @@ def _module(name: str, write: Callable[[], str]) -> Any:
     """Import a generated module, written first if it is not there or damaged."""
     folder = settings().cache_dir / "kernels"
     path = folder / f"{name}.py"
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # Numba imports the module by its name when it reloads the code
     if not _whole(path):
         _store(path, write())
     try:
@@ -273,10 +271,7 @@ def _module(name: str, write: Callable[[], str]) -> Any:
     except TemplateError:
         raise
     except Exception:  # whatever damaged machine code makes of itself: compile again, once
-        left = [*(folder / "__pycache__").glob(f"{name}.*")]
-        if not left:
-            raise
-        for file in left:
+        for file in (folder / "__pycache__").glob(f"{name}.*"):  # none where another process was faster
             file.unlink(missing_ok=True)
     return _load(name, path)
 

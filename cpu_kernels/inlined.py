@@ -16,6 +16,7 @@ import numpy as np
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.environment import Environment
 from numba.core.errors import NumbaError
 from numba.core.registry import CPUDispatcher
 
@@ -46,11 +47,12 @@ class _Part(JITCodeLibrary):  # type: ignore[misc]
 
 
 class _Nowhere:
-    """Where functions are that are never called by themselves: they need no environment."""
+    """Where functions are that are never called by themselves: they need no environment. It is forgotten, or Numba
+    would keep it with every kernel that they are linked into, and look for the module that had them first."""
 
     @staticmethod
     def set_env(env_name: str, env: Any) -> None:
-        pass
+        Environment._memo.pop(env_name, None)
 
 
 class Inlined(Compiler):  # type: ignore[misc]

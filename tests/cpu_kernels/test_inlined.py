@@ -1,5 +1,8 @@
 """What kernels are compiled of: functions that several of them share, and buffers."""
 
+import os
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -79,6 +82,35 @@ def test_kernels_of_one_template_share_functions(cache_dir, compiled_parts):
     assert sum(name.startswith("transform") for name in compiled_parts[: counts[0]]) >= 3
     assert not any(name.startswith(("transform", "window")) for name in compiled_parts[counts[0] :])
     assert len(compiled_parts) > counts[0]
+
+
+ALONE = """
+import sys
+from cpu_kernels.compile import compile_kernel
+from rapydli_flow.ops import Conv
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import templates
+
+op = Conv(stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))
+(winograd,) = (t for t in templates("conv", "cpu") if t.name == "winograd")
+for channels in map(int, sys.argv[1:]):
+    x, w = Spec((2, 9, 9, channels)), Spec((3, 3, channels, 16))
+    kernel = compile_kernel(winograd, op, (x, w), (op.infer(x, w),))
+    print(kernel.module, kernel.reloaded)
+"""
+
+
+def test_a_kernel_is_loaded_without_those_that_it_shared_functions_with(tmp_path):
+    def loaded(*channels):
+        environ = {**os.environ, "RAPYDLI_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", ALONE, *map(str, channels)]
+        lines = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout.splitlines()
+        return [tuple(line.split()) for line in lines]
+
+    (first, _), (second, _) = loaded(16, 24)
+    for file in (tmp_path / "kernels").rglob(f"{first}.*"):
+        file.unlink()
+    assert loaded(24) == [(second, "True")]
 
 
 @pytest.fixture
