@@ -81,6 +81,16 @@ class Scalar:
     indexed: bool = False
 
 
+Shape = tuple[int, ...]
+
+
+def reach(extra: Shape, out: Shape, source: Shape | None = None) -> str:
+    """How a tail reads an operand of this shape: by 'element', where the 'source' of a part is read, by 'channel', as
+    a 'scalar', or 'nowhere': it cannot."""
+    shapes = {"element": out, "source": source, "channel": out[-1:], "scalar": ()}
+    return next((how for how, shape in shapes.items() if shape == extra), "nowhere")
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What happens to an output element before it is stored: the pointwise tail of a fused op.
@@ -121,17 +131,8 @@ class Epilogue:
         return any(self.reach(extra) == "source" for extra in self.extras)
 
     def reach(self, extra: Spec) -> str:
-        """How an extra is indexed: 'element', 'source', 'channel' or 'scalar'."""
-        if extra.shape == self.out.shape:
-            return "element"
-        if self.source is not None and extra.shape == self.source.shape:
-            return "source"
-        return "channel" if extra.shape else "scalar"
-
-    @staticmethod
-    def takes(extra: Spec, out: Spec) -> bool:
-        """Can a tail read an operand of this shape?"""
-        return extra.shape in ((), out.shape, out.shape[-1:])
+        """How an extra is indexed; see `reach`."""
+        return reach(extra.shape, self.out.shape, self.source.shape if self.source else None)
 
 
 @dataclass(frozen=True)

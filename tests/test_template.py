@@ -1,5 +1,6 @@
 """Templates, configs, devices, epilogues and the registry where they meet."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,4 +114,5 @@ def test_epilogue_reaches_extras_by_their_shape() -> None:
     one = Epilogue(Scalar(("v", "e0"), ("t0 = v + e0",), ("t0",)), (Spec((5,)),), out)
     assert not one.identity
     assert [one.reach(Spec(shape)) for shape in ((2, 3, 5), (5,), ())] == ["element", "channel", "scalar"]
-    assert [Epilogue.takes(Spec(s), out) for s in ((2, 3, 5), (5,), (), (3, 5), (1,))] == [True] * 3 + [False] * 2
+    assert [one.reach(Spec(shape)) for shape in ((3, 5), (1,), (4, 3, 5))] == ["nowhere"] * 3
+    assert replace(one, source=Spec((4, 3, 5))).reach(Spec((4, 3, 5))) == "source"

@@ -34,7 +34,7 @@ from ..ops import (
 from ..ops.base import Reject, refuse
 from ..ops.formula import trace
 from ..spec import Block, Spec
-from ..template import Epilogue, Scalar
+from ..template import Epilogue, Scalar, Shape, reach
 from .graph import Graph, Node, Tensor, Value
 from .rewrite import rewrite
 
@@ -64,32 +64,25 @@ class Fused(Op):
         out = self.anchor.infer(*inputs[: self.arity])
         if not isinstance(out, Spec):
             raise GraphError(f"fused: {self.anchor.name} has {len(out)} outputs; a tail follows an op with one.")
-        for i, extra in enumerate(inputs[self.arity :]):
-            if not (Epilogue.takes(extra, out) or self._source(inputs, extra)):
+        found = self._reach(inputs, out.shape)
+        mixed = "element" in found or self.indexed  # then places go by the output's elements
+        for i, (extra, how) in enumerate(zip(inputs[self.arity :], found, strict=True)):
+            if how == "nowhere" or (how == "source" and mixed):
                 rule = f"extra {i} must be a scalar, or have the shape or the channels of the output {out}"
                 raise refuse(self, rule, {f"e{i}": extra}, "Leave the op that reads it outside the tail.")
         return out
 
-    def _source(self, inputs: Sequence[Spec], extra: Spec) -> bool:
-        """May a tail read this extra where a slice reads its operand? Only if nothing goes by the output's elements."""
-        out = self.anchor.infer(*inputs[: self.arity])
-        others = [x for x in inputs[self.arity :] if x.shape == out.shape]
-        return isinstance(self.anchor, Slice) and extra.shape == inputs[0].shape and not others and not self.indexed
+    def _reach(self, inputs: Sequence[Any], out: Shape) -> list[str]:
+        """How the tail of an output of this shape reads each extra; see `rapydli_flow.template.reach`."""
+        source = inputs[0].shape if isinstance(self.anchor, Slice) else None
+        return [reach(extra.shape, out, source) for extra in inputs[self.arity :]]
 
     def index(self, *inputs: Spec) -> str:
         body, bar, given = self.anchor.index(*inputs[: self.arity]).partition("|")
-        left, out = body.split("->")
-        axes = out.split()
-        shape = self.infer(*inputs).shape
-        extras = (
-            left.strip()
-            if self._source(inputs, x)
-            else " ".join(axes)
-            if x.shape == shape
-            else " ".join(axes[len(axes) - len(x.shape) :]) or "()"
-            for x in inputs[self.arity :]
-        )
-        return f"{', '.join([left.strip(), *extras])} -> {out.strip()} {bar}{given}".strip()
+        left, out = (side.strip() for side in body.split("->"))
+        named = {"element": out, "source": left, "channel": out.split()[-1], "scalar": "()"}
+        extras = (named[how] for how in self._reach(inputs, self.infer(*inputs).shape))
+        return f"{', '.join([left, *extras])} -> {out} {bar}{given}".strip()
 
     def local(self, ins: Sequence[Block], outs: Sequence[Block]) -> Op:
         return replace(self, anchor=self.anchor.local(ins[: self.arity], outs))
@@ -97,8 +90,8 @@ class Fused(Op):
     def reference(self, *inputs: Any, **at: Block) -> Any:
         where = at.get("at")
         y = self.anchor.run(*inputs[: self.arity], at=where)[0]
-        shape, source = y.shape, inputs[0].shape if isinstance(self.anchor, Slice) else None
-        extras = [self.anchor.run(x)[0] if x.shape == source and x.shape != shape else x for x in inputs[self.arity :]]
+        reads = zip(inputs[self.arity :], self._reach(inputs, y.shape), strict=True)
+        extras = [self.anchor.run(x)[0] if how == "source" else x for x, how in reads]
         for op, slots in self.tail:
             y = op.run(*(y if s < 0 else extras[s] for s in slots), at=where)[0]
         return y
@@ -122,7 +115,8 @@ class Fused(Op):
 
     def flops(self, *inputs: Spec) -> int:
         out = self.out_specs(*inputs)[0]
-        extras = [Spec(out.shape, x.dtype) if self._source(inputs, x) else x for x in inputs[self.arity :]]
+        reads = zip(inputs[self.arity :], self._reach(inputs, out.shape), strict=True)
+        extras = [Spec(out.shape, x.dtype) if how == "source" else x for x, how in reads]
         tail = sum(op.flops(*(out if s < 0 else extras[s] for s in slots)) for op, slots in self.tail)
         return self.anchor.flops(*inputs[: self.arity]) + tail
 
@@ -173,7 +167,7 @@ def fuse(graph: Graph) -> Graph:
 def _absorb(new: Graph, host: Node, node: Node, inputs: tuple[Tensor, ...], j: int) -> Any:
     extras = [y for k, y in enumerate(inputs) if k != j]
     out = node.specs[0]
-    if any(not Epilogue.takes(y.spec, out) for y in extras) or any(y.id == inputs[j].id for y in extras):
+    if any(reach(y.spec.shape, out.shape) == "nowhere" for y in extras) or any(y.id == inputs[j].id for y in extras):
         return None
     op = host.op if isinstance(host.op, Fused) else Fused(anchor=host.op, arity=len(host.inputs))
     first = len(host.inputs) - op.arity
