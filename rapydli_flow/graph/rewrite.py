@@ -17,8 +17,8 @@ def _keep(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
     return None
 
 
-def rewrite(graph: Graph, rule: Rule = _keep) -> Graph:
-    """A copy without dead nodes.
+def rewrite(graph: Graph, rule: Rule = _keep, order: Sequence[int] | None = None) -> Graph:
+    """A copy without dead nodes, in another order where one is given (of all nodes, each after what it reads).
 
     ``rule(new graph, node, its new inputs)`` may answer with the tensor, or tuple of tensors, that
     replaces the node's outputs; None copies the node. Inputs that are fed (batch, clock) stay.
@@ -33,9 +33,10 @@ def rewrite(graph: Graph, rule: Rule = _keep) -> Graph:
             todo += graph.nodes[i].inputs
     new = Graph(counts=dict(graph.counts), network=graph.network, where="")
     to: dict[Value, Tensor] = {}
-    for i, node in enumerate(graph.nodes):
+    for i in range(len(graph.nodes)) if order is None else order:
         if i not in live:
             continue
+        node = graph.nodes[i]
         inputs = tuple(to[v] for v in node.inputs)
         new.where = node.where
         made = rule(new, node, inputs)

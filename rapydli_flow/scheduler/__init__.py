@@ -5,6 +5,7 @@ May import floors 0 to 4. `runtime` carries the decisions out.
 
 from .bucket import bucket
 from .collective import AllReduce, Exchange
+from .early import update_early
 from .plan import Plan, data_parallel
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
@@ -21,4 +22,5 @@ __all__ = [
     "compile_program",
     "data_parallel",
     "split",
+    "update_early",
 ]

@@ -14,6 +14,7 @@ from ..template import Device
 from ..tuner import Tuning
 from .bucket import bucket
 from .collective import AllReduce, Exchange
+from .early import update_early
 from .program import compile_program
 from .split import Layout, split
 
@@ -34,7 +35,7 @@ class Plan:
 
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
         """Equal nodes merged, what a channel shares hoisted, split, then the passes on rank graphs: collectives
-        bucketed, tails fused.
+        bucketed, tails fused, updates early.
 
         The graphs of all ranks have the same nodes in the same order. So nothing is merged after the split
         (two nodes may be equal on one rank only), and tails are fused on all ranks or on none.
@@ -43,7 +44,9 @@ class Plan:
         parts = split(graph, self.ranks, self.layouts) if self.ranks > 1 else (graph,)
         parts = tuple(checked(bucket)(part) for part in parts)
         fused = tuple(checked(fuse)(part) for part in parts)
-        return fused if len({tuple(node.name for node in part) for part in fused}) == 1 else parts
+        if len({tuple(node.name for node in part) for part in fused}) == 1:
+            parts = fused
+        return tuple(checked(update_early)(part) for part in parts)
 
     def explain(self, graph: Graph) -> str:
         """What each rank holds of the divided inputs, and the bytes that ranks send each other in a step."""
