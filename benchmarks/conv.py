@@ -7,6 +7,9 @@ A shape is ``[name, N, C, [spatial], K, [window], [stride], [padding], groups, d
 PyTorch runs in both of its layouts, the ratio is to the faster one. GFLOP/s are effective: operations of the
 direct convolution, whatever the algorithm. Results are compared with float64 at places drawn by chance, before anything
 is timed; errors are relative to the largest element. ``exact`` leaves Winograd's algorithm out.
+
+Somebody else may have a core of a shared machine for seconds. So the table is gone through several times, and a row has
+the median of its speeds and of its ratios.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from rapydli_flow.tuner import Choice, Request
 
 SHAPES = Path(__file__).with_name("conv_shapes.json")
 DIRECTIONS = ("forward", "input", "filter")
-PASSES = 3  # over the table, for how two threads do beside one
+PASSES = 3  # over the table
 PLACES = 64  # where results are compared with float64
 
 
@@ -207,8 +210,10 @@ def _taps(shape: Shape, o: list[int]) -> Iterator[tuple[int, int, int]]:
     return zip(o, shape.stride, shape.window, strict=True)
 
 
-def measure(shape: Shape, direction: str, *, threads: int, tune_s: float, seconds: float) -> dict[str, Any]:
-    """A row of the table."""
+def measure(
+    shape: Shape, direction: str, *, threads: int, tune_s: float, seconds: float, check: bool
+) -> dict[str, Any]:
+    """A row of the table, from one pass over it. ``check``: compare results before anything is timed."""
     rng = np.random.default_rng(0)
     arrays = [array(spec) for spec in shape.specs]
     for a in arrays:
@@ -221,13 +226,15 @@ def measure(shape: Shape, direction: str, *, threads: int, tune_s: float, second
     exact = Ours(replace(op, exact=True), operands, array(out), threads=threads, tune_s=tune_s)
     twice = exact.choice == ours.choice
     sides |= {"ours": ours} if twice else {"ours": ours, "exact": exact}
-    results = {name: ours_from(side(), direction) for name, side in sides.items() if name not in ("ours", "exact")}
-    results |= {"ours": ours(), "exact": exact()}
-    errors = {name: error_of(shape, direction, x, w, y, value) for name, value in results.items()}
-    largest = max(float(np.abs(v).max()) for v in results.values())
-    apart = max(float(np.abs(v - results["ours"]).max()) for v in results.values()) / largest
-    if not apart < 1e-4:
-        raise SystemExit(f"{shape.name}, {direction}: results are apart by {apart:.1e} of the largest element.")
+    errors: dict[str, float] = {}
+    if check:
+        results = {name: ours_from(side(), direction) for name, side in sides.items() if name not in ("ours", "exact")}
+        results |= {"ours": ours(), "exact": exact()}
+        errors = {name: error_of(shape, direction, x, w, y, value) for name, value in results.items()}
+        largest = max(float(np.abs(v).max()) for v in results.values())
+        apart = max(float(np.abs(v - results["ours"]).max()) for v in results.values()) / largest
+        if not apart < 1e-4:
+            raise SystemExit(f"{shape.name}, {direction}: results are apart by {apart:.1e} of the largest element.")
     times = interleaved(sides, rounds=40, seconds=seconds)
     flops = op.flops(*ins)
     rate = {name: flops / ms(value) / 1e6 for name, value in times.items()}
@@ -242,21 +249,23 @@ def measure(shape: Shape, direction: str, *, threads: int, tune_s: float, second
         "ratio": round(rate["ours"] / best, 3),
         "exact ratio": round(rate.get("exact", rate["ours"]) / best, 3),
         "peak %": 0.0,  # when the peak is known for good
-        "error": errors["ours"],
-        "exact error": errors["exact"],
-        "torch error": max(errors[name] for name in errors if name not in ("ours", "exact")),
+        "error": errors.get("ours"),
+        "exact error": errors.get("exact"),
+        "torch error": max((e for name, e in errors.items() if name not in ("ours", "exact")), default=None),
         "template": str(ours.choice),
         "exact template": str(exact.choice),
     }
 
 
+def medians(passes: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of several passes; what is no speed is the first's."""
+    speeds = ("ours", "nchw", "channels_last", "ratio", "exact ratio")
+    return passes[0] | {name: median(row[name] for row in passes) for name in speeds}
+
+
 def scaling(shapes: list[Shape], directions: list[str], seconds: float) -> list[dict[str, Any]]:
     """How much faster two threads are than one, and at the same time those of a kernel that does multiply-adds in
-    registers only: what the machine gives to two threads.
-
-    Somebody else may have a core of a shared machine for seconds. So the table is gone through several times, and a
-    row has the median of its ratios.
-    """
+    registers only: what the machine gives to two threads."""
     registers, _ = in_registers(host())
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(PASSES):
@@ -332,13 +341,16 @@ def main() -> None:
         print(path, f"geometric mean {mean:.2f}, of multiply-adds in registers {registers:.2f}")
         return
     peak = measured_peak(host(), arguments.threads)
-    rows = []
+    how = {"threads": arguments.threads, "tune_s": arguments.tune, "seconds": arguments.seconds / PASSES}
+    passes: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with torch.no_grad():
-        for shape in shapes:
-            for direction in directions:
-                how = {"threads": arguments.threads, "tune_s": arguments.tune, "seconds": arguments.seconds}
-                rows.append(measure(shape, direction, **how))
-                print(" ".join(str(v) for v in rows[-1].values()), flush=True)
+        for i in range(PASSES):
+            for shape in shapes:
+                for direction in directions:
+                    row = measure(shape, direction, **how, check=i == 0)
+                    passes.setdefault((shape.name, direction), []).append(row)
+                    print(i + 1, *row.values(), flush=True)
+    rows = [medians(found) for found in passes.values()]
     peak = peak.better(measured_peak(host(), arguments.threads))
     for row in rows:
         row["peak %"] = round(100 * row["ours"] * 1e9 / peak.flops_s, 1)

@@ -47,7 +47,7 @@ def beside_torch(name: str) -> str:
     where = found["hardware"]
     versions = where["packages"]
     lines.append("")
-    peaks = "MB: the most that a process with one side only has, PyTorch's in its thriftier layout. " if memory else ""
+    peaks = "MB: the most that a process with one side only has, PyTorch's on the side that takes least. " if memory else ""
     lines.append(
         f"{rows[0]['threads']} threads of {where['cpu']}, "
         f"PyTorch {versions['torch']}, Numba {versions['numba']}, "
@@ -61,8 +61,8 @@ def _line(cells: list[str]) -> str:
 
 
 def _least(row: dict[str, Any]) -> float | None:
-    """MB of PyTorch's layout that takes less."""
-    known = [row[name] for name in ("torch_nchw_mb", "torch_channels_last_mb") if row.get(name)]
+    """MB of the side of PyTorch that takes least."""
+    known = [row[f"{side}_mb"] for side in SIDES if side != "ours" and row.get(f"{side}_mb")]
     return min(known, default=None)
 
 
