@@ -47,7 +47,9 @@ def beside_torch(name: str) -> str:
     where = found["hardware"]
     versions = where["packages"]
     lines.append("")
-    peaks = "MB: the most that a process with one side only has, PyTorch's on the side that takes least. " if memory else ""
+    peaks = (
+        "MB: the most that a process with one side only has, PyTorch's on the side that takes least. " if memory else ""
+    )
     lines.append(
         f"{rows[0]['threads']} threads of {where['cpu']}, "
         f"PyTorch {versions['torch']}, Numba {versions['numba']}, "
