@@ -9,10 +9,11 @@ such, as the rate of a step, come early as well. Collectives keep their order, a
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
 from ..graph import Graph, Node, Value, rewrite
 from ..ops import Leaf
+from .places import homes, owners
 
 
 def update_early(graph: Graph) -> Graph:
@@ -34,14 +35,12 @@ class _Order:
 
     def _movable(self) -> dict[int, set[int]]:
         """The nodes that take no memory wherever they run, each with those that must run before."""
-        times = Counter(self.graph.updates.values())
-        homes = {value: self.graph.find(name).id for name, value in self.graph.updates.items() if times[value] == 1}
-        readers = self._readers()
+        home, readers = homes(self.graph), self._readers()
         found: dict[int, set[int]] = {}
         for i, node in enumerate(self.graph.nodes):
             if node.op.collective or isinstance(node.op, Leaf):
                 continue
-            old = [homes[i, k] for k in range(len(node.specs)) if (i, k) in homes]
+            old = [home[i, k] for k in range(len(node.specs)) if (i, k) in home]
             at_home = len(old) == len(node.specs) and self._in_place(node, old)
             if at_home or all(spec.shape == () for spec in (*node.specs, *map(self.graph.spec, node.inputs))):
                 others = (readers.get(leaf, set()) for leaf in old)
@@ -50,13 +49,11 @@ class _Order:
 
     def _readers(self) -> dict[Value, set[int]]:
         """The nodes that read a value, or a view of it."""
+        owner = owners(self.graph, {})
         readers: dict[Value, set[int]] = {}
-        root: dict[Value, Value] = {}
         for i, node in enumerate(self.graph.nodes):
             for v in node.inputs:
-                readers.setdefault(root.get(v, v), set()).add(i)
-            if node.op.view:
-                root[i, 0] = root.get(node.inputs[0], node.inputs[0])
+                readers.setdefault(owner.get(v, v), set()).add(i)
         return readers
 
     def _in_place(self, node: Node, old: list[Value]) -> bool:

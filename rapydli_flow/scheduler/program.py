@@ -17,6 +17,7 @@ from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
 from .join import Part, joins
+from .places import homes, owners
 
 
 @dataclass(frozen=True)
@@ -111,28 +112,19 @@ class _Planner:
         self.arena = Arena()
         self.buffers: dict[Value, Buffer] = {}
         self.joined = joins(graph, tuning)
-        self.root: dict[Value, Value] = {v: part.whole for v, part in self.joined.items()}
+        self.root = owners(graph, {v: part.whole for v, part in self.joined.items()})
         self.last = self._last_reads()
         self.permanent: set[int] = set()
         self.sizes: dict[str, int] = {}
         self.steps: list[Call | Collective] = []
         self.donated = 0
-        homes: dict[Value, list[Value]] = {}
-        for name, value in graph.updates.items():
-            homes.setdefault(value, []).append(graph.find(name).id)
-        self.home = {value: leaves[0] for value, leaves in homes.items() if len(leaves) == 1}
+        self.home = homes(graph)
 
     def _last_reads(self) -> dict[Value, int]:
         """For each value that owns memory, the last node that reads it or a view of it."""
-        last: dict[Value, int] = {}
-        for i, node in enumerate(self.graph.nodes):
-            for v in node.inputs:
-                last[self.root.get(v, v)] = i
-            if node.op.view:
-                source = node.inputs[0]
-                self.root[i, 0] = self.root.get(source, source)
+        last = {self.own(v): i for i, node in enumerate(self.graph.nodes) for v in node.inputs}
         for v in (*self.graph.outputs.values(), *self.graph.updates.values()):
-            last[self.root.get(v, v)] = len(self.graph.nodes)
+            last[self.own(v)] = len(self.graph.nodes)
         return last
 
     def own(self, value: Value) -> Value:
