@@ -363,7 +363,6 @@ class Fitting:
             run="run",
             step=self.step,
             programs=tuple(programs),
-            layouts=plan.layouts,
             tuning=tuning,
             threads=plan.threads,
             data=self.train,

@@ -107,16 +107,14 @@ class Index:
         return tuple(dict.fromkeys(letter for letter in found if letter))
 
     def blocks(
-        self, ins: Sequence[Spec], outs: Sequence[Spec], letter: str | None, lo: int = 0, hi: int = 0
+        self, ins: Sequence[Spec], outs: Sequence[Spec], cell: Mapping[str, tuple[int, int]]
     ) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
-        """Blocks of inputs and outputs when ``letter`` runs over ``[lo, hi)`` only."""
-        ranges = {name: (0, size) for name, size in self.sizes(ins, outs).items()}
-        if letter is not None:
-            ranges[letter] = (lo, hi)
+        """Blocks of inputs and outputs when the letters of ``cell`` run over their ranges only."""
+        ranges = {name: (0, size) for name, size in self.sizes(ins, outs).items()} | dict(cell)
 
         def block(operand: Operand, spec: Spec) -> Block:
             spans = [
-                axis.span(ranges, size) if axis and letter in axis.letters else (0, size)
+                axis.span(ranges, size) if axis and not cell.keys().isdisjoint(axis.letters) else (0, size)
                 for axis, size in zip(operand, spec.shape, strict=True)
             ]
             return Block(tuple(a for a, _ in spans), tuple(b for _, b in spans), spec.shape)

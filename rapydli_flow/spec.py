@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -77,9 +77,20 @@ class Block:
         zero = (0,) * len(whole)
         return tuple(cls(at(zero, lo), at(whole, hi), whole) for lo, hi in pairwise(bounds))
 
+    @classmethod
+    def grid(cls, shape: Sequence[int], bounds: Mapping[int, Sequence[int]]) -> tuple[Block, ...]:
+        """A block for each combination of intervals of the axes that have ``bounds``, the last axis fastest."""
+        cuts = [tuple(pairwise(bounds.get(axis, (0, size)))) for axis, size in enumerate(shape)]
+        return tuple(cls(tuple(a for a, _ in s), tuple(b for _, b in s), tuple(shape)) for s in product(*cuts))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(hi - lo for lo, hi in zip(self.lo, self.hi, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -89,6 +100,29 @@ class Block:
     @property
     def empty(self) -> bool:
         return any(size == 0 for size in self.shape)
+
+    def meet(self, other: Block) -> Block | None:
+        """What lies in both blocks; None where that is nothing."""
+        lo, hi = tuple(map(max, self.lo, other.lo)), tuple(map(min, self.hi, other.hi))
+        return Block(lo, hi, self.whole) if all(a < b for a, b in zip(lo, hi, strict=True)) else None
+
+    def without(self, other: Block) -> list[Block]:
+        """Blocks that together are this one without what the other holds."""
+        both = self.meet(other)
+        if both is None:
+            return [self]
+        rest: list[Block] = []
+        lo, hi = list(self.lo), list(self.hi)
+        for axis in range(len(lo)):
+            for a, b in ((lo[axis], both.lo[axis]), (both.hi[axis], hi[axis])):
+                if a < b:
+                    rest.append(Block((*lo[:axis], a, *lo[axis + 1 :]), (*hi[:axis], b, *hi[axis + 1 :]), self.whole))
+            lo[axis], hi[axis] = both.lo[axis], both.hi[axis]
+        return rest
+
+    def inside(self, outer: Block) -> tuple[slice, ...]:
+        """This block as slices of an array that holds ``outer``."""
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.lo, self.hi, outer.lo, strict=True))
 
     def __str__(self) -> str:
         return "[" + ",".join(f"{lo}:{hi}" for lo, hi in zip(self.lo, self.hi, strict=True)) + "]"

@@ -73,31 +73,31 @@ def test_sizes_refuse(formula: str, ins: tuple[Spec, ...], outs: tuple[Spec, ...
 
 
 def test_splitting_rows_of_a_convolution_needs_a_halo() -> None:
-    need, give = parse(CONV).blocks(CONV_INS, CONV_OUTS, "h", 1, 3)
+    need, give = parse(CONV).blocks(CONV_INS, CONV_OUTS, {"h": (1, 3)})
     assert give == (Block((0, 1, 0, 0), (4, 3, 4, 6), (4, 4, 4, 6)),)
     assert need[0] == Block((0, 1, 0, 0), (4, 6, 8, 3), (4, 8, 8, 3))  # rows 2*1-1 to 2*2+2-1
     assert need[1] == Block.all((3, 3, 3, 6))
 
 
 def test_padding_is_cut_off() -> None:
-    need, _ = parse(CONV).blocks(CONV_INS, CONV_OUTS, "h", 0, 1)
+    need, _ = parse(CONV).blocks(CONV_INS, CONV_OUTS, {"h": (0, 1)})
     assert (need[0].lo[1], need[0].hi[1]) == (0, 2)
 
 
 def test_only_exact_quotients_count() -> None:
     ins, outs = (Spec((4, 4, 4, 6)), Spec((3, 3, 3, 6))), (Spec((4, 8, 8, 3)),)
-    need, _ = parse(BACK).blocks(ins, outs, "h", 3, 5)
+    need, _ = parse(BACK).blocks(ins, outs, {"h": (3, 5)})
     assert (need[0].lo[1], need[0].hi[1]) == (1, 3)  # (3-2+1)/2 to (4-0+1)/2, whole ones
 
 
 def test_no_letter_gives_whole_operands() -> None:
-    need, give = parse(CONV).blocks(CONV_INS, CONV_OUTS, None)
+    need, give = parse(CONV).blocks(CONV_INS, CONV_OUTS, {})
     assert need == tuple(Block.all(s.shape) for s in CONV_INS)
     assert give == tuple(Block.all(s.shape) for s in CONV_OUTS)
 
 
 def test_a_block_outside_is_empty_not_negative() -> None:
-    need, _ = parse("h-5 -> h").blocks((Spec((4,)),), (Spec((9,)),), "h", 0, 2)
+    need, _ = parse("h-5 -> h").blocks((Spec((4,)),), (Spec((9,)),), {"h": (0, 2)})
     assert need[0].empty
 
 
@@ -163,7 +163,7 @@ def test_blocks_are_the_hull_of_what_is_read(data: st.DataObject) -> None:
     index, ins, outs = parse(f"{formula} -> h | r={window}"), (Spec((size,)),), (Spec((out,)),)
     lo = number(0, out - 1)
     hi = number(lo + 1, out)
-    need, _ = index.blocks(ins, outs, "h", lo, hi)
+    need, _ = index.blocks(ins, outs, {"h": (lo, hi)})
     read = sorted({a[0] for _, a, _, b in index.reads(ins, outs) if lo <= b[0] < hi})  # type: ignore[operator,type-var]
     if read:
         assert need[0].lo[0] <= read[0]  # type: ignore[operator]

@@ -7,7 +7,7 @@ reference is the composition. Fuse after splitting: a sum over ranks must come b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -142,8 +142,11 @@ def parts(op: Op, inputs: Sequence[Spec]) -> tuple[Op, tuple[Spec, ...], Epilogu
     return op, tuple(inputs), Epilogue.none(op.out_specs(*inputs)[0])
 
 
-def fuse(graph: Graph) -> Graph:
-    """Move every pointwise op with one host into that host, if nothing else reads the value between."""
+def fuse(graph: Graph, apart: Container[str] = ()) -> Graph:
+    """Move every pointwise op with one host into that host, if nothing else reads the value between.
+
+    Nodes whose names are in ``apart`` stay as they are.
+    """
     users: Counter[Value] = Counter(v for node in graph.nodes for v in node.inputs)
     users.update([*graph.outputs.values(), *graph.updates.values()])
     single = {
@@ -151,7 +154,7 @@ def fuse(graph: Graph) -> Graph:
     }
 
     def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
-        if not isinstance(node.op, Pointwise) or len(node.specs) > 1:
+        if not isinstance(node.op, Pointwise) or len(node.specs) > 1 or node.name in apart:
             return None
         for j, x in enumerate(inputs):
             host = new.nodes[x.node]

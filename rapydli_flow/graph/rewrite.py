@@ -26,6 +26,7 @@ def rewrite(graph: Graph, rule: Rule = _keep, order: Sequence[int] | None = None
     live: set[int] = set()
     todo = [*graph.outputs.values(), *graph.updates.values(), *(x.id for x in graph.leaves("clock", "batch"))]
     todo += [graph.find(name).id for name in graph.updates]
+    todo += [(i, 0) for i, node in enumerate(graph.nodes) if node.op.collective]  # others wait for this rank there
     while todo:
         i = todo.pop()[0]
         if i not in live:

@@ -16,12 +16,12 @@ import numpy as np
 
 from ..data import SnapshotWriter
 from ..graph import Graph
-from ..scheduler.split import Layout
-from ..spec import Array
+from ..spec import Array, Block
 from .events import SNAPSHOTS
 from .segment import SegmentResult
 
 Pending = Callable[[], Any]
+Held = Mapping[str, Block]  # which block of each leaf a rank has
 
 
 class Backend(ABC):
@@ -83,24 +83,25 @@ class Writers:
                 stack.callback(writer.close)
 
 
-def whole_state(graph: Graph, layouts: Mapping[str, Layout], parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Whole arrays of parameters and state from the blocks of all ranks."""
+def whole_state(graph: Graph, held: Sequence[Held], parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Whole arrays of parameters and state from the blocks of the first ranks, which together hold everything."""
     out: dict[str, Array] = {}
     for leaf in graph.leaves("param", "state"):
         name = leaf.name
-        if name not in layouts:
-            out[name] = parts[0][name]
-            continue
-        array = np.empty(leaf.spec.shape, leaf.spec.dtype)
-        for block, part in zip(layouts[name], parts, strict=True):
-            array[block.slices] = part[name]
-        out[name] = array
+        there = [(blocks[name], part[name]) for blocks, part in zip(held, parts, strict=False) if name in blocks]
+        whole = next((array for block, array in there if block == Block.all(leaf.spec.shape)), None)
+        if whole is None:
+            whole = np.empty(leaf.spec.shape, leaf.spec.dtype)
+            for block, array in there:
+                whole[block.slices] = array
+        out[name] = whole
     return out
 
 
-def divided(graph: Graph, layouts: Mapping[str, Layout]) -> bool:
-    """Is a parameter or state held in parts?"""
-    return any(leaf.name in layouts for leaf in graph.leaves("param", "state"))
+def holding(graph: Graph, held: Sequence[Held]) -> int:
+    """How many ranks, from the first on, hold all parameters and state together: one, or all."""
+    leaves = graph.leaves("param", "state")
+    return 1 if all(held[0].get(leaf.name) == Block.all(leaf.spec.shape) for leaf in leaves) else len(held)
 
 
 def same_scalars(results: Sequence[SegmentResult]) -> SegmentResult:

@@ -29,7 +29,7 @@ from ..spec import Array, even_bounds
 from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
-from .backend import Backend, Writers, divided, same_scalars, whole_state
+from .backend import Backend, Writers, holding, same_scalars, whole_state
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
 from .segment import SegmentResult
@@ -91,6 +91,7 @@ class Cluster(Backend):
             worker = workers[address]
             if worker["memory_bytes"]:
                 program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
+        self.holding = holding(job.step, [program.layout for program in job.programs])
         self.tokens: list[Future] = []
         self.count = 0
         self.looked = time.monotonic()
@@ -266,7 +267,7 @@ class Cluster(Backend):
         return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
-        if not divided(self.job.step, self.job.layouts):
+        if self.holding == 1:
             futures = self._ordered("evaluate", tasks.evaluate)
             self.tokens = futures
             return lambda: mean_scores(self.results(futures))
@@ -275,7 +276,7 @@ class Cluster(Backend):
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
         self.written.add(name)
-        if divided(self.job.step, self.job.layouts):
+        if self.holding > 1:
             writer = self.writers[name]
             writer.write(step, self.state(), meta)
             return writer.wait
@@ -284,9 +285,8 @@ class Cluster(Backend):
         return lambda: self.results(futures)
 
     def state(self) -> dict[str, Array]:
-        count = self.job.ranks if divided(self.job.step, self.job.layouts) else 1
-        parts = self.results(self._ordered("state", tasks.state_of, ranks=count))
-        return whole_state(self.job.step, self.job.layouts, parts)
+        parts = self.results(self._ordered("state", tasks.state_of, ranks=self.holding))
+        return whole_state(self.job.step, [program.layout for program in self.job.programs], parts)
 
     def close(self, *, failed: bool) -> None:
         try:

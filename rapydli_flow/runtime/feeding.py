@@ -118,8 +118,8 @@ class Given:
 def feed_of(
     data: Dataset | None, layout: Mapping[str, Block], classes: Mapping[str, int], *, seed: int, shuffle: bool
 ) -> RankFeed | Given:
-    """The feed of a rank; None: its batches are handed to it."""
-    return Given() if data is None else RankFeed.of(data, layout, classes, seed=seed, shuffle=shuffle)
+    """The feed of a rank. Without data its batches are handed to it, and one that is fed nothing needs no data."""
+    return Given() if data is None or not layout else RankFeed.of(data, layout, classes, seed=seed, shuffle=shuffle)
 
 
 def fed_arrays(what: str, graph: Graph, given: Any, needed: Container[str] | None = None) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from ..ops import Leaf
 from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
-from .backend import Backend, Writers, whole_state
+from .backend import Backend, Writers, holding, whole_state
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
@@ -63,9 +63,10 @@ class Flow(Backend):
         self.clocks: Mapping[str, float] = CLOCKS
         self.token = uuid.uuid4().hex
         self.inputs = {leaf.name for leaf in step.leaves("batch")}
+        self.held = [{x.name: graph.nodes[x.node].at or Block.all(x.shape) for x in graph.leaves()} for graph in graphs]
         self.readers = []
-        for rank, graph in enumerate(graphs):
-            layout = {x.name: graph.nodes[x.node].at or Block.all(x.spec.shape) for x in graph.leaves("batch")}
+        for rank, blocks in enumerate(self.held):
+            layout = {name: blocks[name] for name in self.inputs if name in blocks}
             self.readers.append(Reader(data, layout, label_classes(step), seed, shuffle, (self.token, rank)))
 
     def start(self, state: Mapping[str, Array] | None) -> None:
@@ -100,10 +101,12 @@ class Flow(Backend):
         fed: list[dict[str, Ref]] = []
         for rank in range(len(self.graphs)):
             key = (f"load_batch-{token}", rank)
-            tasks[key] = Task(key, load_batch, self.readers[rank], step)
+            reader = self.readers[rank]
+            if reader.layout:
+                tasks[key] = Task(key, load_batch, reader, step)
             values = {**self.clocks, "seed": self.seed, "step": step}
             clock = {x.name: Ref(np.asarray(values[x.name], x.dtype)) for x in self.graph.leaves("clock")}
-            fed.append({**leaves[rank], **clock, **{name: Ref(key, name) for name in self.inputs}})
+            fed.append({**leaves[rank], **clock, **{name: Ref(key, name) for name in reader.layout}})
         lowered = lower(self.graphs, fed, self.tuning, token=token, granularity=granularity, threads=self.plan.threads)
         tasks.update(lowered.tasks)
         return lowered, tasks
@@ -148,8 +151,9 @@ class Flow(Backend):
 
     def _gather(self) -> dict[str, Array]:
         names = [x.name for x in self.graph.leaves("param", "state")]
-        parts = [{name: self._value(leaves[name]) for name in names} for leaves in self.leaves]
-        return whole_state(self.graph, self.plan.layouts, parts)
+        count = holding(self.graph, self.held)
+        parts = [{n: self._value(leaves[n]) for n in names if n in leaves} for leaves in self.leaves[:count]]
+        return whole_state(self.graph, self.held, parts)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
         metrics = self.scorer(self._gather())

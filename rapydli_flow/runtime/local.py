@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..spec import Array
 from ..tuner import Tuning
-from .backend import Backend, Writers, divided, same_scalars, whole_state
+from .backend import Backend, Writers, holding, same_scalars, whole_state
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
@@ -56,7 +56,7 @@ class Local(Backend):
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
             rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)
             feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
-            self.trainers.append(Trainer(rank, feed, seed, number=number))
+            self.trainers.append(Trainer(rank, feed, seed, step, number=number))
         self.seed = seed
         self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
         self.writers = Writers(run_dir, keep)
@@ -101,9 +101,8 @@ class Local(Backend):
         return finite(self._gather())
 
     def _gather(self) -> dict[str, Array]:
-        layouts = self.plan.layouts
-        count = len(self.trainers) if divided(self.graph, layouts) else 1
-        return whole_state(self.graph, layouts, [t.rank.state() for t in self.trainers[:count]])
+        held = [t.rank.program.layout for t in self.trainers]
+        return whole_state(self.graph, held, [t.rank.state() for t in self.trainers[: holding(self.graph, held)]])
 
     def close(self, *, failed: bool) -> None:
         for trainer in self.trainers:

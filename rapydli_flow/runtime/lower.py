@@ -22,7 +22,7 @@ from cpu_kernels.driver import run_kernel
 from ..errors import SettingError
 from ..graph import Graph, Node, Value
 from ..ops import Leaf
-from ..scheduler import AllReduce, Exchange
+from ..scheduler import AllReduce, Exchange, side_by_side
 from ..scheduler.collective import add_in_order, assemble
 from ..spec import Array, Block
 from ..template import Device
@@ -92,13 +92,12 @@ def run_group(group: Group, picks: tuple[Any, ...], *sources: Any) -> tuple[Arra
     return tuple(made[i][k] for i, k in group.gives)
 
 
-def run_collective(op: Any, picks: tuple[Any, ...], *sources: Any) -> tuple[Array, ...]:
-    """The body of a collective's task: all ranks' parts in, the result out."""
+def run_collective(op: AllReduce | Exchange, picks: tuple[Any, ...], *sources: Any) -> tuple[Array, ...]:
+    """The body of a collective's task: all ranks' parts in, in the order of the ranks, the result out."""
     arguments = [pick(sources[i], item) for i, item in picks]
     if isinstance(op, AllReduce):
-        ranks = len(arguments) // op.parts
-        return tuple(add_in_order([arguments[r * op.parts + i] for r in range(ranks)]) for i in range(op.parts))
-    return (assemble(op, arguments),)
+        return tuple(add_in_order(arguments[i :: op.parts]) for i in range(op.parts))
+    return assemble(op, dict(zip((i for r in op.ranks for i in op.held_by(r)), arguments, strict=True)))
 
 
 def pick(value: Any, item: int | str | None) -> Array:
@@ -147,33 +146,32 @@ class _Lower:
         self.waiting: list[list[int]] = [[] for _ in graphs]
 
     def run(self) -> Lowered:
-        for i in range(len(self.graphs[0])):
-            nodes = [graph.nodes[i] for graph in self.graphs]
-            op = nodes[0].op
-            if isinstance(op, Leaf):
-                for rank, node in enumerate(nodes):
-                    if node.name not in self.leaves[rank]:
-                        raise SettingError(f"{node.name} ({op.kind}) is not fed; give it a value.")
-                    self.where[rank][i, 0] = self.leaves[rank][node.name]
-            elif op.collective:
-                self.flush()
-                self.collective(i, nodes)
+        for step in side_by_side(self.graphs):
+            nodes = {rank: self.graphs[rank].nodes[i] for rank, i in step.items()}
+            rank, node = next(iter(nodes.items()))
+            if node.op.collective:
+                for each in nodes:
+                    self.flush(each)
+                self.collective(step, nodes)
+            elif isinstance(node.op, Leaf):
+                if node.name not in self.leaves[rank]:
+                    raise SettingError(f"{node.name} ({node.op.kind}) is not fed; give it a value.")
+                self.where[rank][step[rank], 0] = self.leaves[rank][node.name]
             else:
-                for rank in range(len(nodes)):
-                    self.waiting[rank].append(i)
+                self.waiting[rank].append(step[rank])
                 if self.granularity == "op":
-                    self.flush()
-        self.flush()
+                    self.flush(rank)
+        for rank in range(len(self.graphs)):
+            self.flush(rank)
         outputs = [{k: self.where[r][v] for k, v in g.outputs.items()} for r, g in enumerate(self.graphs)]
         updates = [{k: self.where[r][v] for k, v in g.updates.items()} for r, g in enumerate(self.graphs)]
         return Lowered(self.tasks, outputs, updates)
 
-    def flush(self) -> None:
-        """Emit the waiting nodes of every rank as one task each."""
-        for rank, members in enumerate(self.waiting):
-            if members:
-                self.group(rank, members)
-                self.waiting[rank] = []
+    def flush(self, rank: int) -> None:
+        """Emit the waiting nodes of a rank as one task."""
+        members, self.waiting[rank] = self.waiting[rank], []
+        if members:
+            self.group(rank, members)
 
     def group(self, rank: int, members: list[int]) -> None:
         graph = self.graphs[rank]
@@ -203,17 +201,18 @@ class _Lower:
         wanted |= {*graph.outputs.values(), *graph.updates.values()}
         return sorted(v for v in wanted if v[0] in place)
 
-    def collective(self, i: int, nodes: Sequence[Node]) -> None:
+    def collective(self, step: Mapping[int, int], nodes: Mapping[int, Node]) -> None:
         """One task for an all-reduce, whose result all ranks read; one a rank for an exchange."""
-        parts = [self.where[rank][v] for rank, node in enumerate(nodes) for v in node.inputs]
-        same = isinstance(nodes[0].op, AllReduce)
-        for rank, node in enumerate(nodes):
-            key = self.key(node.op.title, 0 if same else rank, i)
+        ops: dict[int, Any] = {rank: node.op for rank, node in nodes.items()}
+        first, op = next(iter(ops.items()))
+        parts = [self.where[rank][v] for rank in op.ranks for v in nodes[rank].inputs]
+        for rank, node in nodes.items():
+            owner = first if isinstance(op, AllReduce) else rank
+            key = self.key(op.title, owner, step[owner])
             if key not in self.tasks:
-                assert isinstance(node.op, AllReduce | Exchange)
-                self.emit(key, run_collective, node.op, parts)
+                self.emit(key, run_collective, ops[rank], parts)
             for k in range(len(node.specs)):
-                self.where[rank][i, k] = Ref(key, k)
+                self.where[rank][step[rank], k] = Ref(key, k)
 
     def key(self, title: str, rank: int, node: int) -> tuple[str, int, int]:
         return f"{re.sub('[^a-z0-9]+', '_', title)}-{self.token}", rank, node

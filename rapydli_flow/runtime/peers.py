@@ -1,13 +1,13 @@
 """Ranks of several hosts meet over `distributed.comm`: listeners of their own, on the cluster's protocol.
 
-Every rank listens and connects to every other; a gather sends this rank's bytes to all and waits for
-theirs. TLS and its certificates are the worker's own.
+Every rank listens and connects to every other; each message goes straight to the rank that it is for. TLS and its
+certificates are the worker's own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from distributed.utils import sync
 
 from ..errors import RunLost
 from ..spec import Array
-from .transport import TIMEOUT_S, Transport
+from .transport import TIMEOUT_S, Transport, flattened
 
 
 class Peers(Transport):
@@ -29,7 +29,7 @@ class Peers(Transport):
         self._worker, self._loop = worker, worker.loop
         self._comms: dict[int, Any] = {}
         self._inbox: dict[tuple[int, int], asyncio.Future[Array]] = {}
-        self._count = 0
+        self._sent, self._taken = [0] * ranks, [0] * ranks
         self._error: Exception | None = None
         self._listener: Any = None
 
@@ -41,19 +41,21 @@ class Peers(Transport):
         """Connect to the other ranks."""
         sync(self._loop, self._connect, list(addresses))
 
-    def gather(self, parts: Sequence[Array]) -> list[Array]:
-        self._count += 1
-        mine = np.concatenate([p.reshape(-1).view(np.uint8) for p in parts])
+    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        flat = {id(parts): flattened(parts) for parts in sends.values()}
         try:
-            return list(sync(self._loop, self._gather, self._count, mine))
+            return dict(sync(self._loop, self._swap, {r: flat[id(parts)] for r, parts in sends.items()}, list(sizes)))
         except TimeoutError:
-            missing = [r for r in range(self.ranks) if (r, self._count) in self._inbox]
+            missing = next((r for r in sizes if (r, self._taken[r]) in self._inbox), "?")
             raise RunLost(
-                f"rank {self.rank}: rank {missing[0] if missing else '?'} did not come to collective {self._count} "
-                f"in {self.timeout_s:g} s. Its worker may be dead or stopped; resume from the last snapshot."
+                f"rank {self.rank}: rank {missing} did not come to {name} in {self.timeout_s:g} s. Its worker may be "
+                "dead or stopped; resume from the last snapshot."
             ) from None
         except (CommClosedError, OSError) as error:
-            raise RunLost(f"rank {self.rank}: the connection to another rank broke ({error}).") from error
+            raise RunLost(f"rank {self.rank}: the connection to another rank broke in {name} ({error}).") from error
+
+    def release(self) -> None:
+        """What a swap gave is this rank's own."""
 
     def close(self) -> None:
         self._loop.add_callback(self._close)  # not awaited: this may be the loop's own thread
@@ -90,16 +92,22 @@ class Peers(Transport):
                 self._inbox[rank, count].set_exception(self._error)
         return self._inbox[rank, count]
 
-    async def _gather(self, count: int, mine: Array) -> list[Array]:
-        others = [rank for rank in range(self.ranks) if rank != self.rank]
-        expected = {rank: self._expect(rank, count) for rank in others}
-        message = {"rank": self.rank, "count": count, "data": to_serialize(mine.data)}
-        await asyncio.gather(*(self._comms[rank].write(message) for rank in others))
+    async def _swap(self, sends: Mapping[int, Array], sources: Sequence[int]) -> dict[int, Array]:
+        expected = {}
+        for source in sources:
+            self._taken[source] += 1
+            expected[source] = self._expect(source, self._taken[source])
+        writes = []
+        for target, data in sends.items():
+            self._sent[target] += 1
+            message = {"rank": self.rank, "count": self._sent[target], "data": to_serialize(data.data)}
+            writes.append(self._comms[target].write(message))
         async with asyncio.timeout(self.timeout_s):
-            got = {rank: await future for rank, future in expected.items()}
-        for rank in others:
-            del self._inbox[rank, count]
-        return [mine if rank == self.rank else got[rank] for rank in range(self.ranks)]
+            await asyncio.gather(*writes)
+            got = {source: await future for source, future in expected.items()}
+        for source in sources:
+            del self._inbox[source, self._taken[source]]
+        return got
 
     def _fail(self, error: Exception) -> None:
         self._error = self._error or error

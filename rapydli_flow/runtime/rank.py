@@ -235,7 +235,7 @@ class Rank:
     def _other(self, part: Call | Collective) -> None:
         """A collective, or an op without a template."""
         if isinstance(part, Collective):
-            self.transport.meet(part.op, [self.view(b) for b in part.ins], [self.view(b) for b in part.outs])
+            self.transport.meet(part.name, part.op, [self.view(b) for b in part.ins], [self.view(b) for b in part.outs])
             return
         results = run_reference(part.request, [self.view(b) for b in (*part.ins, *part.extras)], part.at)
         for buffer, value in zip(part.outs, results, strict=True):
@@ -269,9 +269,3 @@ def run_reference(request: Request, inputs: Sequence[Array], at: Block | None) -
 def at_array(at: Block) -> Array:
     """A block as kernels take it: lo of every axis, then whole."""
     return np.array([*at.lo, *at.whole], np.int64)
-
-
-def collective_bytes(program: Program) -> int:
-    """The largest number of bytes that this rank gives to one collective."""
-    steps = (s for s in program.steps if isinstance(s, Collective))
-    return max((sum(b.spec.size_bytes for b in s.ins) for s in steps), default=0)

@@ -6,14 +6,16 @@ the same steps again with every output looked at, so that the error names the fi
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import NonFinite, RunLost
+from ..graph import Graph
 from ..spec import Array
 from .feeding import Given, RankFeed
 from .rank import CLOCKS, Rank
@@ -43,8 +45,9 @@ class SegmentResult:
 class Trainer:
     """One rank and its feed: runs segments."""
 
-    def __init__(self, rank: Rank, feed: RankFeed | Given, seed: int, *, number: int = 0) -> None:
+    def __init__(self, rank: Rank, feed: RankFeed | Given, seed: int, step: Graph, *, number: int = 0) -> None:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
+        self.graph = step
         self.next: int | None = None
         self.before: dict[str, Array] = {}  # the state that the last segment began with, on this rank
 
@@ -82,21 +85,26 @@ class Trainer:
     def _explain(self, before: Mapping[str, Array], steps: range, loss: float, clocks: Mapping[str, float]) -> None:
         """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""
         self.rank.load(before, whole=False)
-        found: tuple[int, int] | None = None
+        mine: Broken | None = None
         for step in steps:
             self.rank.feed(self.feed.batch(step))
             position = self.rank.first_nonfinite(self.seed, step, clocks)
-            if found is None and position is not None:
-                found = (step, position)
-        found = earliest(self.rank.transport, found)
+            if mine is None and position is not None:
+                mine = Broken(step, self._depth(position), self.rank.describe(position))
+        found = earliest(self.rank.transport, mine)
         what = f"loss is {loss} at step {steps[-1]}"
         if found is None:
             raise NonFinite(f"{what}, but it was finite when the steps were run again: the run is not deterministic.")
-        step, position = found
         raise NonFinite(
-            f"{what}. The first output that is not finite is of {self.rank.describe(position)} at step {step}. "
+            f"{what}. The first output that is not finite is of {found.node} at step {found.step}. "
             f"Use a smaller learning rate, or look at its inputs. {KEPT}"
         )
+
+    def _depth(self, position: int) -> int:
+        """Where a node of the rank's program is in the whole graph, which ranks with other programs have in common."""
+        known = {node.name: i for i, node in enumerate(self.graph)}
+        names = [step.name.partition("@")[0] for step in self.rank.program.steps[: position + 1]]
+        return next((known[name] for name in reversed(names) if name in known), 0)
 
     def finite_state(self) -> dict[str, Array]:
         """A copy of parameters and state to keep; NonFinite if a value is not finite."""
@@ -115,9 +123,16 @@ def finite(state: dict[str, Array]) -> dict[str, Array]:
     return state
 
 
-def earliest(transport: Transport, found: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The smallest (step, position) over all ranks."""
-    mine = np.array(found if found is not None else (-1, -1), np.int64)
-    everyone = [tuple(int(v) for v in x[:16].view(np.int64)) for x in transport.gather([mine])]
-    known: list[Any] = [pair for pair in everyone if pair[0] >= 0]
-    return min(known) if known else None
+class Broken(NamedTuple):
+    """A node whose output is not finite: at which step, how deep in the graph, and which it is."""
+
+    step: int
+    depth: int
+    node: str
+
+
+def earliest(transport: Transport, mine: Broken | None) -> Broken | None:
+    """The first of what the ranks found."""
+    everyone = transport.share("the search for what is not finite", json.dumps(mine).encode())
+    found = [Broken(*each) for each in map(json.loads, everyone) if each is not None]
+    return min(found) if found else None

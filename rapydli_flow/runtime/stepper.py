@@ -31,7 +31,7 @@ from ..spec import Array, Block
 from ..tuner import Tuning
 from . import stepping
 from . import tuning as tuner
-from .backend import divided, whole_state
+from .backend import holding, whole_state
 from .cluster import Cluster, place, ready_workers
 from .evaluate import complete_state
 from .feeding import fed_arrays
@@ -127,7 +127,6 @@ def stepper(
     if tuning is None:
         tuning = tuner.known(next(iter(workers.values()))["device"] if workers else host())
     programs = [compile_program(part, tuning) for part in plan.rank_graphs(graph)]
-    layouts = [{name: program.layout[name] for name in program.kind("batch")} for program in programs]
     ranks: Ranks
     if client is None:
         ranks = Here(Local(graph, plan, programs, tuning, None, None, seed=seed, timeout_s=timeout_s), timeout_s)
@@ -137,7 +136,6 @@ def stepper(
             run="stepper",
             step=graph,
             programs=tuple(programs),
-            layouts=plan.layouts,
             tuning=tuning,
             threads=plan.threads,
             seed=seed,
@@ -149,18 +147,18 @@ def stepper(
             run_dir=None,
         )
         ranks = There(Cluster(client, job, place(workers, plan.ranks), workers))
-    return Stepper(graph, plan, ranks, layouts, seed=seed)
+    return Stepper(graph, plan, ranks, [program.layout for program in programs], seed=seed)
 
 
 class Stepper:
     """Training steps, one a call: ``state, metrics = step(state, batch)``. Made by `stepper`."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, ranks: Ranks, layouts: Sequence[Mapping[str, Block]], *, seed: int
+        self, graph: Graph, plan: Plan, ranks: Ranks, held: Sequence[Mapping[str, Block]], *, seed: int
     ) -> None:
         self.graph, self.plan, self.seed = graph, plan, seed
         self.names = tuple(leaf.name for leaf in graph.leaves("param", "state"))
-        self._ranks, self._layouts = ranks, layouts
+        self._ranks, self._held = ranks, held
         self._now: Callable[[], State | None] = _nobody
         self._aside: Callable[[], State | None] = _nobody
         self._lock = threading.RLock()  # a state may be looked at by another thread than the one that trains
@@ -209,8 +207,8 @@ class Stepper:
             self._aside = _nobody
             clocks = {"rate_factor": rate_factor}
             orders = [
-                Advance(number, clocks, {name: arrays[name][block.slices] for name, block in layout.items()})
-                for layout in self._layouts
+                Advance(number, clocks, {name: x[held[name].slices] for name, x in arrays.items() if name in held})
+                for held in self._held
             ]
             try:
                 results = self._ranks.advance(orders)
@@ -264,11 +262,11 @@ class Stepper:
             if state._arrays is not None:
                 return state._arrays
             self._usable()
-            count = self.plan.ranks if divided(self.graph, self.plan.layouts) else 1
+            count = holding(self.graph, self._held)
             aside = state is not self._now()
             assert not aside or state is self._aside()
             parts = self._ranks.each(stepping.held, [aside] * count)
-            return state._set(whole_state(self.graph, self.plan.layouts, parts))
+            return state._set(whole_state(self.graph, self._held, parts))
 
     def _keep(self, *held: Callable[[], State | None]) -> None:
         """Fetch states that are about to be overwritten, if someone still holds them."""

@@ -1,24 +1,27 @@
-"""What ranks tell each other, over any transport: all-reduce and exchange on top of an all-gather.
+"""What ranks tell each other, over any transport: all-reduce and exchange, made of swaps.
 
-A transport gathers flat bytes from all ranks. Sums are taken in rank order, so every rank gets the
-same bits, and a run gives the same bits whatever the transport.
+In a swap a rank hands bytes to some ranks and takes bytes from some; transports differ in how. Sums are taken in the
+order of the ranks of a group, so all get the same bits, and a run gives the same bits whatever the transport.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from math import prod
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import RunLost
-from ..scheduler import AllReduce, Exchange
-from ..spec import Array
+from ..scheduler import AllReduce, Collective, Exchange, Program
+from ..spec import Array, even_bounds
 
 TIMEOUT_S = 120.0
+SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
+CHUNK_BYTES = 1 << 22  # larger ones go in such pieces, each summed in parts by all ranks
 
 
 class Transport(ABC):
@@ -28,38 +31,181 @@ class Transport(ABC):
     ranks: int
 
     @abstractmethod
-    def gather(self, parts: Sequence[Array]) -> list[Array]:
-        """The bytes of all ranks' ``parts`` (contiguous arrays, concatenated), one flat uint8 array a rank, or longer.
+    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        """Hand arrays to ranks, and take ``sizes[r]`` bytes from each rank r of ``sizes``, as flat uint8 arrays.
 
-        What is returned may be overwritten by the gather after the next. Ranks may give different
-        amounts. Raises RunLost when a rank does not come in time, or the run was given up.
+        What is returned stays as it is until `release`. Raises RunLost when a rank does not come in time, or the run
+        was given up; ``name`` is what the message calls it.
         """
 
     @abstractmethod
-    def close(self) -> None:
-        """Leave; a gather that waits raises RunLost."""
+    def release(self) -> None:
+        """What the last swap gave has been read."""
 
-    def meet(self, op: Any, ins: Sequence[Array], outs: Sequence[Array]) -> None:
+    @abstractmethod
+    def close(self) -> None:
+        """Leave; a swap that waits raises RunLost."""
+
+    # collectives ------------------------------------------------------------------------------------
+
+    def meet(self, name: str, op: Any, ins: Sequence[Array], outs: Sequence[Array]) -> None:
         """Carry out a collective of a program on this rank's buffers."""
-        everyone = self.gather(ins)
         if isinstance(op, AllReduce):
-            begin = 0
-            for x, out in zip(ins, outs, strict=True):
-                flat = out.reshape(-1)
-                parts = [e[begin : begin + x.nbytes].view(x.dtype) for e in everyone]
-                begin += x.nbytes
-                np.copyto(flat, parts[0])
-                for part in parts[1:]:
-                    np.add(flat, part, out=flat)
+            self._all_reduce(name, op.ranks, _Joined(ins), _Joined(outs))
         elif isinstance(op, Exchange):
-            for source, data in enumerate(everyone):
-                both = op.overlap(source)
-                if both:
-                    shape, dtype = op.have[source].shape, outs[0].dtype
-                    block = data[: prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-                    outs[0][both[1]] = block[both[0]]
+            self._exchange(name, op, ins, outs)
         else:
             raise TypeError(f"not a collective: {op!r}")
+
+    def share(self, name: str, message: bytes) -> list[bytes]:
+        """A message of each rank of the transport, for all of them."""
+        everyone = range(self.ranks)
+        lengths = self._shared(name, np.array([len(message)], np.int64), [8] * self.ranks)
+        sizes = [int(length.view(np.int64)[0]) for length in lengths]
+        texts = self._shared(name, np.frombuffer(message, np.uint8), sizes)
+        return [texts[r].tobytes()[: sizes[r]] for r in everyone]
+
+    def _shared(self, name: str, mine: Array, sizes: Sequence[int]) -> list[Array]:
+        others = [r for r in range(self.ranks) if r != self.rank]
+        parts = [mine]
+        got = self.swap(name, dict.fromkeys(others, parts), {r: sizes[r] for r in others})
+        out = [mine if r == self.rank else got[r].copy() for r in range(self.ranks)]
+        self.release()
+        return out
+
+    def _all_reduce(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined) -> None:
+        size, item = mine.size, mine.dtype.itemsize
+        if size * item <= SMALL_BYTES or len(ranks) == 1:
+            self._add_all(name, ranks, mine, out)
+            return
+        step = CHUNK_BYTES // item
+        for begin in range(0, size, step):
+            self._add_pieces(name, ranks, mine, out, begin, min(size, begin + step))
+
+    def _add_all(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined) -> None:
+        """Everyone gets everything, and adds."""
+        others = [r for r in ranks if r != self.rank]
+        parts = mine.between(0, mine.size)
+        got = self.swap(name, dict.fromkeys(others, parts), dict.fromkeys(others, mine.size * mine.dtype.itemsize))
+        _add(out, 0, mine.size, [parts if r == self.rank else [got[r].view(mine.dtype)] for r in ranks])
+        self.release()
+
+    def _add_pieces(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined, begin: int, end: int) -> None:
+        """Each adds one piece of a chunk, and hands the sum to the others: reduce-scatter and all-gather."""
+        item, me = mine.dtype.itemsize, ranks.index(self.rank)
+        bounds = [begin + b for b in even_bounds(end - begin, len(ranks))]
+        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        lo, hi = bounds[me], bounds[me + 1]
+        sends = {r: mine.between(bounds[i], bounds[i + 1]) for i, r in others}
+        got = self.swap(name, sends, {r: (hi - lo) * item for _, r in others})
+        own = mine.between(lo, hi)
+        _add(out, lo, hi, [own if r == self.rank else [got[r].view(mine.dtype)] for r in ranks])
+        self.release()
+        summed = out.between(lo, hi)
+        sizes = {r: (bounds[i + 1] - bounds[i]) * item for i, r in others}
+        got = self.swap(name, dict.fromkeys([r for _, r in others], summed), sizes)
+        for i, r in others:
+            out.write(bounds[i], got[r].view(mine.dtype))
+        self.release()
+
+    def _exchange(self, name: str, op: Exchange, ins: Sequence[Array], outs: Sequence[Array]) -> None:
+        held = dict(zip(op.held, ins, strict=True))
+        wanted = dict(zip(op.wanted, outs, strict=False))
+        sends: dict[int, list[Array]] = {}
+        sizes: dict[int, int] = {}
+        for source, target, region in op.pieces:
+            owner, reader = op.have[source].rank, op.want[target][0]
+            if owner == self.rank != reader:
+                sends.setdefault(reader, []).append(held[source][region.inside(op.have[source].block)])
+            elif reader == self.rank != owner:
+                sizes[owner] = sizes.get(owner, 0) + region.size * np.dtype(op.dtype).itemsize
+        got = self.swap(name, sends, sizes) if sends or sizes else {}
+        at = dict.fromkeys(got, 0)
+        for source, target, region in op.pieces:
+            if target not in wanted:
+                continue
+            owner, shard = op.have[source].rank, op.have[source]
+            if owner == self.rank:
+                piece = held[source][region.inside(shard.block)]
+            else:
+                begin = at[owner]
+                at[owner] = begin + region.size * np.dtype(op.dtype).itemsize
+                piece = got[owner][begin : at[owner]].view(op.dtype).reshape(region.shape)
+            place = wanted[target][region.inside(op.want[target][1])]
+            if shard.part == 0:
+                place[...] = piece
+            else:
+                place += piece
+        self.release()
+
+
+class _Joined:
+    """Several arrays of one dtype as if they were one flat one."""
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self.flats = [x.reshape(-1) for x in arrays]
+        self.dtype = self.flats[0].dtype
+        self.size = sum(flat.size for flat in self.flats)
+
+    def between(self, begin: int, end: int) -> list[Array]:
+        """Views of elements [begin, end)."""
+        out, first = [], 0
+        for flat in self.flats:
+            lo, hi = max(begin, first), min(end, first + flat.size)
+            if lo < hi:
+                out.append(flat[lo - first : hi - first])
+            first += flat.size
+        return out
+
+    def write(self, begin: int, values: Array) -> None:
+        """Set elements from ``begin`` on."""
+        first = 0
+        for view in self.between(begin, begin + values.size):
+            view[...] = values[first : first + view.size]
+            first += view.size
+
+
+def _add(out: _Joined, begin: int, end: int, parts: Sequence[Sequence[Array]]) -> None:
+    """Set elements of ``out`` to sums of parts, in order; each part is a list of views, or one array."""
+    first = 0
+    for view in out.between(begin, end):
+        cut = [_cut(part, first, first + view.size) for part in parts]
+        total = view if not any(np.may_share_memory(view, x) for x in cut[2:]) else np.empty_like(view)
+        if len(cut) == 1:
+            total[...] = cut[0]
+        else:
+            np.add(cut[0], cut[1], out=total)
+        for x in cut[2:]:
+            total += x
+        if total is not view:
+            view[...] = total
+        first += view.size
+
+
+def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
+    """Elements of a list of views that was cut where the others are, or of one array."""
+    if len(part) == 1:
+        return part[0][begin:end]
+    first = 0
+    for view in part:
+        if first == begin:
+            return view
+        first += view.size
+    raise AssertionError(f"no view begins at {begin}")
+
+
+def swap_bytes(program: Program) -> int:
+    """The largest number of bytes that a rank hands over in one swap of its program."""
+    largest = 0
+    for step in program.steps:
+        if isinstance(step, Collective):
+            size = sum(b.spec.size_bytes for b in step.ins)
+            if isinstance(step.op, Exchange):
+                size = step.op.sent_bytes
+            elif size > SMALL_BYTES:
+                size = min(size, CHUNK_BYTES)
+            largest = max(largest, size)
+    return largest
 
 
 class Alone(Transport):
@@ -67,36 +213,77 @@ class Alone(Transport):
 
     rank, ranks = 0, 1
 
-    def gather(self, parts: Sequence[Array]) -> list[Array]:
-        return [np.concatenate([p.reshape(-1).view(np.uint8) for p in parts])]
+    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        return {}
+
+    def release(self) -> None:
+        """Nothing was lent."""
 
     def close(self) -> None:
         """Nothing to leave."""
 
 
+class _Board:
+    """What threads have handed over and nobody has taken yet, by (from, to)."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.messages: dict[tuple[int, int], deque[Array]] = {}
+        self.closed = False
+
+
 class Threads(Transport):
     """Ranks that are threads of one process; make all of them with `Threads.of`."""
 
-    def __init__(self, rank: int, parts: list[Array | None], barrier: threading.Barrier) -> None:
-        self.rank, self.ranks = rank, len(parts)
-        self._parts, self._barrier = parts, barrier
+    def __init__(self, rank: int, ranks: int, board: _Board, timeout_s: float) -> None:
+        self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
+        self._board = board
 
     @classmethod
     def of(cls, ranks: int, *, timeout_s: float = TIMEOUT_S) -> tuple[Threads, ...]:
         """One transport a rank."""
-        parts: list[Array | None] = [None] * ranks
-        barrier = threading.Barrier(ranks, timeout=timeout_s)
-        return tuple(cls(rank, parts, barrier) for rank in range(ranks))
+        board = _Board()
+        return tuple(cls(rank, ranks, board, timeout_s) for rank in range(ranks))
 
-    def gather(self, parts: Sequence[Array]) -> list[Array]:
-        self._parts[self.rank] = np.concatenate([p.reshape(-1).view(np.uint8) for p in parts])
-        try:
-            self._barrier.wait()
-            everyone = [part for part in self._parts if part is not None]
-            self._barrier.wait()
-        except threading.BrokenBarrierError:
-            raise RunLost(f"rank {self.rank}: another rank of this process stopped, or did not come in time.") from None
-        return everyone
+    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        board, limit = self._board, time.monotonic() + self.timeout_s
+        flat = {id(parts): flattened(parts) for parts in sends.values()}
+        with board.changed:
+            for rank, parts in sends.items():
+                board.messages.setdefault((self.rank, rank), deque()).append(flat[id(parts)])
+            board.changed.notify_all()
+            got = {}
+            for rank in sizes:
+                while not board.messages.get((rank, self.rank)):
+                    if board.closed:
+                        raise RunLost(f"rank {self.rank}: another rank of this process stopped.")
+                    if not board.changed.wait(max(0.0, limit - time.monotonic())) and time.monotonic() > limit:
+                        raise RunLost(f"rank {self.rank}: rank {rank} did not come to {name} in {self.timeout_s:g} s.")
+                got[rank] = board.messages[rank, self.rank].popleft()
+            if board.closed:
+                raise RunLost(f"rank {self.rank}: another rank of this process stopped.")
+        return got
+
+    def release(self) -> None:
+        """What a swap gave is the receiver's own."""
 
     def close(self) -> None:
-        self._barrier.abort()
+        with self._board.changed:
+            self._board.closed = True
+            self._board.changed.notify_all()
+
+
+def flattened(parts: Sequence[Array]) -> Array:
+    """The bytes of arrays, one after the other."""
+    out = np.empty(sum(x.nbytes for x in parts), np.uint8)
+    lay_down(parts, out)
+    return out
+
+
+def lay_down(parts: Sequence[Array], out: Array) -> int:
+    """Write arrays, contiguous or not, into bytes; where the last one ends."""
+    end = 0
+    for x in parts:
+        out[end : end + x.nbytes].view(x.dtype).reshape(x.shape)[...] = x
+        end += x.nbytes
+    return end

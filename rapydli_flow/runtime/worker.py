@@ -24,7 +24,6 @@ from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Program
-from ..scheduler.split import Layout
 from ..spec import Array, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
@@ -32,10 +31,10 @@ from .backend import Writers
 from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
-from .rank import Rank, collective_bytes
+from .rank import Rank
 from .segment import SegmentResult, Trainer
 from .shared import SharedMemory
-from .transport import Alone, Transport
+from .transport import Alone, Transport, swap_bytes
 from .warm import warm as warm_up
 
 EXECUTOR = "rapydli"
@@ -61,7 +60,6 @@ class Job:
     run: str
     step: Graph
     programs: tuple[Program, ...]
-    layouts: Mapping[str, Layout]
     tuning: Tuning
     threads: int
     seed: int
@@ -156,7 +154,7 @@ def prepare(job: Job, number: int) -> str:
 
 
 def _shared(job: Job, number: int) -> SharedMemory:
-    capacity = max(map(collective_bytes, job.programs))
+    capacity = max(map(swap_bytes, job.programs))
     return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
 
 
@@ -170,7 +168,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
     program = job.programs[number]
     rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
-    held._trainer = Trainer(rank, feed, job.seed, number=number)
+    held._trainer = Trainer(rank, feed, job.seed, job.step, number=number)
     return number
 
 

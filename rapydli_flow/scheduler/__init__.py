@@ -4,11 +4,14 @@ May import floors 0 to 4. `runtime` carries the decisions out.
 """
 
 from .bucket import bucket
-from .collective import AllReduce, Exchange
+from .collective import AllReduce, Exchange, Shard
 from .early import update_early
-from .plan import Plan, data_parallel
+from .layout import Layout, Split
+from .meetings import side_by_side
+from .plan import Plan
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
+from .strategy import data_parallel, hybrid, model_parallel, pipeline, sharded, spatial
 
 __all__ = [
     "AllReduce",
@@ -16,11 +19,20 @@ __all__ = [
     "Call",
     "Collective",
     "Exchange",
+    "Layout",
     "Plan",
     "Program",
+    "Shard",
+    "Split",
     "bucket",
     "compile_program",
     "data_parallel",
+    "hybrid",
+    "model_parallel",
+    "pipeline",
+    "sharded",
+    "side_by_side",
+    "spatial",
     "split",
     "update_early",
 ]

@@ -1,13 +1,15 @@
 """Collectives as ops of rank graphs: what ranks tell each other between kernels.
 
-Every rank meets the same collectives in the same order. Each has two transports in `runtime`, and a
-pure twin here that the tests use.
+Ranks that take part in a collective have a node of the same name; each meets its collectives in the order of its
+graph, and all these orders agree. `runtime` carries them out; the pure twin here is what tests compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +18,9 @@ from ..spec import Array, Block, Spec
 
 
 class AllReduce(Op):
-    """Each output is the sum, in rank order, of that input on all ranks."""
+    """Each output is the sum, in the order of ``ranks``, of that input on all of them."""
 
+    ranks: tuple[int, ...]
     parts: int = 1
     collective = True
 
@@ -39,67 +42,136 @@ class AllReduce(Op):
         return sum(x.size for x in inputs)
 
 
-class Exchange(Op):
-    """``have[r]`` of the whole array is on rank r; after it, ``want[r]`` is: halo, all-gather, all-to-all, slice."""
+@dataclass(frozen=True)
+class Shard:
+    """A block that a rank holds: of the array, or of the part number ``part`` of a sum that the array is."""
 
     rank: int
-    have: tuple[Block, ...]
-    want: tuple[Block, ...]
+    block: Block
+    part: int = 0
+
+
+class Piece(NamedTuple):
+    """A region of a wanted block, and the shard that it is taken from, both by number."""
+
+    source: int
+    target: int
+    region: Block
+
+
+class Exchange(Op):
+    """The shards ``have`` are on their ranks; after it, each rank has what it wants: halo, all-gather, all-to-all,
+    broadcast, send and receive. Where shards are parts of a sum the receiver adds them: reduce-scatter.
+
+    Inputs are this rank's shards, outputs its wanted blocks, in the order in which they are listed; a rank that only
+    sends has an output of no elements.
+    """
+
+    rank: int
+    have: tuple[Shard, ...]
+    want: tuple[tuple[int, Block], ...]
+    dtype: str = "float32"
     collective = True
 
     @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"y{i}" for i in range(max(1, len(self.wanted))))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All that take part."""
+        return tuple(sorted({shard.rank for shard in self.have} | {rank for rank, _ in self.want}))
+
+    def held_by(self, rank: int) -> list[int]:
+        """Numbers of a rank's shards."""
+        return [i for i, shard in enumerate(self.have) if shard.rank == rank]
+
+    @property
+    def held(self) -> list[int]:
+        """Numbers of this rank's shards."""
+        return self.held_by(self.rank)
+
+    @property
+    def wanted(self) -> list[int]:
+        """Numbers of the blocks that this rank wants."""
+        return [i for i, (rank, _) in enumerate(self.want) if rank == self.rank]
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What goes where; of a region that several shards have, the receiver's own is taken, else the first."""
+        found: list[Piece] = []
+        parts = sorted({shard.part for shard in self.have})
+        for target, (rank, block) in enumerate(self.want):
+            order = sorted(range(len(self.have)), key=lambda i: (self.have[i].rank != rank, i))
+            for part in parts:
+                missing = [block]
+                for source in (i for i in order if self.have[i].part == part):
+                    held = self.have[source].block
+                    found += [Piece(source, target, both) for m in missing if (both := m.meet(held))]
+                    missing = [rest for m in missing for rest in m.without(held)]
+        return tuple(found)
+
+    @property
+    def sums(self) -> bool:
+        """Are shards added?"""
+        return any(shard.part for shard in self.have)
+
+    @property
     def title(self) -> str:
-        return "exchange"
+        return "exchange" if len(self.ranks) > 1 else "assemble"
 
-    def infer(self, x: Spec) -> Spec:
-        return Spec(self.want[self.rank].shape, x.dtype)
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        specs = tuple(Spec(self.want[i][1].shape, self.dtype) for i in self.wanted)
+        return specs or (Spec((0,), self.dtype),)
 
-    def index(self, x: Spec) -> str:
-        return f"{' '.join('.' * len(x.shape)) or '()'} -> {' '.join('.' * len(x.shape)) or '()'}"
+    def index(self, *inputs: Spec) -> str:
+        sides = (inputs, self.infer(*inputs))
+        return " -> ".join(", ".join(" ".join("." * len(x.shape)) or "()" for x in side) for side in sides)
 
-    def reference(self, x: Array) -> Array:
-        return assemble(self, [x if r == self.rank else None for r in range(len(self.have))])
+    def reference(self, *inputs: Array) -> tuple[Array, ...]:
+        return assemble(self, dict(zip(self.held, inputs, strict=True)))
 
     def flops(self, *inputs: Spec) -> int:
         return 0
 
-    def overlap(self, source: int) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-        """What this rank takes from ``source``: slices of its block there, and of the wanted block here."""
-        have, want = self.have[source], self.want[self.rank]
-        lo = tuple(map(max, have.lo, want.lo))
-        hi = tuple(map(min, have.hi, want.hi))
-        if any(a >= b for a, b in zip(lo, hi, strict=True)):
-            return None
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends to others."""
+        return self._moved(lambda piece: self.have[piece.source].rank, lambda piece: self.want[piece.target][0])
 
-        def inside(block: Block) -> tuple[slice, ...]:
-            return tuple(slice(a - o, b - o) for a, b, o in zip(lo, hi, block.lo, strict=True))
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that this rank gets from others."""
+        return self._moved(lambda piece: self.want[piece.target][0], lambda piece: self.have[piece.source].rank)
 
-        return inside(have), inside(want)
+    def _moved(self, mine: Any, other: Any) -> int:
+        sizes = (p.region.size for p in self.pieces if mine(p) == self.rank != other(p))
+        return sum(sizes) * np.dtype(self.dtype).itemsize
 
 
-def assemble(op: Exchange, parts: Sequence[Array | None]) -> Array:
-    """The wanted block of an exchange from the blocks of all ranks."""
-    first = next(x for x in parts if x is not None)
-    out = np.zeros(op.want[op.rank].shape, first.dtype)
-    for source, x in enumerate(parts):
-        both = op.overlap(source)
-        if both and x is not None:
-            out[both[1]] = x[both[0]]
-    return out
+def assemble(op: Exchange, shards: Mapping[int, Array]) -> tuple[Array, ...]:
+    """What the rank of an exchange wants, from arrays of shards by number."""
+    outs = {i: np.zeros(op.want[i][1].shape, op.dtype) for i in op.wanted}
+    for source, target, region in op.pieces:
+        if target in outs and source in shards:
+            at = region.inside(op.want[target][1])
+            outs[target][at] += shards[source][region.inside(op.have[source].block)]
+    return tuple(outs.values()) or (np.empty(0, op.dtype),)
 
 
 def add_in_order(parts: Sequence[Array]) -> Array:
-    """The sum of all ranks' arrays, added in rank order so that every rank gets the same bits."""
+    """The sum of all ranks' arrays, added in order so that every rank gets the same bits."""
     total = parts[0].copy()
     for x in parts[1:]:
         total += x
     return total
 
 
-def meet(asks: Sequence[tuple[Any, Sequence[Array]]]) -> list[tuple[Array, ...]]:
-    """All ranks at one collective: their answers. The slow twin of the transports."""
-    op = asks[0][0]
+def meet(asks: Mapping[int, tuple[Any, Sequence[Array]]]) -> dict[int, tuple[Array, ...]]:
+    """The ranks of one collective, by number, at it: their answers. The slow twin of the transports."""
+    op = next(iter(asks.values()))[0]
     if isinstance(op, AllReduce):
-        sums = tuple(add_in_order([x[i] for _, x in asks]) for i in range(op.parts))
-        return [sums] * len(asks)
-    return [(assemble(mine, [x[0] for _, x in asks]),) for mine, _ in asks]
+        sums = tuple(add_in_order([asks[r][1][i] for r in op.ranks]) for i in range(op.parts))
+        return dict.fromkeys(asks, sums)
+    shards = {i: x for mine, xs in asks.values() for i, x in zip(mine.held, xs, strict=True)}
+    return {rank: assemble(mine, shards) for rank, (mine, _) in asks.items()}

@@ -7,45 +7,56 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from .. import markup
-from ..errors import ShapeError
-from ..graph import Graph, checked, fuse, hoist
-from ..spec import Block, even_bounds
+from ..graph import Graph, checked, hoist
 from ..template import Device
 from ..tuner import Tuning
+from .alike import fuse_alike
 from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .early import update_early
+from .layout import Layout, Split
+from .naming import divided_nodes
 from .program import compile_program
-from .split import Layout, split
+from .split import split
 
 ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Number of ranks, threads of each, and how leaves lie on them (leaves not named are whole on each).
+    """Number of ranks, threads of each, and how the work is divided.
 
-    ``graph`` is what the plan was made for, if it is known; a notebook then shows bytes, too.
+    ``layouts``: which block of a leaf lies on each rank, by name; other leaves lie where they are needed.
+    ``splits``: how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided
+    so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
+    are computed one after the other. ``graph`` is what the plan was made for, if it is known; a notebook then shows
+    bytes, too.
     """
 
     ranks: int = 1
     threads: int = 1
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    micro_batches: int = 1
     graph: Graph | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def one(self) -> bool:
+        """Does one rank do everything at once?"""
+        return self.ranks == 1 and self.micro_batches == 1
 
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
         """Equal nodes merged, what a channel shares hoisted, split, then the passes on rank graphs: collectives
         bucketed, tails fused, updates early.
 
-        The graphs of all ranks have the same nodes in the same order. So nothing is merged after the split
-        (two nodes may be equal on one rank only), and tails are fused on all ranks or on none.
+        Nothing is merged after the split: two nodes may be equal on one rank only.
         """
         graph = checked(hoist)(graph)
-        parts = split(graph, self.ranks, self.layouts) if self.ranks > 1 else (graph,)
-        parts = tuple(checked(bucket)(part) for part in parts)
-        fused = tuple(checked(fuse)(part) for part in parts)
-        if len({tuple(node.name for node in part) for part in fused}) == 1:
-            parts = fused
+        parts: tuple[Graph, ...] = (graph,)
+        if not self.one:
+            named = divided_nodes(graph, self.splits)
+            parts = split(graph, self.ranks, self.layouts, named, micro_batches=self.micro_batches)
+        parts = fuse_alike(bucket(parts))
         return tuple(checked(update_early)(part) for part in parts)
 
     def explain(self, graph: Graph) -> str:
@@ -90,17 +101,3 @@ class Plan:
                 planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
             out.append((*held, sent, planned[key]))
         return tuple(out)
-
-
-def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
-    """Divide every input that is fed along its first axis; the first ranks get the larger parts."""
-    layouts: dict[str, Layout] = {}
-    for leaf in graph.leaves("batch"):
-        shape = leaf.spec.shape
-        if not shape or shape[0] < ranks:
-            raise ShapeError(
-                f"plan: {leaf.name} has {shape[0] if shape else 1} records for {ranks} ranks. "
-                "Use a larger batch or fewer ranks."
-            )
-        layouts[leaf.name] = Block.along(shape, 0, even_bounds(shape[0], ranks))
-    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph)

@@ -1,215 +1,421 @@
-"""Split a graph over ranks: Graph + layouts of leaves -> one Graph a rank.
+"""Split a graph over ranks: Graph + how leaves lie + how layers are divided -> one Graph a rank.
 
-A layout is a block for each rank. For each node, one letter of its index formula is divided, chosen
-by what its operands are divided along; the formula then tells which block of every operand each rank
-needs, and which block of the outputs it makes:
+A layout is a block for each place: a rank, or one of its micro-batches. For each node, letters of its index formula
+are divided: as the plan says, or so that it is done soonest; the formula then tells which block of every operand each
+place needs, and which block of the outputs it makes:
 
       x: rows 0-5 | 5-9             letter h of  n h*2+r-1 ... -> n h ...
       |           \\                 is cut where x is: each rank needs a halo row more,
-      need 0-6      need 5-9        so x becomes an Exchange(have, want) before the node
+      need 0-6      need 5-9        so x is exchanged before the node
       |             |
-      y: rows 0-3 | 3-5             an output without the letter is a part of a sum: AllReduce when read
+      y: rows 0-3 | 3-5             an output without the letter is a part of a sum: it is added when read
 
-No rule knows about convolution, or about samples.
+No rule knows about convolution, or about samples. A leaf that has no layout lies where it is first needed. What does
+not depend on the micro-batch is there once for all of a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from ..errors import ShapeError
 from ..graph import Graph, Node, Tensor, Value
-from ..index import Axis, Index, Operand
-from ..ops import Leaf, Op
-from ..spec import Block, Spec, even_bounds
+from ..ops import Add, Leaf, Op, Slice
+from ..spec import Block
 from .collective import AllReduce, Exchange
+from .cost import Machine
+from .cut import choose
+from .layout import Cells, Layout, Places, Split, blocks_of, cells_along, cells_of, present
+from .placed import Placed
+from .reshard import Held, exchanges, groups
 
-Layout = tuple[Block, ...]
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Where a value of the whole graph is: its blocks, whether they are parts of a sum, its tensors."""
-
-    layout: Layout
-    partial: bool
-    tensors: tuple[Tensor, ...]
+Made = tuple[Tensor, ...]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """The letter of a node's formula that is divided, and where."""
-
-    letter: str
-    bounds: tuple[int, ...]
-
-
-def split(graph: Graph, ranks: int, layouts: Mapping[str, Layout]) -> tuple[Graph, ...]:
-    """One graph a rank. ``layouts`` says how leaves lie, by name; leaves not named are whole on every rank."""
+def split(
+    graph: Graph,
+    ranks: int,
+    layouts: Mapping[str, Layout],
+    splits: Mapping[str, Split] | None = None,
+    *,
+    micro_batches: int = 1,
+    machine: Machine | None = None,
+) -> tuple[Graph, ...]:
+    """One graph a rank. ``layouts`` says for each rank how leaves lie, ``splits`` how nodes are divided, by name."""
     for name, layout in layouts.items():
-        if len(layout) != ranks:
-            raise ShapeError(f"split: the layout of {name} has {len(layout)} blocks for {ranks} ranks.")
-        spec = graph.find(name).spec
-        if not isinstance(graph[name].op, Leaf):
-            raise ShapeError(f"split: {name} is not a leaf; only leaves are given a layout.")
-        if any(block.whole != spec.shape for block in layout):
-            raise ShapeError(f"split: the layout of {name} is for {layout[0].whole}, but it is {spec}.")
-        if not _tiles(layout):
-            blocks = " ".join(map(str, layout))
-            raise ShapeError(
-                f"split: the blocks {blocks} are not {name} {spec} cut along one axis in the order of the ranks. "
-                "Make them with Block.along."
-            )
-    return _Split(graph, ranks, layouts).run()
+        _check_layout(graph, name, layout, ranks)
+    places = Places(ranks, micro_batches)
+    return _Splitter(graph, places, layouts, splits or {}, machine or Machine()).run()
 
 
-class _Split:
-    def __init__(self, graph: Graph, ranks: int, layouts: Mapping[str, Layout]) -> None:
-        self.graph, self.ranks, self.layouts = graph, ranks, layouts
-        self.out = tuple(Graph(counts=dict(graph.counts)) for _ in range(ranks))
-        self.placed: dict[Value, _Placed] = {}
-        self.moved: dict[tuple[Value, Layout | None], tuple[Tensor, ...]] = {}
+class _Splitter:
+    def __init__(
+        self,
+        graph: Graph,
+        places: Places,
+        layouts: Mapping[str, Layout],
+        splits: Mapping[str, Split],
+        machine: Machine,
+    ) -> None:
+        self.graph, self.places, self.layouts, self.splits, self.machine = graph, places, layouts, splits, machine
+        self.out = tuple(Graph(counts=dict(graph.counts)) for _ in range(places.ranks))
+        self.placed: dict[Value, Placed] = {}
+        self.sources: dict[Value, Node] = {}  # leaves that lie where they are needed first, and constants
+        self.moved: dict[tuple[Value, Layout], tuple[Tensor | None, ...]] = {}
+        self.meetings: dict[str, int] = {}
+        self.made: dict[tuple[Any, ...], Made] = {}
+        self.batched = batched(graph)
+        self.homes = {value: graph.find(name).id for name, value in graph.updates.items()}
 
     def run(self) -> tuple[Graph, ...]:
         for i, node in enumerate(self.graph.nodes):
             for new in self.out:
                 new.where = node.where
-            if isinstance(node.op, Leaf):
-                self.place_leaf(i, node)
+            if not node.inputs:
+                self.source(i, node)
             else:
-                self.place(i, node)
-        for name, value in self.graph.outputs.items():
-            for new, y in zip(self.out, self.move(value, self.whole(self.graph.spec(value))), strict=True):
-                new.outputs[name] = y.id
-        for name, value in self.graph.updates.items():
-            home = self.placed[self.graph.find(name).id].layout
-            for new, y in zip(self.out, self.move(value, home), strict=True):
-                new.updates[name] = y.id
+                self.node(i, node)
+        self.finish()
         for new in self.out:
             new.where = None
         return self.out
 
-    def whole(self, spec: Spec) -> Layout:
-        return (Block.all(spec.shape),) * self.ranks
+    def finish(self) -> None:
+        """Outputs are whole on every rank; updates lie as what they replace."""
+        for name, value in self.graph.outputs.items():
+            everywhere = (Block.all(self.graph.spec(value).shape),) * len(self.places)
+            for p, y in enumerate(self.move(value, everywhere)):
+                assert y is not None
+                self.out[self.places.rank(p)].outputs[name] = y.id
+        for name, value in self.graph.updates.items():
+            leaf = self.graph.find(name)
+            if leaf.id in self.sources:  # nothing has read it
+                self.move(leaf.id, (Block.all(leaf.spec.shape),) * len(self.places))
+            for p, y in enumerate(self.move(value, self.placed[leaf.id].layout)):
+                if y is not None:
+                    self.out[self.places.rank(p)].updates[name] = y.id
 
-    def place_leaf(self, i: int, node: Node) -> None:
-        layout = self.layouts.get(node.name) or self.whole(node.specs[0])
-        _no_empty(node.name, layout)
-        tensors = tuple(
-            new.add(node.op.local((), (block,)), (), node.name, block)
-            for new, block in zip(self.out, layout, strict=True)
-        )
-        self.placed[i, 0] = _Placed(layout, False, tensors)
+    # nodes ------------------------------------------------------------------------------------------
 
-    def place(self, i: int, node: Node) -> None:
+    def source(self, i: int, node: Node) -> None:
+        """A leaf or a constant: placed as it was given, else when it is read."""
+        self.sources[i, 0] = node
+        if node.name in self.layouts:
+            layout = self.places.spread(self.layouts[node.name])
+            _no_empty(node.name, layout)
+            self.place_leaf((i, 0), node, layout)
+
+    def place_leaf(self, value: Value, node: Node, layout: Layout) -> None:
+        """Put a leaf on ranks: on each the smallest block that holds those of its places."""
+        m = self.places.micro_batches
+        hulls = [_hull(layout[r * m : (r + 1) * m]) for r in range(self.places.ranks)]
+        tensors: list[Tensor | None] = []
+        for p in range(len(self.places)):
+            rank = self.places.rank(p)
+            hull = hulls[rank]
+            made = hull and self.add(rank, node.op.local((), (hull,)), (), node.name, hull, p)
+            tensors.append(made[0] if made else None)
+        del self.sources[value]
+        self.placed[value] = Placed(self.places.spread(tuple(hulls)), (0,) * len(layout), tuple(tensors))
+
+    def node(self, i: int, node: Node) -> None:
         ins = tuple(self.graph.spec(v) for v in node.inputs)
         index = node.op.indexing(*ins)
-        cut = self.cut(i, node, index, ins)
-        keep = bool(node.op.linear and node.inputs and cut is None and all(self.placed[v].partial for v in node.inputs))
-        need: list[tuple[Block, ...]] = []
-        give: list[tuple[Block, ...]] = []
-        for rank in range(self.ranks):
-            interval = (cut.letter, cut.bounds[rank], cut.bounds[rank + 1]) if cut else (None,)
-            a, b = index.blocks(ins, node.specs, *interval)
-            need.append(a)
-            give.append(b)
-        operands = []
+        kept = self.kept(node)
+        cells = kept or self.cells(i, node)
+        need, give = blocks_of(index, cells, ins, node.specs)
+        operands: list[Sequence[Tensor | None]] = []
         for j, v in enumerate(node.inputs):
-            want = tuple(blocks[j] for blocks in need)
-            _no_empty(node.name, want)
-            operands.append(self.placed[v].tensors if keep else self.move(v, want))
-        made: list[tuple[Tensor, ...]] = []
-        for rank, new in enumerate(self.out):
-            op = node.op.local(need[rank], give[rank]) if cut else node.op
-            at = give[rank][0] if op.indexed else None
-            ys = new.add(op, [x[rank] for x in operands], node.name, at)
-            made.append(ys if isinstance(ys, tuple) else (ys,))
+            _no_empty(node.name, need[j])
+            operands.append(self.placed[v].tensors if kept else self.move(v, need[j]))
+        made: list[Made | None] = []
+        for p, cell in enumerate(cells):
+            if cell is None:
+                made.append(None)
+                continue
+            a, b = _at(need, p), _at(give, p)
+            op = node.op.local(a, b) if cell else node.op
+            xs = _at(operands, p)
+            made.append(self.add(self.places.rank(p), op, xs, node.name, b[0] if op.indexed else None, p))
         for k in range(len(node.specs)):
-            layout = tuple(blocks[k] for blocks in give)
-            _no_empty(node.name, layout)
-            for rank in range(self.ranks):
-                if made[rank][k].shape != layout[rank].shape:
-                    raise ShapeError(
-                        f"split: {node.name} on rank {rank} makes {made[rank][k].spec} but its index formula says "
-                        f"{layout[rank].shape}. Correct local or index of {node.op.name}."
-                    )
-            partial = keep or (cut is not None and index.partial(cut.letter)[k])
-            self.placed[i, k] = _Placed(layout, partial, tuple(ys[k] for ys in made))
+            _no_empty(node.name, give[k])
+            self.check(node, k, made, give[k])
+            parts = self.placed[node.inputs[0]].parts if kept else _parts(cells, index.partial, k)
+            tensors = tuple(None if ys is None else ys[k] for ys in made)
+            self.placed[i, k] = Placed(give[k], parts, tensors)
 
-    def cut(self, i: int, node: Node, index: Index, ins: Sequence[Spec]) -> _Cut | None:
-        """The letter to divide: as the value that this is the gradient of, else as the first divided operand."""
-        like: list[tuple[Operand, Layout]] = [
-            (index.outputs[k], self.placed[self.graph.like[i, k]].layout)
-            for k in range(len(node.specs))
-            if (i, k) in self.graph.like and self.graph.like[i, k] in self.placed
-        ]
-        divided = [*like, *((o, self.placed[v].layout) for o, v in zip(index.inputs, node.inputs, strict=True))]
-        sizes = index.sizes(ins, node.specs)
-        for exact in (True, False):
-            for operand, layout in divided:
-                where = _boundaries(layout)
-                axis = operand[where[0]] if where else None
-                if where is None or axis is None:
-                    continue
-                if axis.letter and exact:
-                    return _Cut(axis.letter, where[1])
-                if not exact and axis.letter is None:
-                    letter = _leading(axis, index)
-                    if letter and sizes[letter] >= self.ranks:
-                        return _Cut(letter, even_bounds(sizes[letter], self.ranks))
-        return None
+    def kept(self, node: Node) -> Cells | None:
+        """The cells of an op that can be applied to the parts of sums as they are, and added later."""
+        if not node.op.linear or any(v in self.sources or not self.placed[v].partial for v in node.inputs):
+            return None
+        first, *others = (self.placed[v] for v in node.inputs)
+        if any((x.layout, x.parts) != (first.layout, first.parts) for x in others):
+            return None
+        ins = tuple(self.graph.spec(v) for v in node.inputs)
+        index = node.op.indexing(*ins)
+        whole: Cells = tuple(None if block is None else {} for block in first.layout)
+        cells = cells_along(first.layout, index.inputs[0], index, index.sizes(ins, node.specs)) or whole
+        need, _ = blocks_of(index, cells, ins, node.specs)
+        letters = {letter for cell in cells if cell for letter in cell}
+        if any(layout != first.layout for layout in need) or any(any(index.partial(letter)) for letter in letters):
+            return None
+        return cells
 
-    def move(self, value: Value, want: Layout) -> tuple[Tensor, ...]:
-        """The value as ``want``: summed over ranks if partial, exchanged if its blocks differ."""
-        placed, name = self.placed[value], self.graph.value_name(value)
-        tensors = placed.tensors
-        if placed.partial:
-            if (value, None) not in self.moved:
-                self.moved[value, None] = self.emit([AllReduce()] * self.ranks, tensors, f"{name}/sum")
-            tensors = self.moved[value, None]
-        if placed.layout == want:
-            return tensors
+    def cells(self, i: int, node: Node) -> Cells:
+        """What each place does of a node."""
+        ins = tuple(self.graph.spec(v) for v in node.inputs)
+        index = node.op.indexing(*ins)
+        if node.name in self.splits:
+            sizes = index.sizes(ins, node.specs)
+            return cells_of(node.name, self.splits[node.name], index, sizes, self.places, (i, 0) in self.batched)
+        likes: list[Layout | None] = []
+        for k in range(len(node.specs)):
+            like = self.graph.like.get((i, k), self.homes.get((i, k)))
+            likes.append(self.placed[like].layout if like in self.placed else None)
+        operands = [self.placed.get(v) for v in node.inputs]
+        return choose(node, index, ins, operands, likes, self.places, self.machine)
+
+    def check(self, node: Node, k: int, made: Sequence[Made | None], give: Layout) -> None:
+        for p, ys in enumerate(made):
+            block = give[p]
+            if ys is not None and block is not None and ys[k].shape != block.shape:
+                raise ShapeError(
+                    f"split: {node.name} on rank {self.places.rank(p)} makes {ys[k].spec} but its index formula says "
+                    f"{block.shape}. Correct local or index of {node.op.name}."
+                )
+
+    # moves ------------------------------------------------------------------------------------------
+
+    def move(self, value: Value, want: Layout) -> tuple[Tensor | None, ...]:
+        """The value as each place wants it: summed over ranks if partial, exchanged if blocks differ."""
+        if value in self.sources:
+            node = self.sources[value]
+            if isinstance(node.op, Leaf) and node.op.kind != "clock":
+                self.place_leaf(value, node, want)
+            else:
+                return self.constant(node, want)
+        placed = self.placed[value]
+        if placed.partial and self.summable(placed, want):
+            placed = self.placed[value] = self.sum(value, placed)
+        if not placed.partial and all(b is None or b == a for a, b in zip(placed.layout, want, strict=True)):
+            return tuple(None if b is None else y for y, b in zip(placed.tensors, want, strict=True))
         if (value, want) not in self.moved:
-            ops = [Exchange(rank=r, have=placed.layout, want=want) for r in range(self.ranks)]
-            count = sum(1 for v, w in self.moved if v == value and w is not None)
-            self.moved[value, want] = self.emit(ops, tensors, f"{name}/move_{count + 1}")
+            self.moved[value, want] = self.exchange(value, placed, want)
         return self.moved[value, want]
 
-    def emit(self, ops: Sequence[Op], tensors: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-        return tuple(new.add(op, (x,), name) for new, op, x in zip(self.out, ops, tensors, strict=True))
+    def constant(self, node: Node, want: Layout) -> tuple[Tensor | None, ...]:
+        """A clock or a constant: every place makes its own."""
+        made = [
+            block and self.add(self.places.rank(p), node.op.local((), (block,)), (), node.name, block, p)
+            for p, block in enumerate(want)
+        ]
+        return tuple(ys[0] if ys else None for ys in made)
+
+    def added(self, value: Value, placed: Placed) -> list[tuple[Held, Tensor]]:
+        """What ranks have of a value, with the parts of a sum that are on the same rank added up."""
+        found: dict[tuple[int, Block], list[tuple[int, Tensor, int]]] = {}
+        for p in placed.holders:
+            tensor, block = placed.tensors[p], placed.layout[p]
+            assert tensor is not None
+            assert block is not None
+            mine = found.setdefault((self.places.rank(p), block), [])
+            if placed.parts[p] not in [part for part, *_ in mine]:
+                mine.append((placed.parts[p], tensor, p))
+        out = []
+        for (rank, block), mine in found.items():
+            mine.sort(key=lambda each: each[0])
+            total = mine[0][1]
+            for _, tensor, p in mine[1:]:
+                name = f"{self.graph.value_name(value)}/added"
+                total = self.add(rank, Add(), (total, tensor), name, None, p)[0]
+            out.append((Held(rank, block, frozenset(part for part, *_ in mine)), total))
+        return out
+
+    def summable(self, placed: Placed, want: Layout) -> bool:
+        """Is an all-reduce of what ranks hold the way to what is wanted, rather than an exchange of parts?"""
+        blocks, parts = set(present(placed.layout)), placed.count
+        direct = max((block.size for block in present(want)), default=0) * (parts - 1)
+        reduced = max(block.size for block in blocks) * 2 * (parts - 1) / parts
+        return direct >= reduced and all(
+            groups([held for held in self.held(placed) if held.block == block]) is not None for block in blocks
+        )
+
+    def held(self, placed: Placed) -> list[Held]:
+        """What ranks have of a sum, as `added` gives it."""
+        found: dict[tuple[int, Block], set[int]] = {}
+        for p in placed.holders:
+            block = placed.layout[p]
+            assert block is not None
+            found.setdefault((self.places.rank(p), block), set()).add(placed.parts[p])
+        return [Held(rank, block, frozenset(parts)) for (rank, block), parts in found.items()]
+
+    def sum(self, value: Value, placed: Placed) -> Placed:
+        """The sum, on all that have parts of it."""
+        added = self.added(value, placed)
+        totals: dict[tuple[int, Block], Tensor] = {(held.rank, held.block): y for held, y in added}
+        for block in dict.fromkeys(held.block for held, _ in added):
+            for ranks in groups([held for held, _ in added if held.block == block]) or ():
+                name = self.meeting(f"{self.graph.value_name(value)}/sum")
+                for rank in ranks if len(ranks) > 1 else ():
+                    op = AllReduce(ranks=ranks)
+                    totals[rank, block] = self.collective(rank, op, (totals[rank, block],), name)[0]
+        tensors = tuple(b if b is None else totals[self.places.rank(p), b] for p, b in enumerate(placed.layout))
+        return Placed(placed.layout, (0,) * len(self.places), tensors)
+
+    def exchange(self, value: Value, placed: Placed, want: Layout) -> tuple[Tensor | None, ...]:
+        """The value in other blocks. What a rank has itself it cuts out."""
+        name, dtype = self.graph.value_name(value), self.graph.spec(value).dtype
+        added = self.added(value, placed)
+        got: dict[tuple[int, Block], Tensor] = {}
+        asked: list[tuple[int, Block]] = []
+        for p, block in enumerate(want):
+            if block is None:
+                continue
+            key = self.places.rank(p), block
+            if key in got or key in asked:
+                continue
+            mine = next(
+                (y for h, y in added if h.rank == key[0] and not placed.partial and _within(block, h.block)), None
+            )
+            if mine is None:
+                asked.append(key)
+            else:
+                outer = next(h.block for h, y in added if y is mine and h.rank == key[0] and _within(block, h.block))
+                got[key] = mine if block == outer else self.cut_out(key[0], mine, block, outer, f"{name}/cut", p)
+        tensors = [y for _, y in added]
+        where = {(held.rank, held.block): y for (held, _), y in zip(added, tensors, strict=True)}
+        for each in exchanges([held for held, _ in added], asked, dtype):
+            title = self.meeting(f"{name}/move")
+            for rank in each.ranks:
+                op = replace(each, rank=rank)
+                xs = [where[rank, op.have[i].block] for i in op.held]
+                for i, y in zip(op.wanted, self.collective(rank, op, xs, title), strict=False):
+                    got[op.want[i]] = y
+        return tuple(b if b is None else got[self.places.rank(p), b] for p, b in enumerate(want))
+
+    def cut_out(self, rank: int, x: Tensor, block: Block, outer: Block, name: str, place: int) -> Tensor:
+        """A region of what the rank has."""
+        cuts = block.inside(outer)
+        whole = [(c.start, c.stop) == (0, size) for c, size in zip(cuts, x.shape, strict=True)]
+        op = Slice(
+            starts=tuple(c.start for c in cuts),
+            stops=tuple(None if all_of_it else c.stop for c, all_of_it in zip(cuts, whole, strict=True)),
+            steps=(1,) * len(cuts),
+        )
+        return self.add(rank, op, (x,), name, None, place)[0]
+
+    # rank graphs ------------------------------------------------------------------------------------
+
+    def add(self, rank: int, op: Op, xs: Sequence[Tensor], name: str, at: Block | None, place: int) -> Made:
+        """A node of a place on its rank; where another micro-batch has made the same it is not made again."""
+        key = (rank, name, op, tuple(x.id for x in xs), at)
+        if key not in self.made:
+            new = self.out[rank]
+            title = name if name not in new else f"{name}@{self.places.micro(place)}"
+            while title in new:
+                title += "'"
+            made = new.add(op, xs, title, at)
+            self.made[key] = made if isinstance(made, tuple) else (made,)
+        return self.made[key]
+
+    def meeting(self, name: str) -> str:
+        """A name that no other collective has, on any rank."""
+        self.meetings[name] = self.meetings.get(name, 0) + 1
+        return f"{name}_{self.meetings[name]}"
+
+    def collective(self, rank: int, op: AllReduce | Exchange, xs: Sequence[Tensor], name: str) -> Made:
+        made = self.out[rank].add(op, xs, name)
+        return made if isinstance(made, tuple) else (made,)
 
 
-def _boundaries(layout: Layout) -> tuple[int, tuple[int, ...]] | None:
-    """(axis, boundaries) of the axis along which ranks differ; None if they do not."""
-    for axis in range(len(layout[0].whole)):
-        if any((b.lo[axis], b.hi[axis]) != (layout[0].lo[axis], layout[0].hi[axis]) for b in layout):
-            return axis, (*(b.lo[axis] for b in layout), layout[-1].hi[axis])
-    return None
+def batched(graph: Graph) -> set[Value]:
+    """Values whose first axis is that of the batch: it comes from the first axis of what is fed."""
+    found = {x.id for x in graph.leaves("batch") if x.spec.shape}
+    for i, node in enumerate(graph.nodes):
+        if not node.inputs:
+            continue
+        index = node.op.indexing(*map(graph.spec, node.inputs))
+        letters = {
+            axis.letter for v, o in zip(node.inputs, index.inputs, strict=True) if v in found for axis in o[:1] if axis
+        }
+        found |= {(i, k) for k, o in enumerate(index.outputs) if o and o[0] and o[0].letter in letters - {None}}
+    return found
 
 
-def _tiles(layout: Layout) -> bool:
-    """Is this the whole array on every rank, or the array cut along one axis in the order of the ranks?"""
-    whole = layout[0].whole
-    if all(block == Block.all(whole) for block in layout):
-        return True
-    cut = _boundaries(layout)
-    if cut is None:
-        return False
-    axis, bounds = cut
-    ordered = bounds == tuple(sorted(bounds)) and (bounds[0], bounds[-1]) == (0, whole[axis])
-    return ordered and layout == Block.along(whole, axis, bounds)
+def _parts(cells: Cells, partial: Any, k: int) -> tuple[int, ...]:
+    """For each place, the number of the part of a sum that it makes of output k."""
+    letters = sorted({letter for cell in cells if cell for letter in cell if partial(letter)[k]})
+    keys = [None if cell is None else tuple(cell[letter] for letter in letters if letter in cell) for cell in cells]
+    order = sorted({key for key in keys if key is not None})
+    return tuple(0 if key is None else order.index(key) for key in keys)
 
 
-def _leading(axis: Axis, index: Index) -> str | None:
-    """The letter of a compound axis that stands alone in the output: h in 'h*2+r-1'."""
-    alone = {a.letter for operand in index.outputs for a in operand if a}
-    return next((letter for letter in axis.letters if letter in alone), None)
+def _within(block: Block, outer: Block) -> bool:
+    return all(a >= o for a, o in zip(block.lo, outer.lo, strict=True)) and all(
+        b <= o for b, o in zip(block.hi, outer.hi, strict=True)
+    )
+
+
+def _at(layouts: Sequence[Sequence[T | None]], place: int) -> list[T]:
+    """What a place has of each; it takes part, so it has something."""
+    found = [x for layout in layouts if (x := layout[place]) is not None]
+    assert len(found) == len(layouts)
+    return found
+
+
+def _hull(layout: Layout) -> Block | None:
+    """The smallest block that holds all of these."""
+    some = present(layout)
+    if not some:
+        return None
+    lo = tuple(min(each) for each in zip(*(b.lo for b in some), strict=True))
+    hi = tuple(max(each) for each in zip(*(b.hi for b in some), strict=True))
+    return Block(lo, hi, some[0].whole)
 
 
 def _no_empty(name: str, layout: Layout) -> None:
-    for rank, block in enumerate(layout):
-        if block.empty and 0 not in block.whole:
+    for place, block in enumerate(layout):
+        if block is not None and block.empty and 0 not in block.whole:
             raise ShapeError(
-                f"split: rank {rank} of {len(layout)} would hold nothing of {name} {block.whole}. Use fewer ranks."
+                f"split: place {place} of {len(layout)} would hold nothing of {name} {block.whole}. Use fewer ranks."
             )
+
+
+def _check_layout(graph: Graph, name: str, layout: Layout, ranks: int) -> None:
+    if len(layout) != ranks:
+        raise ShapeError(f"split: the layout of {name} has {len(layout)} blocks for {ranks} ranks.")
+    spec = graph.find(name).spec
+    if not isinstance(graph[name].op, Leaf):
+        raise ShapeError(f"split: {name} is not a leaf; only leaves are given a layout.")
+    some = present(layout)
+    if any(block.whole != spec.shape for block in some):
+        raise ShapeError(f"split: the layout of {name} is for {some[0].whole}, but it is {spec}.")
+    for rank, block in enumerate(layout):
+        if block is not None and block.empty and 0 not in block.whole:
+            raise ShapeError(
+                f"split: rank {rank} of {ranks} would hold nothing of {name} {block.whole}. Use fewer ranks."
+            )
+    if not _is_grid(some):
+        blocks = " ".join(map(str, some))
+        raise ShapeError(
+            f"split: the blocks {blocks} are not a grid of {name} {spec}. Make them with Block.along or Block.grid."
+        )
+
+
+def _is_grid(layout: Sequence[Block]) -> bool:
+    """Do the blocks, each maybe several times, tile the whole array: every interval of an axis with every other?"""
+    if not layout:
+        return False
+    whole = layout[0].whole
+    cuts = [sorted({(b.lo[axis], b.hi[axis]) for b in layout}) for axis in range(len(whole))]
+    for spans, size in zip(cuts, whole, strict=True):
+        ends = [lo for lo, _ in spans] + [size]
+        if ends[0] != 0 or any(hi != nxt for (_, hi), nxt in zip(spans, ends[1:], strict=True)):
+            return False
+    cells = 1
+    for spans in cuts:
+        cells *= len(spans)
+    return len(set(layout)) == cells

@@ -284,7 +284,7 @@ def check_local(sample: Sample, *, cuttings: int = 2) -> None:
         done = 0
         for _ in range(4 * cuttings):
             bounds = _cut(sizes[letter], rng)
-            blocks = [index.blocks(specs, outs, letter, lo, hi) for lo, hi in pairwise(bounds)]
+            blocks = [index.blocks(specs, outs, {letter: cell}) for cell in pairwise(bounds)]
             if len(blocks) < 2 or any(block.empty for pair in blocks for side in pair for block in side):
                 continue
             _check_parts(sample, letter, bounds, blocks, ins, whole)

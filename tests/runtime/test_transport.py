@@ -15,26 +15,66 @@ import rapydli_flow
 from rapydli_flow.errors import RunLost, SettingError
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.shared import SharedMemory, create, folder
-from rapydli_flow.runtime.transport import Alone, Threads
-from rapydli_flow.scheduler import AllReduce, Exchange
+from rapydli_flow.runtime.transport import CHUNK_BYTES, Alone, Threads
+from rapydli_flow.scheduler import AllReduce, Exchange, Shard
 from rapydli_flow.spec import Block
 
 ROUNDS = 20
 
 
-def parts_of(rank, count):
-    """What a rank gives to a gather: two arrays, of a size and dtype of its own."""
-    rng = np.random.default_rng([rank, count])
-    return [rng.normal(size=(rank + 2, 3)), rng.integers(0, 99, 5 + count).astype(np.int32)]
+def parts_of(rank, count, target=0):
+    """What a rank hands over: two arrays, of a size and dtype of its own, one of them not contiguous."""
+    rng = np.random.default_rng([rank, count, target])
+    return [rng.normal(size=(rank + 2, 6))[:, ::2], rng.integers(0, 99, 5 + count).astype(np.int32)]
+
+
+def raw(parts):
+    return b"".join(part.tobytes() for part in parts)
 
 
 def check_rounds(transport):
-    """Gather some rounds, and look at everyone's bytes."""
+    """Swap with some ranks, share with all; look at everyone's bytes."""
+    me, others = transport.rank, [r for r in range(transport.ranks) if r != transport.rank]
     for count in range(ROUNDS):
-        everyone = transport.gather(parts_of(transport.rank, count))
-        for rank in range(transport.ranks):
-            expected = b"".join(part.tobytes() for part in parts_of(rank, count))
-            assert everyone[rank][: len(expected)].tobytes() == expected
+        sends = {r: parts_of(me, count, r) for r in others if (me + r + count) % 3}  # not with all every time
+        expected = {r: raw(parts_of(r, count, me)) for r in others if (me + r + count) % 3}
+        got = transport.swap("a test", sends, {r: len(text) for r, text in expected.items()})
+        assert {r: data.tobytes() for r, data in got.items()} == expected
+        transport.release()
+        assert transport.share("a test", b"x" * (me + count)) == [b"x" * (r + count) for r in range(transport.ranks)]
+    return me
+
+
+def check_ahead(transport):
+    """Rank 0 hands over before the others come; they answer once at the end."""
+    if transport.rank == 0:
+        for count in range(2):
+            transport.swap("ahead", {r: [np.full(3, count + r)] for r in range(1, transport.ranks)}, {})
+        got = transport.swap("back", {}, {r: 24 for r in range(1, transport.ranks)})
+        assert [int(got[r].view(np.int64)[0]) for r in sorted(got)] == [10 * r for r in sorted(got)]
+    else:
+        for count in range(2):
+            got = transport.swap("ahead", {}, {0: 24})
+            assert got[0].view(np.int64).tolist() == [count + transport.rank] * 3
+            transport.release()
+        transport.swap("back", {0: [np.full(3, 10 * transport.rank)]}, {})
+    transport.release()
+    return transport.rank
+
+
+def check_sums(transport):
+    """Sums of all sizes, of all ranks and of the last two, in place and not: the same bits for everyone."""
+    for size in (1, 5, 20_000, 1_200_000):
+        for ranks in (tuple(range(transport.ranks)), tuple(range(transport.ranks))[-2:]):
+            if transport.rank not in ranks:
+                continue
+            draw = {r: np.random.default_rng([size, r]).normal(size=(2, size)).astype(np.float32) for r in ranks}
+            mine = [draw[transport.rank][0].copy(), draw[transport.rank][1, :3].copy()]
+            outs = mine if size % 2 else [np.empty_like(x) for x in mine]
+            transport.meet("a sum", AllReduce(ranks=ranks, parts=2), mine, outs)
+            want = sum((draw[r] for r in ranks[1:]), draw[ranks[0]])
+            np.testing.assert_array_equal(outs[0], want[0])
+            np.testing.assert_array_equal(outs[1], want[1, :3])
     return transport.rank
 
 
@@ -45,74 +85,100 @@ def on_all(transports, function=check_rounds):
 
 def shared(name, ranks, **options):
     """All ranks of a piece of shared memory, in this process."""
-    out = [SharedMemory(name, rank, ranks, 4096, **options) for rank in range(ranks)]
+    out = [SharedMemory(name, rank, ranks, CHUNK_BYTES, **options) for rank in range(ranks)]
     for transport in out:
         transport.joined()
     return out
 
 
+CHECKS = [check_rounds, check_ahead, check_sums]
+MAKES = {"threads": Threads.of, "shared memory": lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks)}
+
+
 def test_one_rank_alone():
-    assert check_rounds(Alone()) == 0
-    Alone().close()
+    alone, out = Alone(), np.empty(3)
+    alone.meet("a sum", AllReduce(ranks=(0,)), [np.arange(3.0)], [out])
+    assert out.tolist() == [0, 1, 2]
+    assert alone.share("a test", b"text") == [b"text"]
+    alone.close()
+    with pytest.raises(TypeError, match="not a collective"):
+        alone.meet("a word", "shout", [out], [out])
 
 
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_threads_gather(ranks):
-    assert on_all(Threads.of(ranks)) == list(range(ranks))
+@pytest.mark.parametrize("way", MAKES)
+def test_ranks_tell_each_other(way, ranks, check):
+    assert on_all(MAKES[way](ranks), check) == list(range(ranks))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_shared_memory_gathers(ranks):
-    assert on_all(shared(f"test-{time.monotonic_ns()}", ranks)) == list(range(ranks))
-
-
-def test_sums_are_taken_in_rank_order():
+def test_sums_are_taken_in_the_order_of_ranks():
     parts = [np.array([v], np.float32) for v in (1e8, 1.0, -1e8)]
 
-    def meet(transport):
+    def meet(transport, order):
         out = np.empty(1, np.float32)
-        transport.meet(AllReduce(parts=1), [parts[transport.rank]], [out])
+        transport.meet("a sum", AllReduce(ranks=order), [parts[transport.rank]], [out])
         return float(out[0])
 
-    assert on_all(Threads.of(3), meet) == [float((parts[0] + parts[1] + parts[2])[0])] * 3
-    with pytest.raises(TypeError, match="not a collective"):
-        Alone().meet("shout", [parts[0]], [np.empty(1, np.float32)])
+    for order in ((0, 1, 2), (0, 2, 1)):
+        want = float(((parts[order[0]] + parts[order[1]]) + parts[order[2]])[0])
+        assert on_all(Threads.of(3), lambda t, order=order: meet(t, order)) == [want] * 3
 
 
-@pytest.mark.parametrize("make", [Threads.of, lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks)])
-def test_ranks_exchange_blocks(make):
+@pytest.mark.parametrize("way", MAKES)
+def test_ranks_exchange_blocks(way):
     whole = np.arange(10 * 3, dtype=np.float64).reshape(10, 3)
     have = Block.along((10, 3), 0, (0, 4, 7, 10))
     want = tuple(Block((lo, 0), (hi, 3), (10, 3)) for lo, hi in ((0, 5), (3, 8), (6, 10)))  # a halo of one
+    shards = tuple(Shard(rank, block) for rank, block in enumerate(have))
 
     def meet(transport):
         out = np.empty(want[transport.rank].shape)
-        op = Exchange(rank=transport.rank, have=have, want=want)
-        transport.meet(op, [np.ascontiguousarray(whole[have[transport.rank].slices])], [out])
+        op = Exchange(rank=transport.rank, have=shards, want=tuple(enumerate(want)), dtype="float64")
+        transport.meet("a halo", op, [np.ascontiguousarray(whole[have[transport.rank].slices])], [out])
         return out
 
-    for got, block in zip(on_all(make(3), meet), want, strict=True):
+    for got, block in zip(on_all(MAKES[way](3), meet), want, strict=True):
         np.testing.assert_array_equal(got, whole[block.slices])
+
+
+@pytest.mark.parametrize("way", MAKES)
+def test_parts_of_a_sum_are_scattered(way):
+    """Two ranks hold a part of a sum each; each of two others wants half of it, the first one all of it as well."""
+    parts, whole = [np.random.default_rng(r).normal(size=(6, 4)) for r in range(2)], Block.all((6, 4))
+    upper, lower = Block.along((6, 4), 0, (0, 3, 6))
+    shards, want = (Shard(0, whole), Shard(1, whole, 1)), ((0, whole), (2, lower), (2, upper))
+
+    def meet(transport):
+        rank = transport.rank
+        op = Exchange(rank=rank, have=shards, want=want, dtype="float64")
+        outs = [np.full(want[i][1].shape, np.nan) for i in op.wanted] or [np.empty(0)]
+        transport.meet("a scatter", op, [parts[rank]] if rank < 2 else [], outs)
+        return outs
+
+    first, second, third = on_all(MAKES[way](3), meet)
+    np.testing.assert_array_equal(first[0], parts[0] + parts[1])
+    assert second[0].size == 0
+    np.testing.assert_array_equal(np.concatenate(third[::-1]), parts[0] + parts[1])
 
 
 def test_a_thread_that_does_not_come():
     first, _ = Threads.of(2, timeout_s=0.2)
-    with pytest.raises(RunLost, match="rank 0: another rank of this process stopped, or did not come in time"):
-        first.gather([np.zeros(1)])
+    with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to a test in 0\.2 s"):
+        first.share("a test", b"")
 
 
 def test_a_rank_that_does_not_come_to_shared_memory():
-    first, second = shared(f"test-{time.monotonic_ns()}", 2, timeout_s=0.2)
-    first._count = second._count = 0
-    with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to collective 1 in 0\.2 s. Its worker may be dead"):
-        first.gather([np.zeros(1)])
+    first, _ = shared(f"test-{time.monotonic_ns()}", 2, timeout_s=0.2)
+    with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to a test in 0\.2 s. Its worker may be dead"):
+        first.share("a test", b"")
 
 
 def test_closing_wakes_a_rank_that_waits():
     first, second = shared(f"test-{time.monotonic_ns()}", 2)
     threading.Timer(0.2, first.close).start()
     with pytest.raises(RunLost, match="rank 0: the run was given up while it waited for rank 1"):
-        first.gather([np.zeros(1)])
+        first.share("a test", b"")
     second.close()
 
 
@@ -169,17 +235,18 @@ def connected(workers, **options):
     return peers
 
 
-def test_peers_gather(workers):
+@pytest.mark.parametrize("check", CHECKS)
+def test_peers_tell_each_other(workers, check):
     peers = connected(workers)
-    assert on_all(peers) == [0, 1, 2]
+    assert on_all(peers, check) == [0, 1, 2]
     for peer in peers:
         peer.close()
 
 
 def test_a_peer_that_does_not_come(workers):
     peers = connected(workers[:2], timeout_s=0.3)
-    with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to collective 1 in 0\.3 s"):
-        peers[0].gather([np.zeros(1)])
+    with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to a test in 0\.3 s"):
+        peers[0].share("a test", b"")
     for peer in peers:
         peer.close()
 
@@ -188,9 +255,9 @@ def test_a_peer_that_leaves(workers):
     peers = connected(workers)
     threading.Timer(0.2, peers[1].close).start()
     with pytest.raises(RunLost, match="rank 0: another rank closed its connection"):
-        peers[0].gather([np.zeros(1)])
+        peers[0].share("a test", b"")
     with pytest.raises(RunLost, match="rank 2: "):
-        peers[2].gather([np.zeros(1)])
+        peers[2].share("a test", b"")
     for peer in peers:
         peer.close()
 
@@ -199,5 +266,5 @@ def test_giving_up_wakes_a_peer_that_waits(workers):
     peers = connected(workers[:2])
     threading.Timer(0.2, peers[0].close).start()
     with pytest.raises(RunLost, match="rank 0: the run was given up"):
-        peers[0].gather([np.zeros(1)])
+        peers[0].share("a test", b"")
     peers[1].close()

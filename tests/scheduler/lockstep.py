@@ -7,7 +7,7 @@ import numpy as np
 
 from rapydli_flow.graph import Graph, verify
 from rapydli_flow.ops import Leaf
-from rapydli_flow.scheduler import Plan, split
+from rapydli_flow.scheduler import Plan, side_by_side, split
 from rapydli_flow.scheduler.collective import meet
 from rapydli_flow.spec import Array, Block
 from rapydli_flow.testing.interpret import interpret, start
@@ -16,26 +16,28 @@ SEED, STEP = 3, 1
 Layouts = Mapping[str, Sequence[Block]]
 
 
-def lockstep(graphs: Sequence[Graph], feeds: Mapping[str, Any]) -> list[list[tuple[Array, ...]]]:
+def lockstep(graphs: Sequence[Graph], feeds: Mapping[str, Any]) -> list[dict[int, tuple[Array, ...]]]:
     """Values of every node of every rank; ``feeds`` are whole arrays."""
     given = {"seed": np.int64(SEED), "step": np.int64(STEP), **feeds}
-    every: list[list[tuple[Array, ...]]] = [[] for _ in graphs]
-    assert len({tuple(node.name for node in graph) for graph in graphs}) == 1
-    for i in range(len(graphs[0])):
-        nodes = [graph.nodes[i] for graph in graphs]
-        if isinstance(nodes[0].op, Leaf):
-            blocks = [node.at or Block.all(node.specs[0].shape) for node in nodes]
-            made = [(np.asarray(given[nodes[0].name])[b.slices],) for b in blocks]
+    every: list[dict[int, tuple[Array, ...]]] = [{} for _ in graphs]
+    for step in side_by_side(graphs):
+        ins = {r: [every[r][j][k] for j, k in graphs[r].nodes[i].inputs] for r, i in step.items()}
+        ops = {r: graphs[r].nodes[i].op for r, i in step.items()}
+        if next(iter(ops.values())).collective:
+            made = meet({r: (op, ins[r]) for r, op in ops.items()})
         else:
-            ins = [[every[r][j][k] for j, k in node.inputs] for r, node in enumerate(nodes)]
-            if nodes[0].op.collective:
-                made = meet([(node.op, x) for node, x in zip(nodes, ins, strict=True)])
+            (rank,) = step
+            node = graphs[rank].nodes[step[rank]]
+            if isinstance(node.op, Leaf):
+                block = node.at or Block.all(node.specs[0].shape)
+                made = {rank: (np.asarray(given[node.name])[block.slices],)}
             else:
-                made = [node.op.run(*x, at=node.at) for node, x in zip(nodes, ins, strict=True)]
-        for r, (node, ys) in enumerate(zip(nodes, made, strict=True)):
+                made = {rank: node.op.run(*ins[rank], at=node.at)}
+        for r, ys in made.items():
+            node = graphs[r].nodes[step[r]]
             for spec, y in zip(node.specs, ys, strict=True):
                 assert (y.shape, y.dtype.name) == (spec.shape, spec.dtype), f"{node.name} on rank {r}"
-            every[r].append(tuple(ys))
+            every[r][step[r]] = tuple(ys)
     return every
 
 
@@ -50,6 +52,8 @@ def assert_same_graphs(graph: Graph, graphs: Sequence[Graph], feeds: Mapping[str
     for name, value in want.updates.items():
         found = np.full(value.shape, np.nan)
         for r, part in enumerate(graphs):
+            if name not in part.updates:
+                continue
             i, k = part.updates[name]
             at = part[name].at or Block.all(value.shape)
             found[at.slices] = every[r][i][k]

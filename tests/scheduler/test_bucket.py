@@ -12,6 +12,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.testing.interpret import start
 
 X = Spec((5, 8, 6, 4), "float64")
+ALONE = AllReduce(ranks=(0,))
 
 
 def reduces(graph: Graph) -> list[AllReduce]:
@@ -21,7 +22,7 @@ def reduces(graph: Graph) -> list[AllReduce]:
 def test_a_training_step_keeps_its_numbers_with_fewer_collectives() -> None:
     graph = step_of(traced(small, X), optim.sgd(0.1, momentum=0.9))
     plain = split(graph, 3, data_parallel(graph, 3).layouts)
-    parts = [verify(bucket(part)) for part in plain]
+    parts = [verify(part) for part in bucket(plain)]
     assert_same_graphs(graph, parts, {**start(graph, SEED), **batch(X)}, scale=1.0)
     before, after = len(collectives(plain[0])), len(collectives(parts[0]))
     assert after < before / 2
@@ -33,7 +34,7 @@ def test_a_training_step_keeps_its_numbers_with_fewer_collectives() -> None:
 
 def test_all_gradients_of_a_network_go_together() -> None:
     graph = step_of(traced(perceptron, Spec((4, 6))), optim.sgd(0.1))
-    part = bucket(split(graph, 2, data_parallel(graph, 2).layouts)[0])
+    part = bucket(split(graph, 2, data_parallel(graph, 2).layouts))[0]
     assert [op.parts for op in reduces(part)] == [len(graph.leaves("param")) + 1]  # and the loss
     (name,) = (node.name for node in part if node.op.collective)
     assert name.endswith("/and_4_more")
@@ -42,9 +43,9 @@ def test_all_gradients_of_a_network_go_together() -> None:
 def test_one_collective_for_each_dtype() -> None:
     graph = Graph()
     xs = [graph.leaf("batch", f"x{i}", Spec((3,), dtype)) for i, dtype in enumerate(("float32", "float64", "float32"))]
-    sums = [graph.add(AllReduce(), (x,), f"{x.name}/sum") for x in xs]
+    sums = [graph.add(ALONE, (x,), f"{x.name}/sum") for x in xs]
     graph.outputs = {x.name: Relu()(s).id for x, s in zip(xs, sums, strict=True)}
-    new = verify(bucket(graph))
+    new = verify(bucket([graph])[0])
     assert [node.name for node in new if node.op.collective] == ["x0/sum/and_1_more", "x1/sum"]
     feeds = {x.name: np.array([-1, 0, 2], x.dtype) for x in xs}
     assert_same_graphs(graph, [new], feeds)
@@ -53,21 +54,21 @@ def test_one_collective_for_each_dtype() -> None:
 def test_sums_of_sums_wait_for_each_other() -> None:
     graph = Graph()
     a, b = (graph.leaf("batch", name, Spec((3,), "float64")) for name in "ab")
-    first = graph.add(AllReduce(), (a,), "first")
-    second = graph.add(AllReduce(), (first,), "second")
-    third = graph.add(AllReduce(), (b,), "third")
+    first = graph.add(ALONE, (a,), "first")
+    second = graph.add(ALONE, (first,), "second")
+    third = graph.add(ALONE, (b,), "third")
     graph.outputs = {"y": Relu()(second).id, "z": third.id}
-    new = verify(bucket(graph))
+    new = verify(bucket([graph])[0])
     assert [node.name for node in new if node.op.collective] == ["first/and_1_more", "second"]
     late = Graph()
     c = late.leaf("batch", "c", Spec((3,), "float64"))
-    late.outputs["y"] = late.add(AllReduce(), (late.add(AllReduce(), (c,), "one"),), "two").id
-    assert [node.name for node in bucket(late) if node.op.collective] == ["one", "two"]
+    late.outputs["y"] = late.add(ALONE, (late.add(ALONE, (c,), "one"),), "two").id
+    assert [node.name for node in bucket([late])[0] if node.op.collective] == ["one", "two"]
 
 
 def test_a_graph_without_collectives_stays_as_it_is() -> None:
     graph = traced(perceptron, Spec((4, 6)))
-    new = bucket(graph)
+    (new,) = bucket([graph])
     assert [node.name for node in new] == [node.name for node in graph]
     assert new.outputs == graph.outputs
     assert Plan(1).rank_graphs(graph)[0].outputs.keys() == graph.outputs.keys()

@@ -61,7 +61,7 @@ def test_gradients_do_not_wait_in_memory() -> None:
 
 def test_collectives_keep_their_order_and_ranks_are_alike() -> None:
     graph = step_of(traced(small, X), optim.sgd(0.1, momentum=0.9))
-    parts = [bucket(part) for part in split(graph, 3, data_parallel(graph, 3).layouts)]
+    parts = bucket(split(graph, 3, data_parallel(graph, 3).layouts))
     early = [verify(update_early(part)) for part in parts]
     assert [collectives(part) for part in early] == [collectives(part) for part in parts]
     assert len({tuple(node.name for node in part) for part in early}) == 1

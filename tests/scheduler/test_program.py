@@ -380,7 +380,7 @@ def test_views_take_no_memory() -> None:
 
 def test_collectives_are_steps() -> None:
     graph, (x,) = leaves("x")
-    y = graph.add(AllReduce(), (Scale(by=2.0)(x),), "sum")
+    y = graph.add(AllReduce(ranks=(0,)), (Scale(by=2.0)(x),), "sum")
     graph.outputs["y"] = y.id
     program = made(graph)
     assert [(s.name, s.title) for s in program.steps] == [("scale_1", "scale"), ("sum", "all_reduce")]

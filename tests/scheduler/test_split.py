@@ -13,7 +13,7 @@ from rapydli_flow import nn, optim
 from rapydli_flow.errors import GraphError, ShapeError
 from rapydli_flow.graph import Graph, gradients, predicting, trace
 from rapydli_flow.ops import Conv, Matmul, Moments, Op, Relu, Reshape, Sum, SumPool
-from rapydli_flow.scheduler import AllReduce, Exchange, Plan, data_parallel, split
+from rapydli_flow.scheduler import AllReduce, Exchange, Plan, Shard, Split, data_parallel, split
 from rapydli_flow.scheduler.collective import meet
 from rapydli_flow.spec import Block, Spec
 
@@ -190,8 +190,10 @@ def test_a_halo_is_all_that_moves() -> None:
     layout = along((1, 10, 6, 1), 1, 6)
     first, second = split(graph, 2, {"x": layout})
     have, want = next((n.op.have, n.op.want) for n in first if isinstance(n.op, Exchange))
-    assert have == layout
-    assert [str(block) for block in want] == ["[0:1,0:6,0:6,0:1]", "[0:1,4:10,0:6,0:1]"]  # outputs are cut evenly
+    assert have == tuple(Shard(rank, block) for rank, block in enumerate(layout))
+    assert [(rank, str(block)) for rank, block in want] == [(1, "[0:1,4:10,0:6,0:1]")]  # outputs are cut evenly
+    assert first["x/move_1"].specs == (Spec((0,)),)
+    assert second["x/move_1"].specs == (Spec((1, 6, 6, 1)),)
     assert first["conv_1/conv_1"].op == Conv(stride=(1, 1), padding=((1, 0), (1, 1)), dilation=(1, 1))
     assert second["conv_1/conv_1"].op == Conv(stride=(1, 1), padding=((0, 1), (1, 1)), dilation=(1, 1))
     assert first["conv_1/conv_1"].specs == (Spec((1, 5, 6, 2)),)
@@ -249,14 +251,13 @@ def plain() -> Graph:
         (Block.along((4, 5), 0, (0, 0, 4)), r"split: rank 0 of 2 would hold nothing of x \(4, 5\)\. Use fewer ranks\."),
         (
             (Block((0, 0), (2, 5), (4, 5)), Block((3, 0), (4, 5), (4, 5))),
-            r"split: the blocks \[0:2,0:5\] \[3:4,0:5\] are not x f32\[4,5\] cut along one axis in the order of the "
-            r"ranks\. Make them with Block\.along\.",
+            r"split: the blocks \[0:2,0:5\] \[3:4,0:5\] are not a grid of x f32\[4,5\]\. "
+            r"Make them with Block\.along or Block\.grid\.",
         ),
-        ((Block((0, 0), (3, 5), (4, 5)), Block((1, 0), (4, 5), (4, 5))), "are not x .* cut along one axis"),
-        (Block.along((4, 5), 0, (0, 2, 4))[::-1], "are not x .* cut along one axis"),
-        ((Block((0, 0), (2, 5), (4, 5)),) * 2, "are not x .* cut along one axis"),
-        ((Block((0, 0), (2, 3), (4, 5)), Block((2, 3), (4, 5), (4, 5))), "are not x .* cut along one axis"),
-        (Block.along((4, 5), 0, (0, 2, 3)), "are not x .* cut along one axis"),
+        ((Block((0, 0), (3, 5), (4, 5)), Block((1, 0), (4, 5), (4, 5))), "are not a grid of x"),
+        ((Block((0, 0), (2, 5), (4, 5)),) * 2, "are not a grid of x"),
+        ((Block((0, 0), (2, 3), (4, 5)), Block((2, 3), (4, 5), (4, 5))), "are not a grid of x"),
+        (Block.along((4, 5), 0, (0, 2, 3)), "are not a grid of x"),
     ],
 )
 def test_layouts_that_are_refused(layout: Any, message: str) -> None:
@@ -288,9 +289,13 @@ def test_more_ranks_than_records() -> None:
 
 
 def test_a_rank_that_would_read_padding_only() -> None:
-    graph = trace(lambda x: nn.conv(x, 1, 1, padding=((4, 4), 0), bias=False), Spec((1, 3, 3, 1)))
-    with pytest.raises(ShapeError, match=r"split: rank 0 of 3 would hold nothing of conv_1/conv_1 .*Use fewer ranks"):
-        split(graph, 3, {"x": along((1, 3, 3, 1), 1, 1, 2)})
+    graph = trace(lambda x: nn.conv(x, 1, 1, padding=((4, 4), 0), bias=False), Spec((1, 3, 3, 1), "float64"))
+    feeds = {"x": np.random.default_rng(0).normal(size=(1, 3, 3, 1))}
+    (part, *_) = assert_split(graph, 3, {"x": along((1, 3, 3, 1), 1, 1, 2)}, feeds)  # all do everything
+    assert part["conv_1/conv_1"].specs == graph["conv_1/conv_1"].specs
+    message = r"split: place 0 of 3 would hold nothing of conv_1/conv_1 .*Use fewer ranks"
+    with pytest.raises(ShapeError, match=message):
+        Plan(3, splits={"conv_1": Split(height=3)}).rank_graphs(graph)
 
 
 def test_an_op_whose_local_form_is_wrong() -> None:
@@ -322,24 +327,36 @@ def test_an_op_whose_local_form_is_wrong() -> None:
 
 def test_collectives_in_numbers() -> None:
     x = np.arange(6.0).reshape(2, 3)
-    (a, b), (c, _) = meet([(AllReduce(parts=2), (x, x[0])), (AllReduce(parts=2), (x + 1, x[1]))])
+    op = AllReduce(ranks=(0, 1), parts=2)
+    (a, b), (c, _) = meet({0: (op, (x, x[0])), 1: (op, (x + 1, x[1]))}).values()
     assert np.array_equal(a, 2 * x + 1)
     assert np.array_equal(b, x[0] + x[1])
     assert np.array_equal(a, c)
-    have = Block.along((2, 3), 1, (0, 1, 3))
-    want = (Block.all((2, 3)), Block((1, 0), (2, 3), (2, 3)))
-    ops = [Exchange(rank=r, have=have, want=want) for r in range(2)]
-    (y,), (z,) = meet([(ops[0], (x[:, :1],)), (ops[1], (x[:, 1:],))])
+    left, right = Block.along((2, 3), 1, (0, 1, 3))
+    want = ((0, Block.all((2, 3))), (1, Block((1, 0), (2, 3), (2, 3))))
+    ops = [Exchange(rank=r, have=(Shard(0, left), Shard(1, right)), want=want, dtype="float64") for r in range(2)]
+    (y,), (z,) = meet({0: (ops[0], (x[:, :1],)), 1: (ops[1], (x[:, 1:],))}).values()
     assert np.array_equal(y, x)
     assert np.array_equal(z, x[1:])
     assert np.array_equal(ops[0].run(x[:, :1])[0], [[0, 0, 0], [3, 0, 0]])
-    assert ops[1].overlap(0) == ((slice(1, 2), slice(0, 1)), (slice(0, 1), slice(0, 1)))
-    apart = Exchange(rank=0, have=have, want=(have[0], have[1]))
-    assert apart.overlap(1) is None
+    assert [op.sent_bytes for op in ops] == [8, 32]
+    assert [op.received_bytes for op in ops] == [32, 8]
+
+
+def test_a_receiver_adds_parts_of_a_sum() -> None:
+    x, whole = np.arange(6.0).reshape(3, 2), Block.all((3, 2))
+    upper, lower = Block.along((3, 2), 0, (0, 2, 3))
+    have = (Shard(0, whole, 0), Shard(1, upper, 1), Shard(1, lower, 1))
+    ops = [Exchange(rank=r, have=have, want=((0, lower), (2, upper)), dtype="float64") for r in range(3)]
+    asks = [(x,), (x[:2] * 10, x[2:] * 10), ()]
+    answers = meet({r: (op, ask) for r, (op, ask) in enumerate(zip(ops, asks, strict=True))})
+    assert np.array_equal(answers[0][0], 11 * x[2:])
+    assert answers[1][0].size == 0
+    assert np.array_equal(answers[2][0], 11 * x[:2])
 
 
 def test_collectives_as_ops() -> None:
-    op = AllReduce(parts=2)
+    op = AllReduce(ranks=(0, 1), parts=2)
     specs = (Spec((3, 4)), Spec(()))
     assert op.outputs == ("y0", "y1")
     assert op.out_specs(*specs) == specs
@@ -347,11 +364,15 @@ def test_collectives_as_ops() -> None:
     assert op.flops(Spec((3, 4)), Spec((5,))) == 17
     assert [y.shape for y in op.run(np.ones((3, 4)), np.ones(()))] == [(3, 4), ()]
     whole = Block.all((3,))
-    exchange = Exchange(rank=0, have=(whole,), want=(whole,))
+    exchange = Exchange(rank=0, have=(Shard(0, whole),), want=((0, whole), (1, whole)))
     assert (exchange.title, exchange.flops(Spec((3,)))) == ("exchange", 0)
+    assert exchange.ranks == (0, 1)
     assert exchange.index(Spec((3,))) == ". -> ."
-    assert exchange.index(Spec(())) == "() -> ()"
     assert exchange.out_specs(Spec((3,))) == (Spec((3,)),)
+    scalar = Block.all(())
+    assert Exchange(rank=0, have=(Shard(0, scalar),), want=((0, scalar),)).index(Spec(())) == "() -> ()"
+    assert Exchange(rank=1, have=(Shard(0, whole),), want=((1, whole),)).index() == " -> ."
+    assert Exchange(rank=0, have=(Shard(0, whole),), want=((0, whole),)).title == "assemble"
 
 
 def test_rank_graphs_can_be_printed() -> None:

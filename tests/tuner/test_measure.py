@@ -220,7 +220,7 @@ def graph() -> Graph:
     new = Graph()
     x, b = new.leaf("batch", "x", X), new.leaf("param", "b", Spec((32,)))
     y = Relu()(Searching()(x) + b)
-    y = new.add(AllReduce(), (Searching()(y) + b,), "sum")
+    y = new.add(AllReduce(ranks=(0,)), (Searching()(y) + b,), "sum")
     new.outputs["y"] = y.id
     return fuse(new)
 

@@ -1,0 +1,217 @@
+"""Where arrays are, and how the work of a node is divided, for each place: a rank, or a micro-batch on a rank.
+
+place 0       1       2       3              2 ranks, 2 micro-batches
+rank  0       0       1       1
+      rows 0  rows 2  rows 4  rows 6         a batch of 8: each rank has neighbours, in both of its micro-batches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise, product
+from math import prod
+
+from ..errors import ShapeError
+from ..index import Axis, Index, Operand
+from ..spec import Block, Spec, even_bounds
+
+Layout = tuple[Block | None, ...]  # a block for each place, or for each rank; None: it has nothing
+Cell = Mapping[str, tuple[int, int]]  # ranges of letters; letters that are not named are whole
+Cells = tuple[Cell | None, ...]  # what each place does of a node; None: nothing
+Parts = int | tuple[int, ...]  # equal parts, or boundaries: (0, 5, 12)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a layer is divided: into how many parts along which axes of its output, and which ranks compute it.
+
+    ``channels`` are those of the input, ``filters`` those of the output; each number of parts may be a tuple of
+    boundaries, ``(0, 5, 12)``, instead. Ranks take the parts row by row, the last axis fastest; where there are more
+    ranks than parts, neighbours compute the same. No ranks: all of the plan.
+    """
+
+    samples: Parts = 1
+    depth: Parts = 1
+    height: Parts = 1
+    width: Parts = 1
+    channels: Parts = 1
+    filters: Parts = 1
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def axes(self) -> dict[str, Parts]:
+        """The axes that are divided."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "ranks"}
+        return {name: parts for name, parts in named.items() if parts != 1}
+
+    @property
+    def count(self) -> int:
+        """The number of parts of all axes together."""
+        return prod(count(parts) for parts in self.axes.values())
+
+    def __str__(self) -> str:
+        axes = [f"{name} in {count(parts)}" for name, parts in self.axes.items()]
+        ranks = f"on ranks {','.join(map(str, self.ranks))}" if self.ranks else ""
+        return " ".join(filter(None, (", ".join(axes), ranks))) or "whole"
+
+
+def count(parts: Parts) -> int:
+    return parts if isinstance(parts, int) else len(parts) - 1
+
+
+def bounds_of(what: str, parts: Parts, size: int) -> tuple[int, ...]:
+    """Boundaries of parts of an axis; ShapeError where a part would be empty, or they are no boundaries."""
+    if isinstance(parts, int):
+        if not 1 <= parts <= size:
+            raise ShapeError(f"{what}: {size} cannot be divided into {parts} parts. Use fewer ranks.")
+        return even_bounds(size, parts)
+    if parts[:1] != (0,) or parts[-1] != size or any(a >= b for a, b in pairwise(parts)):
+        raise ShapeError(f"{what}: {parts} are no boundaries of {size}; they rise from 0 to {size}.")
+    return parts
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of a plan: number ``rank * micro_batches + m`` is micro-batch m on a rank."""
+
+    ranks: int
+    micro_batches: int = 1
+
+    def __len__(self) -> int:
+        return self.ranks * self.micro_batches
+
+    def __iter__(self) -> object:
+        return iter(range(len(self)))
+
+    def rank(self, place: int) -> int:
+        return place // self.micro_batches
+
+    def micro(self, place: int) -> int:
+        return place % self.micro_batches
+
+    def spread(self, layout: Layout) -> Layout:
+        """The layout of places where all micro-batches of a rank see the same block."""
+        return tuple(layout[self.rank(place)] for place in range(len(self)))
+
+
+def present(layout: Layout) -> list[Block]:
+    """The blocks of the places that have something."""
+    return [block for block in layout if block is not None]
+
+
+def intervals(layout: Layout, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Where places differ along an axis: boundaries, and the number of its interval for each place (-1: it has
+    nothing). None where all that have something have the same."""
+    some = present(layout)
+    spans = sorted({(b.lo[axis], b.hi[axis]) for b in some})
+    if len(spans) < 2 or len({lo for lo, _ in spans}) < len(spans):
+        return None
+    number = {span: i for i, span in enumerate(spans)}
+    at = tuple(-1 if b is None else number[b.lo[axis], b.hi[axis]] for b in layout)
+    return (*(lo for lo, _ in spans), some[0].whole[axis]), at
+
+
+def cells_along(layout: Layout, operand: Operand, index: Index, sizes: Mapping[str, int]) -> Cells | None:
+    """What places do of a node if an operand of it stays where it is; None where that divides nothing.
+
+    The letter of an axis is cut where the operand is cut; of a compound axis, as 'h*2+r-1', the letter that it has
+    in common with an output is cut evenly.
+    """
+    cells: list[dict[str, tuple[int, int]] | None] = [None if block is None else {} for block in layout]
+    for axis, form in enumerate(operand):
+        cut = intervals(layout, axis)
+        if cut is None or form is None:
+            continue
+        bounds, at = cut
+        letter = form.letter
+        if letter is None:
+            letter = leading(form, index)
+            if letter is None or sizes[letter] < len(bounds) - 1:
+                continue
+            bounds = even_bounds(sizes[letter], len(bounds) - 1)
+        elif bounds[0] != 0:
+            continue
+        if not divisible(letter, index) or any(letter in cell for cell in cells if cell is not None):
+            continue
+        for cell, i in zip(cells, at, strict=True):
+            if cell is not None:
+                cell[letter] = (bounds[i], bounds[i + 1])
+    return tuple(cells) if any(cells) else None
+
+
+def leading(axis: Axis, index: Index) -> str | None:
+    """The letter of a compound axis that stands alone in an output: h in 'h*2+r-1'."""
+    alone = {a.letter for operand in index.outputs for a in operand if a}
+    return next((letter for letter in axis.letters if letter in alone), None)
+
+
+def divisible(letter: str, index: Index) -> bool:
+    """Can work be divided along a letter: does it stand alone in every output that has it?"""
+    axes = [axis for operand in index.outputs for axis in operand if axis and letter in axis.letters]
+    return all(axis.letter == letter for axis in axes) and letter in index.splittable()
+
+
+def cells_of(what: str, split: Split, index: Index, sizes: Mapping[str, int], places: Places, batched: bool) -> Cells:
+    """What places do of a node that is divided as a split says; ShapeError where it cannot be.
+
+    ``batched``: the first axis of the output is that of the batch, which micro-batches divide further.
+    """
+    ranks = split.ranks or tuple(range(places.ranks))
+    if not set(ranks) <= set(range(places.ranks)) or len(set(ranks)) < len(ranks):
+        raise ShapeError(f"{what}: ranks {ranks} are not different ones of the plan's {places.ranks}.")
+    if len(ranks) % split.count:
+        raise ShapeError(f"{what}: {split.count} parts do not go evenly on {len(ranks)} ranks ({split}).")
+    named: list[tuple[str, tuple[int, ...]]] = []
+    for name, parts in split.axes.items():
+        letter = letter_of(name, index)
+        if letter is None or not divisible(letter, index) or (name == "samples" and not batched):
+            raise ShapeError(f"{what}: {index.formula} has no {name} to divide.")
+        named.append((letter, bounds_of(f"{what}: {name}", parts, sizes[letter])))
+    copies = len(ranks) // split.count
+    grid = list(product(*(range(len(bounds) - 1) for _, bounds in named)))
+    samples, micro = letter_of("samples", index) if batched else None, places.micro_batches
+    cells: list[Cell | None] = [None] * len(places)
+    for i, rank in enumerate(ranks):
+        cell = {letter: (b[at], b[at + 1]) for (letter, b), at in zip(named, grid[i // copies], strict=True)}
+        for m in range(micro):
+            cells[rank * micro + m] = cell
+            if samples is not None and micro > 1:
+                lo, hi = cell.get(samples, (0, sizes[samples]))
+                within = bounds_of(f"{what}: micro-batches", micro, hi - lo)
+                cells[rank * micro + m] = {**cell, samples: (lo + within[m], lo + within[m + 1])}
+    return tuple(cells)
+
+
+def letter_of(name: str, index: Index) -> str | None:
+    """The letter that an axis has in a formula."""
+    out, first = index.outputs[0], index.inputs[0] if index.inputs else ()
+    spatial = out[1:-1]
+    where: dict[str, Axis | None] = {"samples": out[0] if out else None}
+    if len(out) > 1:
+        where["filters"] = out[-1]
+    if len(first) > 1:
+        where["channels"] = first[-1]
+    where |= dict(zip(("width", "height", "depth"), reversed(spatial), strict=False))
+    axis = where.get(name)
+    return axis.letter if axis else None
+
+
+def blocks_of(
+    index: Index, cells: Cells, ins: Sequence[Spec], outs: Sequence[Spec]
+) -> tuple[list[Layout], list[Layout]]:
+    """Layouts of the inputs that cells need, and of the outputs that they give."""
+    none = (None,) * len(ins), (None,) * len(outs)
+    known: dict[tuple[tuple[str, tuple[int, int]], ...], tuple[tuple[Block, ...], tuple[Block, ...]]] = {}
+    each: list[tuple[Layout, Layout]] = []
+    for cell in cells:
+        if cell is None:
+            each.append(none)
+            continue
+        key = tuple(cell.items())
+        if key not in known:
+            known[key] = index.blocks(ins, outs, cell)
+        each.append(known[key])
+    need = [tuple(a[j] for a, _ in each) for j in range(len(ins))]
+    give = [tuple(b[k] for _, b in each) for k in range(len(outs))]
+    return need, give

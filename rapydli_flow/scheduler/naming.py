@@ -1,0 +1,71 @@
+"""Which nodes a name in a plan means: a layer, a scope, or a pattern of either, in the forward pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from itertools import accumulate
+
+from ..errors import ShapeError
+from ..graph import Graph, Node
+from ..ops import Leaf
+from .layout import Split, divisible, letter_of
+from .split import batched
+
+GRADIENTS = "grad/"
+
+
+def forward(graph: Graph) -> list[int]:
+    """Numbers of the nodes of the forward pass that compute something of what is fed."""
+    reached = {x.node for x in graph.leaves("batch")}
+    out = []
+    for i, node in enumerate(graph.nodes):
+        if node.name.startswith(GRADIENTS):
+            break
+        if any(j in reached for j, _ in node.inputs):
+            reached.add(i)
+            out.append(i)
+    return out
+
+
+def divided_nodes(graph: Graph, splits: Mapping[str, Split]) -> dict[str, Split]:
+    """The split of each node that a name means; of several names that mean a node the last one counts.
+
+    In a layer only nodes that have all the axes to divide are divided so; ShapeError where none has, or nothing has
+    such a name.
+    """
+    found: dict[str, Split] = {}
+    known = batched(graph)
+    nodes = [(i, graph.nodes[i]) for i in forward(graph)]
+    for pattern, split in splits.items():
+        named = [(i, node) for i, node in nodes if _means(pattern, node.name)]
+        if not named:
+            near = difflib.get_close_matches(pattern, _scopes(graph, nodes), n=3)
+            raise ShapeError(
+                f"plan: no layer is named {pattern!r}.{f' Nearest: {chr(44).join(near)}.' if near else ''}"
+            )
+        fit = [node.name for i, node in named if _has(graph, node, split, (i, 0) in known)]
+        if not fit:
+            axes = ", ".join(split.axes)
+            raise ShapeError(f"plan: nothing in {pattern!r} can be divided along {axes}.")
+        found |= dict.fromkeys(fit, split)
+    return found
+
+
+def _means(pattern: str, name: str) -> bool:
+    return any(fnmatchcase(scope, pattern) for scope in accumulate(name.split("/"), "{}/{}".format))
+
+
+def _scopes(graph: Graph, nodes: list[tuple[int, Node]]) -> list[str]:
+    return list(dict.fromkeys(s for _, node in nodes for s in accumulate(node.name.split("/"), "{}/{}".format)))
+
+
+def _has(graph: Graph, node: Node, split: Split, batch: bool) -> bool:
+    """Has the formula of a node all the axes of a split?"""
+    assert not isinstance(node.op, Leaf)
+    index = node.op.indexing(*map(graph.spec, node.inputs))
+    letters = {name: letter_of(name, index) for name in split.axes}
+    if "samples" in letters and not batch:
+        return False
+    return all(letter is not None and divisible(letter, index) for letter in letters.values())

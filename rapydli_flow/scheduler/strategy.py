@@ -1,0 +1,134 @@
+"""Strategies: plans of a kind, made from a graph. Every one is a `Plan` that could be written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from math import prod
+
+from ..errors import SettingError, ShapeError
+from ..graph import Graph, hoist
+from ..ops import Conv, Matmul
+from ..spec import Block, even_bounds
+from .cost import Machine, node_s
+from .layout import Layout, Split, bounds_of
+from .naming import forward
+from .plan import Plan
+from .split import batched
+
+STRATEGIES = ("data", "spatial", "filters", "channels", "hybrid", "pipeline")
+
+
+def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
+    """Every rank has its records of the batch: what is fed is divided along its first axis; the first ranks get the
+    larger parts."""
+    layouts: dict[str, Layout] = {}
+    for leaf in graph.leaves("batch"):
+        shape = leaf.spec.shape
+        if not shape or shape[0] < ranks:
+            raise ShapeError(
+                f"plan: {leaf.name} has {shape[0] if shape else 1} records for {ranks} ranks. "
+                "Use a larger batch or fewer ranks."
+            )
+        layouts[leaf.name] = Block.along(shape, 0, even_bounds(shape[0], ranks))
+    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph=graph)
+
+
+def spatial(graph: Graph, grid: Sequence[int], *, threads: int = 1) -> Plan:
+    """Every rank has a part of each picture: rows, or a ``grid`` of rows and columns, or of volumes.
+
+    Ranks exchange the borders that windows reach over. Source: "border neurons" of the mission; Dryden et al.,
+    "Improving strong-scaling of CNN training by exploiting finer-grained parallelism" (2019).
+    """
+    ranks = prod(grid)
+    layouts: dict[str, Layout] = {}
+    for leaf in graph.leaves("batch"):
+        shape = leaf.spec.shape
+        space = shape[1:-1]
+        if not space:
+            continue
+        if len(grid) > len(space):
+            raise ShapeError(
+                f"plan: {leaf.name} {leaf.spec} has {len(space)} spatial axes, not the {len(grid)} of {grid}."
+            )
+        what = f"plan: {leaf.name} {leaf.spec}, axis"
+        bounds = {1 + a: bounds_of(f"{what} {1 + a}", parts, space[a]) for a, parts in enumerate(grid)}
+        layouts[leaf.name] = Block.grid(shape, bounds)
+    if not layouts:
+        raise ShapeError("plan: nothing that is fed has spatial axes to divide.")
+    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph=graph)
+
+
+def model_parallel(graph: Graph, ranks: int, axis: str = "filters", *, threads: int = 1) -> Plan:
+    """Every rank has some filters of each convolution and dense layer, or ``axis="channels"``: some of its inputs.
+
+    Layers with fewer of them than ranks, or with groups, are computed whole.
+    """
+    if axis not in ("filters", "channels"):
+        raise SettingError(f"plan: axis={axis!r} is not filters or channels.")
+    splits = _along(graph, axis, ranks, (Conv, Matmul))
+    if not splits:
+        raise ShapeError(f"plan: no layer has {ranks} {axis} for {ranks} ranks. Use fewer ranks.")
+    return Plan(ranks, threads, splits=splits if ranks > 1 else {}, graph=graph)
+
+
+def hybrid(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
+    """Convolutions divided by records, dense layers by filters, where most parameters are.
+
+    Source: Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014).
+    """
+    splits = _along(graph, "filters", ranks, (Matmul,))
+    return replace(data_parallel(graph, ranks, threads=threads), splits=splits if ranks > 1 else {})
+
+
+def pipeline(graph: Graph, stages: int, micro_batches: int, *, data: int = 1, threads: int = 1) -> Plan:
+    """Stages of neighbouring layers, each on ``data`` ranks of its own, which go through the batch in micro-batches.
+
+    Stages take about equally long, by rooflines. Ranks 0 to ``data - 1`` have the first one.
+    """
+    if stages < 1 or micro_batches < 1 or data < 1:
+        raise SettingError(f"plan: stages={stages}, micro_batches={micro_batches}, data={data} are not 1 or more.")
+    known, machine = batched(graph), Machine()
+    nodes = [graph.nodes[i] for i in forward(graph) if (i, 0) in known]
+    if len(nodes) < stages:
+        raise ShapeError(f"plan: {len(nodes)} layers cannot be divided into {stages} stages.")
+    costs = [node_s(node.op, [graph.spec(v) for v in node.inputs], node.specs, machine) for node in nodes]
+    total = sum(costs)
+    splits: dict[str, Split] = {}
+    stage = 0
+    for n, (node, before) in enumerate(zip(nodes, accumulate(costs, initial=0.0), strict=False)):
+        wanted = min(stages - 1, int((before + costs[n] / 2) / total * stages))
+        stage = max(stage, min(wanted, stage + 1), stages - (len(nodes) - n))
+        ranks = tuple(range(stage * data, (stage + 1) * data))
+        splits[node.name] = Split(samples=data, ranks=ranks)
+    return Plan(stages * data, threads, splits=splits, micro_batches=micro_batches, graph=graph)
+
+
+def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
+    """The plan with optimizer state, and ``parameters`` too if wanted, divided over all ranks.
+
+    Gradients are then summed where they are needed (reduce-scatter), each rank updates its part, and parameters are
+    gathered. Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020).
+    """
+    if plan.splits:
+        raise SettingError("plan: state is sharded over ranks that all hold it; plans with splits place it by layers.")
+    layouts = dict(plan.layouts)
+    for leaf in graph.leaves(*(("state", "param") if parameters else ("state",))):
+        axis = max(range(len(leaf.shape)), key=leaf.shape.__getitem__, default=None)
+        if axis is not None and leaf.shape[axis] >= plan.ranks > 1:
+            layouts[leaf.name] = Block.along(leaf.shape, axis, even_bounds(leaf.shape[axis], plan.ranks))
+    return replace(plan, layouts=layouts)
+
+
+def _along(graph: Graph, axis: str, ranks: int, kinds: tuple[type, ...]) -> dict[str, Split]:
+    """Layers of these kinds divided along an axis, if they have enough of it."""
+    graph = hoist(graph)
+    found: dict[str, Split] = {}
+    for node in (graph.nodes[i] for i in forward(graph)):
+        if not isinstance(node.op, kinds) or getattr(node.op, "groups", 1) > 1:
+            continue
+        extent = (node.specs[0] if axis == "filters" else graph.spec(node.inputs[0])).shape[-1]
+        if extent >= ranks:
+            found[node.name] = Split(filters=ranks) if axis == "filters" else Split(channels=ranks)
+    return found
