@@ -106,6 +106,10 @@ class Block:
         lo, hi = tuple(map(max, self.lo, other.lo)), tuple(map(min, self.hi, other.hi))
         return Block(lo, hi, self.whole) if all(a < b for a, b in zip(lo, hi, strict=True)) else None
 
+    def within(self, other: Block) -> bool:
+        """Does the other block hold all of this one?"""
+        return self.meet(other) == self
+
     def without(self, other: Block) -> list[Block]:
         """Blocks that together are this one without what the other holds."""
         both = self.meet(other)

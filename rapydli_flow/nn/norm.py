@@ -11,6 +11,8 @@ from ..ops import (
     Conv,
     Fill,
     Gaussian,
+    GroupRecords,
+    JoinRecords,
     LocalResponse,
     Maximum,
     Moments,
@@ -26,10 +28,12 @@ from .layer import Sizes, constant, layer, sizes
 
 
 @layer("batch_norm")
-def batch_norm(x: Tensor, *, momentum: float = 0.9, eps: float = 1e-5) -> Any:
+def batch_norm(x: Tensor, *, momentum: float = 0.9, eps: float = 1e-5, group: int | None = None) -> Any:
     """Normalise each channel over the whole batch, then scale and shift (Ioffe, Szegedy 2015).
 
-    Running statistics, ``momentum * old + (1 - momentum) * batch``, are used when predicting.
+    Running statistics, ``momentum * old + (1 - momentum) * batch``, are used when predicting. ``group``: normalise over
+    groups of so many neighbouring records instead, so that the micro-batches of a pipeline do not wait for each other
+    ("ghost batch norm", Hoffer, Hubara, Soudry 2017); running statistics are those of the whole batch all the same.
     """
     graph, c, dtype = x.graph, x.shape[-1:], x.dtype
     gain, bias = (constant(graph, "param", n, c, v, dtype) for n, v in (("gain", 1.0), ("bias", 0.0)))
@@ -37,7 +41,10 @@ def batch_norm(x: Tensor, *, momentum: float = 0.9, eps: float = 1e-5) -> Any:
     count = prod(x.shape[:-1])  # of the whole batch: shapes are global while a network is built
     mean, var, mean1, var1 = Statistics(count=count, momentum=momentum)(*Moments()(x, mean0), mean0, var0)
     graph.updates |= {mean0.name: mean1.id, var0.name: var1.id}
-    return Normalize(eps=eps)(x, Phase()(mean, mean0), Phase()(var, var0), gain, bias)
+    if group is None:
+        return Normalize(eps=eps)(x, Phase()(mean, mean0), Phase()(var, var0), gain, bias)
+    apart = Standardize(axes=len(x.shape), groups=x.shape[-1], eps=eps)(GroupRecords(size=group)(x))
+    return Phase()(JoinRecords()(apart) * gain + bias, Normalize(eps=eps)(x, mean0, var0, gain, bias))
 
 
 @layer("layer_norm")

@@ -89,7 +89,7 @@ from .rate import (
 from .reduce import Broadcast, Sum
 from .resize import Resize, ResizeGrad
 from .select import Clip, ClipGrad, Equal, Greater, Less, Maximum, Minimum, Where, WhereGrad, WinnerGrad
-from .shape import Again, Concatenate, Reshape, Transpose
+from .shape import Again, Concatenate, GroupRecords, JoinRecords, Reshape, Transpose
 from .slice import Pad, Slice, SliceGrad
 from .softmax import LogSoftmax, LogSoftmaxGrad, Softmax, SoftmaxGrad
 from .source import Fill, Gaussian, Leaf, Normal, Orthogonal, Phase, Random, TruncatedNormal, Uniform
@@ -160,10 +160,12 @@ __all__ = [
     "Gelu",
     "GeluGrad",
     "Greater",
+    "GroupRecords",
     "Hinge",
     "HingeGrad",
     "InTop",
     "InverseDecay",
+    "JoinRecords",
     "Labelled",
     "Leaf",
     "LeakyRelu",

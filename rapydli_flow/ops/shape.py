@@ -57,6 +57,75 @@ class Reshape(Op):
         return (Reject(cls(shape=(5,)), (Spec((2, 3, 4)),), r"reshape: samples of 12 elements cannot become \(5,\)"),)
 
 
+class GroupRecords(Op):
+    """Neighbouring records in groups: ``N, ...`` becomes ``N / size, size, ...``."""
+
+    size: int
+    linear = True
+    view = True
+
+    def infer(self, x: Spec) -> Spec:
+        if not x.shape or self.size < 1 or x.shape[0] % self.size:
+            records = x.shape[0] if x.shape else 1
+            rule = f"{records} records cannot be put into groups of {self.size}"
+            raise refuse(self, rule, {"x": x}, "The batch must be a multiple of the group.")
+        return Spec((x.shape[0] // self.size, self.size, *x.shape[1:]), x.dtype)
+
+    def index(self, x: Spec) -> str:
+        rest = " ".join(LETTERS[2 : 1 + len(x.shape)])
+        return f"a*{self.size}+b {rest} -> a . {rest} | b={self.size}"
+
+    def reference(self, x: Array) -> Array:
+        return x.reshape(-1, self.size, *x.shape[1:])
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        return (JoinRecords()(dy),)
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(size=2), (Spec((6, 3, 4)),)), Sample(cls(size=3), (Spec((6,)),)))
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        return (Reject(cls(size=4), (Spec((6, 3)),), "group_records: 6 records cannot be put into groups of 4"),)
+
+
+class JoinRecords(Op):
+    """Groups of records as one batch: ``G, size, ...`` becomes ``G * size, ...``."""
+
+    linear = True
+    view = True
+
+    def infer(self, x: Spec) -> Spec:
+        if len(x.shape) < 2:
+            raise refuse(self, "x has no groups of records", {"x": x}, "It is groups, records, ...")
+        return Spec((x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype)
+
+    def index(self, x: Spec) -> str:
+        rest, size = " ".join(LETTERS[2 : len(x.shape)]), x.shape[1]
+        return f"a . {rest} -> a*{size}+b {rest} | b={size}"
+
+    def reference(self, x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        return (GroupRecords(size=inputs[0].shape[1])(dy),)
+
+    def flops(self, *inputs: Spec) -> int:
+        return 0
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Spec((3, 2, 3, 4)),)), Sample(cls(), (Spec((2, 3)),)))
+
+    @classmethod
+    def rejects(cls) -> tuple[Reject, ...]:
+        return (Reject(cls(), (Spec((6,)),), "join_records: x has no groups of records"),)
+
+
 class Again(Op):
     """The same array: what is computed of it is not merged with what was computed of it before"""
 

@@ -6,52 +6,61 @@ without the letters that make an output a part of a sum; and that all who have t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from ..graph import Node
 from ..index import Index
 from ..spec import Block, Spec
 from .cost import Machine, node_s
-from .layout import Cells, Layout, Places, blocks_of, cells_along, present
+from .layout import Cells, Layout, Places, blocks_of, cells_along, hull, present
 from .placed import Placed
 
+STOP_S = 10.0  # what it costs if micro-batches have to wait for each other: to be avoided where that is possible
+ELSEWHERE_S = 1e3  # and if a stage's work is done by the ranks of another
 
-def choose(
-    node: Node,
-    index: Index,
-    ins: Sequence[Spec],
-    operands: Sequence[Placed | None],
-    likes: Sequence[Layout | None],
-    places: Places,
-    machine: Machine,
-) -> Cells:
-    """What each place does of a node. ``operands`` that can be had anywhere are None; ``likes``: where outputs are
-    wanted, if that is known."""
-    sizes = index.sizes(ins, node.specs)
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a node when it is divided.
+
+    ``operands``: where they are, None if they can be had anywhere; ``copies``: further layouts that they have been
+    moved to; ``likes``: where outputs are wanted, if that is known; ``ranks``: those that should do it, or all.
+    """
+
+    node: Node
+    index: Index
+    ins: tuple[Spec, ...]
+    operands: Sequence[Placed | None]
+    copies: Sequence[Collection[Layout]]
+    likes: Sequence[Layout | None]
+    places: Places
+    machine: Machine
+    ranks: Collection[int] = ()
+
+
+def choose(known: Known) -> Cells:
+    """What each place does of a node."""
     best: tuple[float, Cells] | None = None
-    for cells in _candidates(index, sizes, operands, likes, places):
-        need, give = blocks_of(index, cells, ins, node.specs)
-        if _leaves_nothing(need, give, (*ins, *node.specs)):
+    for cells in _candidates(known):
+        need, give = blocks_of(known.index, cells, known.ins, known.node.specs)
+        if _leaves_nothing(need, give, (*known.ins, *known.node.specs)):
             continue
-        found = _seconds(node, index, ins, cells, need, give, operands, likes, sizes, places, machine)
+        found = _work_s(known, cells) + _moves_s(known, need) + _sums_s(known, cells, give)
+        if known.ranks and any(c is not None and known.places.rank(p) not in known.ranks for p, c in enumerate(cells)):
+            found += ELSEWHERE_S
         if best is None or found < best[0] * (1 - 1e-9):
             best = found, cells
-        if best[0] == 0.0:
-            break
     assert best is not None
     return best[1]
 
 
-def _candidates(
-    index: Index,
-    sizes: Mapping[str, int],
-    operands: Sequence[Placed | None],
-    likes: Sequence[Layout | None],
-    places: Places,
-) -> Iterator[Cells]:
-    pairs = [(layout, index.outputs[k]) for k, layout in enumerate(likes) if layout is not None]
-    pairs += [(placed.layout, index.inputs[j]) for j, placed in enumerate(operands) if placed is not None]
+def _candidates(known: Known) -> Iterator[Cells]:
+    index, sizes = known.index, known.index.sizes(known.ins, known.node.specs)
+    pairs = [(layout, index.outputs[k]) for k, layout in enumerate(known.likes) if layout is not None]
+    pairs += [(placed.layout, index.inputs[j]) for j, placed in enumerate(known.operands) if placed is not None]
+    pairs += [(layout, index.inputs[j]) for j, copies in enumerate(known.copies) for layout in copies]
     seen: set[tuple[object, ...]] = set()
     for layout, operand in pairs:
         cells = cells_along(layout, operand, index, sizes)
@@ -64,14 +73,15 @@ def _candidates(
             if any(each) and key not in seen:
                 seen.add(key)
                 yield each
-    yield tuple({} if somewhere else None for somewhere in _holders(operands, likes, places))
+    yield tuple({} if somewhere else None for somewhere in _holders(known))
 
 
-def _holders(operands: Sequence[Placed | None], likes: Sequence[Layout | None], places: Places) -> list[bool]:
+def _holders(known: Known) -> list[bool]:
     """Which places have a part of the largest operand, or of what the output is like; all, if there is nothing."""
-    layouts = [placed.layout for placed in operands if placed is not None] or [x for x in likes if x is not None]
+    layouts = [placed.layout for placed in known.operands if placed is not None]
+    layouts = layouts or [layout for layout in known.likes if layout is not None]
     if not layouts:
-        return [True] * len(places)
+        return [True] * len(known.places)
     largest = max(layouts, key=lambda layout: prod(present(layout)[0].whole))
     return [block is not None for block in largest]
 
@@ -82,41 +92,50 @@ def _leaves_nothing(need: Sequence[Layout], give: Sequence[Layout], specs: Seque
     return any(block is not None and block.empty for layout in layouts for block in layout)
 
 
-def _seconds(
-    node: Node,
-    index: Index,
-    ins: Sequence[Spec],
-    cells: Cells,
-    need: Sequence[Layout],
-    give: Sequence[Layout],
-    operands: Sequence[Placed | None],
-    likes: Sequence[Layout | None],
-    sizes: Mapping[str, int],
-    places: Places,
-    machine: Machine,
-) -> float:
-    """Seconds of a node if it is divided so: the slowest rank's work, and what it gets from others."""
-    whole_s = node_s(node.op, ins, node.specs, machine)
+def _work_s(known: Known, cells: Cells) -> float:
+    """Seconds of the rank that has most to do; what its micro-batches have in common it does once."""
+    places, sizes = known.places, known.index.sizes(known.ins, known.node.specs)
+    whole_s = node_s(known.node.op, known.ins, known.node.specs, known.machine)
     work = [0.0] * places.ranks
-    done: set[tuple[int, tuple[object, ...]]] = set()
-    for p, cell in enumerate(cells):
-        if cell is None or (places.rank(p), tuple(cell.items())) in done:
-            continue
-        done.add((places.rank(p), tuple(cell.items())))
-        work[places.rank(p)] += whole_s * prod((hi - lo) / max(1, sizes[k]) for k, (lo, hi) in cell.items())
-    moved_s, summed = 0.0, 0.0
-    for spec, placed, layout in zip(ins, operands, need, strict=True):
-        if placed is not None:
-            moved_s += machine.move_s(_moved_bytes(spec, placed.layout, layout, placed.count, places))
-    for k, (spec, like) in enumerate(zip(node.specs, likes, strict=True)):
-        letters = {letter for cell in cells if cell for letter in cell if index.partial(letter)[k]}
+    for rank, cell in {(places.rank(p), tuple(cell.items())) for p, cell in enumerate(cells) if cell is not None}:
+        work[rank] += whole_s * prod((hi - lo) / max(1, sizes[letter]) for letter, (lo, hi) in cell)
+    return max(work)
+
+
+def _moves_s(known: Known, need: Sequence[Layout]) -> float:
+    """Seconds in which operands come to where they are needed."""
+    total = 0.0
+    for spec, placed, copies, layout in zip(known.ins, known.operands, known.copies, need, strict=True):
+        if placed is not None and layout not in copies:
+            total += known.machine.move_s(_moved_bytes(spec, placed.layout, layout, placed.count, known.places))
+            total += STOP_S * _stops(placed.layout, layout, known.places)
+    return total
+
+
+def _sums_s(known: Known, cells: Cells, give: Sequence[Layout]) -> float:
+    """Seconds in which outputs come to where they are wanted; sums over ranks go together."""
+    total, summed = 0.0, 0.0
+    for k, (spec, like) in enumerate(zip(known.node.specs, known.likes, strict=True)):
+        letters = {letter for cell in cells if cell for letter in cell if known.index.partial(letter)[k]}
         parts = len({tuple(cell[letter] for letter in letters) for cell in cells if cell}) if letters else 1
         if parts > 1:
             wanted = like or tuple(None if b is None else Block.all(b.whole) for b in give[k])
-            summed += _moved_bytes(spec, give[k], wanted, parts, places)
+            summed += _moved_bytes(spec, give[k], wanted, parts, known.places)
         elif like is not None:
-            moved_s += machine.move_s(_moved_bytes(spec, give[k], like, 1, places))
-    return max(work) + moved_s + machine.move_s(summed)  # sums go together
+            total += known.machine.move_s(_moved_bytes(spec, give[k], like, 1, known.places))
+    return total + known.machine.move_s(summed)
+
+
+def _stops(have: Layout, want: Layout, places: Places) -> bool:
+    """Would a micro-batch need what others have?"""
+    m = places.micro_batches
+    if m == 1:
+        return False
+    for micro in range(m):
+        held, wanted = (hull(layout[micro::m]) for layout in (have, want))
+        if wanted is not None and (held is None or not wanted.within(held)):
+            return True
+    return False
 
 
 def _moved_bytes(spec: Spec, have: Layout, want: Layout, parts: int, places: Places) -> float:

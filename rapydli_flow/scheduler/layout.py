@@ -19,6 +19,7 @@ from ..spec import Block, Spec, even_bounds
 Layout = tuple[Block | None, ...]  # a block for each place, or for each rank; None: it has nothing
 Cell = Mapping[str, tuple[int, int]]  # ranges of letters; letters that are not named are whole
 Cells = tuple[Cell | None, ...]  # what each place does of a node; None: nothing
+MARK = "@"  # in names of rank graphs, before the number of a micro-batch
 Parts = int | tuple[int, ...]  # equal parts, or boundaries: (0, 5, 12)
 
 
@@ -81,14 +82,15 @@ class Places:
     def __len__(self) -> int:
         return self.ranks * self.micro_batches
 
-    def __iter__(self) -> object:
-        return iter(range(len(self)))
-
     def rank(self, place: int) -> int:
         return place // self.micro_batches
 
     def micro(self, place: int) -> int:
         return place % self.micro_batches
+
+    def mark(self, name: str, place: int) -> str:
+        """The name of a node that belongs to a micro-batch."""
+        return name if self.micro_batches == 1 else f"{name}{MARK}{self.micro(place)}"
 
     def spread(self, layout: Layout) -> Layout:
         """The layout of places where all micro-batches of a rank see the same block."""
@@ -98,6 +100,16 @@ class Places:
 def present(layout: Layout) -> list[Block]:
     """The blocks of the places that have something."""
     return [block for block in layout if block is not None]
+
+
+def hull(layout: Layout) -> Block | None:
+    """The smallest block that holds all of these."""
+    some = present(layout)
+    if not some:
+        return None
+    lo = tuple(min(each) for each in zip(*(b.lo for b in some), strict=True))
+    hi = tuple(max(each) for each in zip(*(b.hi for b in some), strict=True))
+    return Block(lo, hi, some[0].whole)
 
 
 def intervals(layout: Layout, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -147,9 +159,20 @@ def leading(axis: Axis, index: Index) -> str | None:
 
 
 def divisible(letter: str, index: Index) -> bool:
-    """Can work be divided along a letter: does it stand alone in every output that has it?"""
+    """Can work be divided along a letter: do its values make different elements of every output that has it?
+
+    It stands alone there, or beside letters that fill its steps, as a in 'a*4+b | b=4'.
+    """
     axes = [axis for operand in index.outputs for axis in operand if axis and letter in axis.letters]
-    return all(axis.letter == letter for axis in axes) and letter in index.splittable()
+    return letter in index.splittable() and all(_apart(letter, axis, dict(index.given)) for axis in axes)
+
+
+def _apart(letter: str, axis: Axis, given: Mapping[str, int]) -> bool:
+    if axis.letter == letter:
+        return True
+    rest = [(other, by) for other, by in axis.terms if other != letter]
+    filled = 1 + sum(by * (given.get(other, 0) - 1) for other, by in rest)
+    return dict(axis.terms)[letter] == filled and axis.divisor == 1
 
 
 def cells_of(what: str, split: Split, index: Index, sizes: Mapping[str, int], places: Places, batched: bool) -> Cells:

@@ -11,9 +11,7 @@ from ..errors import ShapeError
 from ..graph import Graph, Node
 from ..ops import Leaf
 from .layout import Split, divisible, letter_of
-from .split import batched
-
-GRADIENTS = "grad/"
+from .split import GRADIENTS, batched
 
 
 def forward(graph: Graph) -> list[int]:
@@ -66,6 +64,8 @@ def _has(graph: Graph, node: Node, split: Split, batch: bool) -> bool:
     assert not isinstance(node.op, Leaf)
     index = node.op.indexing(*map(graph.spec, node.inputs))
     letters = {name: letter_of(name, index) for name in split.axes}
+    if not batch and letters.keys() <= {"samples"}:
+        return False  # of what has no records only the named axes can be divided
     if "samples" in letters and not batch:
         return False
     return all(letter is not None and divisible(letter, index) for letter in letters.values())

@@ -13,8 +13,10 @@ from ..tuner import Tuning
 from .alike import fuse_alike
 from .bucket import bucket
 from .collective import AllReduce, Exchange
+from .cost import Machine
 from .early import update_early
 from .layout import Layout, Split
+from .micro import in_turns
 from .naming import divided_nodes
 from .program import compile_program
 from .split import split
@@ -53,11 +55,25 @@ class Plan:
         """
         graph = checked(hoist)(graph)
         parts: tuple[Graph, ...] = (graph,)
+        named = divided_nodes(graph, self.splits)
         if not self.one:
-            named = divided_nodes(graph, self.splits)
             parts = split(graph, self.ranks, self.layouts, named, micro_batches=self.micro_batches)
+        if self.micro_batches > 1:
+            parts = in_turns(parts, self.depths(graph, named), Machine())
         parts = fuse_alike(bucket(parts))
         return tuple(checked(update_early)(part) for part in parts)
+
+    def depths(self, graph: Graph, named: Mapping[str, Split]) -> list[int]:
+        """For each rank, the number of stages from its own to the last: micro-batches that are in flight there.
+
+        Stages are groups of ranks, in the order of the layers that they compute.
+        """
+        stages = list(dict.fromkeys(named[node.name].ranks for node in graph if node.name in named))
+        found = [1] * self.ranks
+        for i, ranks in enumerate(stages):
+            for rank in ranks or range(self.ranks):
+                found[rank] = max(found[rank], len(stages) - i)
+        return found
 
     def explain(self, graph: Graph) -> str:
         """What each rank holds of the divided inputs, and the bytes that ranks send each other in a step."""

@@ -26,13 +26,14 @@ from ..ops import Add, Leaf, Op, Slice
 from ..spec import Block
 from .collective import AllReduce, Exchange
 from .cost import Machine
-from .cut import choose
-from .layout import Cells, Layout, Places, Split, blocks_of, cells_along, cells_of, present
+from .cut import Known, choose
+from .layout import MARK, Cells, Layout, Places, Split, blocks_of, cells_along, cells_of, hull, present
 from .placed import Placed
 from .reshard import Held, exchanges, groups
 
 Made = tuple[Tensor, ...]
 T = TypeVar("T")
+GRADIENTS = "grad/"  # the scope of what the backward pass adds: 'grad/conv_1/conv_1/conv_filter_grad_1'
 
 
 def split(
@@ -64,7 +65,7 @@ class _Splitter:
         self.out = tuple(Graph(counts=dict(graph.counts)) for _ in range(places.ranks))
         self.placed: dict[Value, Placed] = {}
         self.sources: dict[Value, Node] = {}  # leaves that lie where they are needed first, and constants
-        self.moved: dict[tuple[Value, Layout], tuple[Tensor | None, ...]] = {}
+        self.moved: dict[Value, dict[Layout, tuple[Tensor | None, ...]]] = {}
         self.meetings: dict[str, int] = {}
         self.made: dict[tuple[Any, ...], Made] = {}
         self.batched = batched(graph)
@@ -111,12 +112,12 @@ class _Splitter:
     def place_leaf(self, value: Value, node: Node, layout: Layout) -> None:
         """Put a leaf on ranks: on each the smallest block that holds those of its places."""
         m = self.places.micro_batches
-        hulls = [_hull(layout[r * m : (r + 1) * m]) for r in range(self.places.ranks)]
+        hulls = [hull(layout[r * m : (r + 1) * m]) for r in range(self.places.ranks)]
         tensors: list[Tensor | None] = []
         for p in range(len(self.places)):
             rank = self.places.rank(p)
-            hull = hulls[rank]
-            made = hull and self.add(rank, node.op.local((), (hull,)), (), node.name, hull, p)
+            block = hulls[rank]
+            made = block and self.add(rank, node.op.local((), (block,)), (), node.name, block)
             tensors.append(made[0] if made else None)
         del self.sources[value]
         self.placed[value] = Placed(self.places.spread(tuple(hulls)), (0,) * len(layout), tuple(tensors))
@@ -132,20 +133,28 @@ class _Splitter:
             _no_empty(node.name, need[j])
             operands.append(self.placed[v].tensors if kept else self.move(v, need[j]))
         made: list[Made | None] = []
+        shared = self.shared(cells, operands)
         for p, cell in enumerate(cells):
             if cell is None:
                 made.append(None)
                 continue
             a, b = _at(need, p), _at(give, p)
             op = node.op.local(a, b) if cell else node.op
-            xs = _at(operands, p)
-            made.append(self.add(self.places.rank(p), op, xs, node.name, b[0] if op.indexed else None, p))
+            at = b[0] if op.indexed else None
+            name = node.name if shared[p] else self.places.mark(node.name, p)
+            made.append(self.add(self.places.rank(p), op, _at(operands, p), name, at))
         for k in range(len(node.specs)):
             _no_empty(node.name, give[k])
             self.check(node, k, made, give[k])
             parts = self.placed[node.inputs[0]].parts if kept else _parts(cells, index.partial, k)
             tensors = tuple(None if ys is None else ys[k] for ys in made)
             self.placed[i, k] = Placed(give[k], parts, tensors)
+
+    def shared(self, cells: Cells, operands: Sequence[Sequence[Tensor | None]]) -> list[bool]:
+        """For each place, whether all micro-batches of its rank do the same."""
+        m = self.places.micro_batches
+        does = [(cell, [x[p] for x in operands]) for p, cell in enumerate(cells)]
+        return [all(each == does[p // m * m] for each in does[p // m * m : (p // m + 1) * m]) for p in range(len(does))]
 
     def kept(self, node: Node) -> Cells | None:
         """The cells of an op that can be applied to the parts of sums as they are, and added later."""
@@ -175,8 +184,25 @@ class _Splitter:
         for k in range(len(node.specs)):
             like = self.graph.like.get((i, k), self.homes.get((i, k)))
             likes.append(self.placed[like].layout if like in self.placed else None)
-        operands = [self.placed.get(v) for v in node.inputs]
-        return choose(node, index, ins, operands, likes, self.places, self.machine)
+        return choose(
+            Known(
+                node,
+                index,
+                ins,
+                operands=[self.placed.get(v) for v in node.inputs],
+                copies=[self.moved.get(v, {}).keys() for v in node.inputs],
+                likes=likes,
+                places=self.places,
+                machine=self.machine,
+                ranks=self.stage(node),
+            )
+        )
+
+    def stage(self, node: Node) -> tuple[int, ...]:
+        """The ranks that a gradient is computed on: those of its layer, if it was given some."""
+        layer = node.name.removeprefix(GRADIENTS).rpartition("/")[0]
+        given = self.splits.get(layer) if node.name.startswith(GRADIENTS) else None
+        return given.ranks if given is not None else ()
 
     def check(self, node: Node, k: int, made: Sequence[Made | None], give: Layout) -> None:
         for p, ys in enumerate(made):
@@ -202,17 +228,24 @@ class _Splitter:
             placed = self.placed[value] = self.sum(value, placed)
         if not placed.partial and all(b is None or b == a for a, b in zip(placed.layout, want, strict=True)):
             return tuple(None if b is None else y for y, b in zip(placed.tensors, want, strict=True))
-        if (value, want) not in self.moved:
-            self.moved[value, want] = self.exchange(value, placed, want)
-        return self.moved[value, want]
+        copies = self.moved.setdefault(value, {})
+        if want not in copies:
+            copies[want] = self.exchange(value, placed, want)
+        return copies[want]
 
     def constant(self, node: Node, want: Layout) -> tuple[Tensor | None, ...]:
         """A clock or a constant: every place makes its own."""
         made = [
-            block and self.add(self.places.rank(p), node.op.local((), (block,)), (), node.name, block, p)
+            block
+            and self.add(self.places.rank(p), node.op.local((), (block,)), (), self.constant_name(node, want, p), block)
             for p, block in enumerate(want)
         ]
         return tuple(ys[0] if ys else None for ys in made)
+
+    def constant_name(self, node: Node, want: Layout, place: int) -> str:
+        m = self.places.micro_batches
+        same = len(set(want[place // m * m : (place // m + 1) * m])) == 1
+        return node.name if same else self.places.mark(node.name, place)
 
     def added(self, value: Value, placed: Placed) -> list[tuple[Held, Tensor]]:
         """What ranks have of a value, with the parts of a sum that are on the same rank added up."""
@@ -229,8 +262,8 @@ class _Splitter:
             mine.sort(key=lambda each: each[0])
             total = mine[0][1]
             for _, tensor, p in mine[1:]:
-                name = f"{self.graph.value_name(value)}/added"
-                total = self.add(rank, Add(), (total, tensor), name, None, p)[0]
+                name = self.places.mark(f"{self.graph.value_name(value)}/added", p)
+                total = self.add(rank, Add(), (total, tensor), name, None)[0]
             out.append((Held(rank, block, frozenset(part for part, *_ in mine)), total))
         return out
 
@@ -270,25 +303,26 @@ class _Splitter:
         name, dtype = self.graph.value_name(value), self.graph.spec(value).dtype
         added = self.added(value, placed)
         got: dict[tuple[int, Block], Tensor] = {}
-        asked: list[tuple[int, Block]] = []
+        asked: dict[tuple[int, Block], list[int]] = {}  # who wants what, and for which of its micro-batches
         for p, block in enumerate(want):
             if block is None:
                 continue
             key = self.places.rank(p), block
-            if key in got or key in asked:
+            if key in got:
                 continue
             mine = next(
-                (y for h, y in added if h.rank == key[0] and not placed.partial and _within(block, h.block)), None
+                ((h, y) for h, y in added if h.rank == key[0] and not placed.partial and block.within(h.block)), None
             )
             if mine is None:
-                asked.append(key)
+                asked.setdefault(key, []).append(self.places.micro(p))
             else:
-                outer = next(h.block for h, y in added if y is mine and h.rank == key[0] and _within(block, h.block))
-                got[key] = mine if block == outer else self.cut_out(key[0], mine, block, outer, f"{name}/cut", p)
-        tensors = [y for _, y in added]
-        where = {(held.rank, held.block): y for (held, _), y in zip(added, tensors, strict=True)}
-        for each in exchanges([held for held, _ in added], asked, dtype):
+                held, y = mine
+                got[key] = y if block == held.block else self.cut_out(key[0], y, block, held.block, f"{name}/cut", p)
+        where = {(held.rank, held.block): y for held, y in added}
+        for each in exchanges([held for held, _ in added], list(asked), dtype):
             title = self.meeting(f"{name}/move")
+            if any(len(asked[key]) < self.places.micro_batches for key in each.want):
+                title = self.places.mark(title, min(asked[key][0] for key in each.want))
             for rank in each.ranks:
                 op = replace(each, rank=rank)
                 xs = [where[rank, op.have[i].block] for i in op.held]
@@ -305,26 +339,24 @@ class _Splitter:
             stops=tuple(None if all_of_it else c.stop for c, all_of_it in zip(cuts, whole, strict=True)),
             steps=(1,) * len(cuts),
         )
-        return self.add(rank, op, (x,), name, None, place)[0]
+        return self.add(rank, op, (x,), self.places.mark(name, place), None)[0]
 
     # rank graphs ------------------------------------------------------------------------------------
 
-    def add(self, rank: int, op: Op, xs: Sequence[Tensor], name: str, at: Block | None, place: int) -> Made:
+    def add(self, rank: int, op: Op, xs: Sequence[Tensor], name: str, at: Block | None) -> Made:
         """A node of a place on its rank; where another micro-batch has made the same it is not made again."""
         key = (rank, name, op, tuple(x.id for x in xs), at)
         if key not in self.made:
             new = self.out[rank]
-            title = name if name not in new else f"{name}@{self.places.micro(place)}"
-            while title in new:
-                title += "'"
-            made = new.add(op, xs, title, at)
+            made = new.add(op, xs, name if name not in new else self.meeting(name), at)
             self.made[key] = made if isinstance(made, tuple) else (made,)
         return self.made[key]
 
     def meeting(self, name: str) -> str:
-        """A name that no other collective has, on any rank."""
+        """A name that no other node has, on any rank."""
         self.meetings[name] = self.meetings.get(name, 0) + 1
-        return f"{name}_{self.meetings[name]}"
+        base, mark, micro = name.partition(MARK)
+        return f"{base}_{self.meetings[name]}{mark}{micro}"
 
     def collective(self, rank: int, op: AllReduce | Exchange, xs: Sequence[Tensor], name: str) -> Made:
         made = self.out[rank].add(op, xs, name)
@@ -353,27 +385,11 @@ def _parts(cells: Cells, partial: Any, k: int) -> tuple[int, ...]:
     return tuple(0 if key is None else order.index(key) for key in keys)
 
 
-def _within(block: Block, outer: Block) -> bool:
-    return all(a >= o for a, o in zip(block.lo, outer.lo, strict=True)) and all(
-        b <= o for b, o in zip(block.hi, outer.hi, strict=True)
-    )
-
-
 def _at(layouts: Sequence[Sequence[T | None]], place: int) -> list[T]:
     """What a place has of each; it takes part, so it has something."""
     found = [x for layout in layouts if (x := layout[place]) is not None]
     assert len(found) == len(layouts)
     return found
-
-
-def _hull(layout: Layout) -> Block | None:
-    """The smallest block that holds all of these."""
-    some = present(layout)
-    if not some:
-        return None
-    lo = tuple(min(each) for each in zip(*(b.lo for b in some), strict=True))
-    hi = tuple(max(each) for each in zip(*(b.hi for b in some), strict=True))
-    return Block(lo, hi, some[0].whole)
 
 
 def _no_empty(name: str, layout: Layout) -> None:

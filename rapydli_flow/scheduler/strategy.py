@@ -9,7 +9,7 @@ from math import prod
 
 from ..errors import SettingError, ShapeError
 from ..graph import Graph, hoist
-from ..ops import Conv, Matmul
+from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, even_bounds
 from .cost import Machine, node_s
 from .layout import Layout, Split, bounds_of
@@ -85,23 +85,23 @@ def hybrid(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
 def pipeline(graph: Graph, stages: int, micro_batches: int, *, data: int = 1, threads: int = 1) -> Plan:
     """Stages of neighbouring layers, each on ``data`` ranks of its own, which go through the batch in micro-batches.
 
-    Stages take about equally long, by rooflines. Ranks 0 to ``data - 1`` have the first one.
+    Stages take about equally long, by rooflines, and begin with a kernel of their own: not with what is fused into
+    another one's. Ranks 0 to ``data - 1`` have the first one.
     """
     if stages < 1 or micro_batches < 1 or data < 1:
         raise SettingError(f"plan: stages={stages}, micro_batches={micro_batches}, data={data} are not 1 or more.")
     known, machine = batched(graph), Machine()
     nodes = [graph.nodes[i] for i in forward(graph) if (i, 0) in known]
-    if len(nodes) < stages:
-        raise ShapeError(f"plan: {len(nodes)} layers cannot be divided into {stages} stages.")
+    firsts = [n for n, node in enumerate(nodes) if n == 0 or not (isinstance(node.op, Pointwise) or node.op.view)]
+    if len(firsts) < stages:
+        raise ShapeError(f"plan: {len(firsts)} layers cannot be divided into {stages} stages.")
     costs = [node_s(node.op, [graph.spec(v) for v in node.inputs], node.specs, machine) for node in nodes]
-    total = sum(costs)
+    before = list(accumulate(costs, initial=0.0))
+    begins = _balanced([before[n] for n in firsts], before[-1], stages)
     splits: dict[str, Split] = {}
-    stage = 0
-    for n, (node, before) in enumerate(zip(nodes, accumulate(costs, initial=0.0), strict=False)):
-        wanted = min(stages - 1, int((before + costs[n] / 2) / total * stages))
-        stage = max(stage, min(wanted, stage + 1), stages - (len(nodes) - n))
-        ranks = tuple(range(stage * data, (stage + 1) * data))
-        splits[node.name] = Split(samples=data, ranks=ranks)
+    for n, node in enumerate(nodes):
+        stage = sum(firsts[i] <= n for i in begins) - 1
+        splits[node.name] = Split(samples=data, ranks=tuple(range(stage * data, (stage + 1) * data)))
     return Plan(stages * data, threads, splits=splits, micro_batches=micro_batches, graph=graph)
 
 
@@ -119,6 +119,24 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
         if axis is not None and leaf.shape[axis] >= plan.ranks > 1:
             layouts[leaf.name] = Block.along(leaf.shape, axis, even_bounds(leaf.shape[axis], plan.ranks))
     return replace(plan, layouts=layouts)
+
+
+def _balanced(begins: Sequence[float], end: float, parts: int) -> list[int]:
+    """Numbers of the layers, which begin at these times, that parts begin with, so that the longest part is shortest."""
+    n, ends = len(begins), [*begins[1:], end]
+    longest = [[0.0] * n for _ in range(parts)]  # of the layers from i on, in so many parts and one
+    choice = [[n] * n for _ in range(parts)]
+    for part in range(parts):
+        for i in range(n):
+            if part == 0:
+                longest[0][i] = end - begins[i]
+                continue
+            found = [(max(ends[j - 1] - begins[i], longest[part - 1][j]), j) for j in range(i + 1, n - part + 1)]
+            longest[part][i], choice[part][i] = min(found, default=(float("inf"), n))
+    out = [0]
+    for part in range(parts - 1, 0, -1):
+        out.append(choice[part][out[-1]])
+    return out
 
 
 def _along(graph: Graph, axis: str, ranks: int, kinds: tuple[type, ...]) -> dict[str, Split]:
