@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .runtime.events import SetFactor as SetFactor
     from .runtime.events import Stop as Stop
     from .scheduler import Plan as Plan
+    from .scheduler import Split as Split
     from .space import Space as Space
     from .spec import Block as Block
     from .spec import Spec as Spec
@@ -91,7 +92,7 @@ _HOMES = {
     "logbook": ("runs",),
     "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),
-    "scheduler": ("Plan",),
+    "scheduler": ("Plan", "Split"),
     "space": ("Space",),
     "spec": ("Block", "Spec"),
     "stencils": ("stencil",),

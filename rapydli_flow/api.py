@@ -34,7 +34,7 @@ from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
-from .scheduler import Plan, data_parallel
+from .scheduler import Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block
 from .tuner import Tuning
@@ -85,13 +85,45 @@ class Model:
         return predict(self.graph, self.state, data)
 
 
-def plan(step: Graph, client: Client | None = None, *, ranks: int | None = None, threads: int | None = None) -> Plan:
-    """A data-parallel plan: a rank on every worker of the client, or ``ranks`` of them in this process."""
+def plan(
+    step: Graph,
+    client: Client | None = None,
+    *,
+    ranks: int | None = None,
+    threads: int | None = None,
+    strategy: str | None = None,
+    splits: Mapping[str, Split] | None = None,
+    grid: Sequence[int] | None = None,
+    stages: int | None = None,
+    micro_batches: int | None = None,
+    shard: str | None = None,
+) -> Plan:
+    """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
+
+    ``strategy``: 'data' (each rank some records; the default), 'spatial' (each a part of every picture, in a ``grid``
+    of rows and columns), 'filters' or 'channels' (each some of every layer's), 'hybrid' (records of convolutions,
+    filters of dense layers), 'pipeline' (each some layers: ``stages`` of them, as many as ranks unless given, which
+    pass on ``micro_batches``, twice as many unless given). ``splits``: how layers are divided, by name or pattern,
+    ``{"conv_1": rf.Split(height=2), "dense_*": rf.Split(filters=2)}``, over the strategy, or without one. ``shard``:
+    'state' divides optimizer state over ranks, 'parameters' parameters as well.
+
+    Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
+    """
     if client is not None:
         known = ready_workers(client, ranks, 30.0)
         ranks = ranks or len(known)
         threads = threads or min(worker["threads"] for worker in known.values())
-    return data_parallel(step, ranks or 1, threads=threads or settings().threads)
+    return make_plan(
+        step,
+        ranks or 1,
+        threads=threads or settings().threads,
+        strategy=strategy,
+        splits=splits,
+        grid=grid,
+        stages=stages,
+        micro_batches=micro_batches,
+        shard=shard,
+    )
 
 
 def init(graph: Graph, *, seed: int = 0) -> dict[str, Array]:

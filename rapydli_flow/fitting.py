@@ -324,15 +324,15 @@ class Fitting:
         """What the workers of the client are, by address."""
         if self.client is None:
             return {}
-        ranks = plan.ranks if plan else self.before.meta["ranks"] if self.before else None
+        ranks = plan.ranks if plan else self.before.meta["plan"]["ranks"] if self.before else None
         return ready_workers(self.client, ranks, self.options.timeout_s)
 
     def _plan(self, workers: Mapping[str, Any]) -> Plan:
         """As the snapshot says, else samples over all workers, else one rank here."""
+        if self.before is not None:
+            return Plan.from_json(self.before.meta["plan"])
         ranks = len(workers) or 1
         threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
-        if self.before is not None:
-            ranks, threads = self.before.meta["ranks"], self.before.meta["threads"]
         return data_parallel(self.step, ranks, threads=threads)
 
     def _backend(
@@ -383,8 +383,7 @@ class Fitting:
         return {
             "graph": to_json(self.step),
             "network": to_json(self._network),
-            "ranks": plan.ranks,
-            "threads": plan.threads,
+            "plan": plan.to_json(),
             "device": tuning.device.key,
             "choices": choices,
             "seed": self.options.seed,
@@ -407,8 +406,8 @@ def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> 
 
 
 def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:
-    """The choices of the run that is resumed, if it had the same ranks; they are part of its bits."""
-    if before is None or before.meta["ranks"] != plan.ranks:
+    """The choices of the run that is resumed, if it had the same plan; they are part of its bits."""
+    if before is None or Plan.from_json(before.meta["plan"]) != plan:
         return tuning
     choices = before.meta["choices"].items()
     chosen = {key: Choice(name, tuple((a, b) for a, b in config)) for key, (name, config) in choices}

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import RunLost
 from ..scheduler import AllReduce, Collective, Exchange, Program
-from ..spec import Array, even_bounds
+from ..spec import Array, Block, even_bounds
 
 TIMEOUT_S = 120.0
 SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
@@ -116,7 +116,7 @@ class Transport(ABC):
         for source, target, region in op.pieces:
             owner, reader = op.have[source].rank, op.want[target][0]
             if owner == self.rank != reader:
-                sends.setdefault(reader, []).append(held[source][region.inside(op.have[source].block)])
+                sends.setdefault(reader, []).append(_part(held[source], region, op.have[source].block))
             elif reader == self.rank != owner:
                 sizes[owner] = sizes.get(owner, 0) + region.size * np.dtype(op.dtype).itemsize
         got = self.swap(name, sends, sizes) if sends or sizes else {}
@@ -126,17 +126,22 @@ class Transport(ABC):
                 continue
             owner, shard = op.have[source].rank, op.have[source]
             if owner == self.rank:
-                piece = held[source][region.inside(shard.block)]
+                piece = _part(held[source], region, shard.block)
             else:
                 begin = at[owner]
                 at[owner] = begin + region.size * np.dtype(op.dtype).itemsize
                 piece = got[owner][begin : at[owner]].view(op.dtype).reshape(region.shape)
-            place = wanted[target][region.inside(op.want[target][1])]
+            place = _part(wanted[target], region, op.want[target][1])
             if shard.part == 0:
                 place[...] = piece
             else:
                 place += piece
         self.release()
+
+
+def _part(array: Array, region: Block, outer: Block) -> Array:
+    """A view of the region of an array that holds ``outer``."""
+    return array[(..., *region.inside(outer))]  # without the dots, of a scalar, no view
 
 
 class _Joined:
@@ -201,7 +206,7 @@ def swap_bytes(program: Program) -> int:
         if isinstance(step, Collective):
             size = sum(b.spec.size_bytes for b in step.ins)
             if isinstance(step.op, Exchange):
-                size = step.op.sent_bytes
+                size = step.op.sent_bytes()
             elif size > SMALL_BYTES:
                 size = min(size, CHUNK_BYTES)
             largest = max(largest, size)

@@ -11,7 +11,7 @@ from .meetings import side_by_side
 from .plan import Plan
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
-from .strategy import data_parallel, hybrid, model_parallel, pipeline, sharded, spatial
+from .strategy import data_parallel, hybrid, make_plan, model_parallel, pipeline, sharded, spatial
 
 __all__ = [
     "AllReduce",
@@ -28,6 +28,7 @@ __all__ = [
     "compile_program",
     "data_parallel",
     "hybrid",
+    "make_plan",
     "model_parallel",
     "pipeline",
     "sharded",

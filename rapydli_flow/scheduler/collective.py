@@ -41,6 +41,11 @@ class AllReduce(Op):
     def flops(self, *inputs: Spec) -> int:
         return sum(x.size for x in inputs)
 
+    def sent_bytes(self, *inputs: Spec) -> int:
+        """Bytes that a rank sends to others: its part of the others' pieces, and its piece of the sum."""
+        ranks = len(self.ranks)
+        return 2 * (ranks - 1) * sum(x.size_bytes for x in inputs) // ranks
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -134,19 +139,10 @@ class Exchange(Op):
     def flops(self, *inputs: Spec) -> int:
         return 0
 
-    @property
-    def sent_bytes(self) -> int:
+    def sent_bytes(self, *inputs: Spec) -> int:
         """Bytes that this rank sends to others."""
-        return self._moved(lambda piece: self.have[piece.source].rank, lambda piece: self.want[piece.target][0])
-
-    @property
-    def received_bytes(self) -> int:
-        """Bytes that this rank gets from others."""
-        return self._moved(lambda piece: self.want[piece.target][0], lambda piece: self.have[piece.source].rank)
-
-    def _moved(self, mine: Any, other: Any) -> int:
-        sizes = (p.region.size for p in self.pieces if mine(p) == self.rank != other(p))
-        return sum(sizes) * np.dtype(self.dtype).itemsize
+        ends = ((self.have[p.source].rank, self.want[p.target][0], p.region.size) for p in self.pieces)
+        return sum(size for a, b, size in ends if a == self.rank != b) * np.dtype(self.dtype).itemsize
 
 
 def assemble(op: Exchange, shards: Mapping[int, Array]) -> tuple[Array, ...]:

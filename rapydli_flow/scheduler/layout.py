@@ -217,7 +217,9 @@ def letter_of(name: str, index: Index) -> str | None:
         where["channels"] = first[-1]
     where |= dict(zip(("width", "height", "depth"), reversed(spatial), strict=False))
     axis = where.get(name)
-    return axis.letter if axis else None
+    if axis is None:
+        return None
+    return axis.letter or next((letter for letter in axis.letters if divisible(letter, index)), None)  # a of 'a*4+b'
 
 
 def blocks_of(

@@ -148,11 +148,14 @@ class _Turns:
         return (0 if node.name.startswith(GRADIENTS) else 1), micro, i
 
     def blocked(self) -> str:
-        """The first node that waits for several micro-batches, or anything that waits."""
+        """What a micro-batch waits for that all of them are needed for, or anything that waits."""
+        waits = "a node"
         for graph, order in zip(self.graphs, self.orders, strict=True):
             ran = set(order)
-            for i, node in enumerate(graph):
-                of = {micro_batch(graph.nodes[j].name) for j, _ in node.inputs} - {None}
-                if i not in ran and len(of - {micro_batch(node.name)}) > 0:
-                    return node.name.partition(MARK)[0]
-        return "a node"
+            for node in (node for i, node in enumerate(graph) if i not in ran):
+                waits = node.name if waits == "a node" else waits
+                shared = [graph.nodes[j].name for j, _ in node.inputs if j not in ran]
+                shared = [name for name in shared if micro_batch(name) is None]
+                if micro_batch(node.name) is not None and shared:
+                    return shared[0]
+        return waits

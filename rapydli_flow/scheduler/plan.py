@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from .. import markup
 from ..graph import Graph, checked, hoist
+from ..spec import Block
 from ..template import Device
 from ..tuner import Tuning
 from .alike import fuse_alike
@@ -76,14 +78,14 @@ class Plan:
         return found
 
     def explain(self, graph: Graph) -> str:
-        """What each rank holds of the divided inputs, and the bytes that ranks send each other in a step."""
-        lines = [f"{self.ranks} rank{'s' if self.ranks > 1 else ''}, {self.threads} thread(s) each"]
+        """How fed inputs and layers are divided, and what each rank holds, sends and needs for a step."""
+        many = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}, {self.threads} thread(s) each"
+        lines = [many + (f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else "")]
         for name, layout in self.layouts.items():
             lines.append(f"  {name}: " + "  ".join(f"rank {r} {block}" for r, block in enumerate(layout)))
-        first = self.rank_graphs(graph)[0]
-        meetings = [node for node in first if isinstance(node.op, AllReduce | Exchange)]
-        size_bytes = sum(spec.size_bytes for node in meetings for spec in node.specs)
-        lines.append(f"  {len(meetings)} collectives and {size_bytes:,} bytes a step")
+        lines += [f"  {name}: {split}" for name, split in self.splits.items()]
+        for rank, needs in enumerate(_needs(self.rank_graphs(graph))):
+            lines.append(f"  rank {rank}: {needs}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -92,10 +94,12 @@ class Plan:
         head = markup.title(f"Plan: {many}", f"{self.threads} thread{'s' * (self.threads > 1)} each")
         blocks = ["  ".join(f"{name} {layout[r]}" for name, layout in self.layouts.items()) for r in range(self.ranks)]
         rows = [(f"rank {rank}", held or "everything") for rank, held in enumerate(blocks)]
+        if self.splits:
+            rows = [(f"rank {rank}", "its part of layers") for rank in range(self.ranks)]
         if self.graph is None:
             return head + markup.table(("", "holds"), rows)
-        sizes = [tuple(map(markup.size, size)) for size in self._sizes]
         names = ("", "holds", "inputs", "parameters", "state", "sent a step", "memory")
+        sizes = [tuple(map(markup.size, needs.sizes)) for needs in self._known]
         table = markup.table(names, [(*a, *b) for a, b in zip(rows, sizes, strict=True)], right=5)
         return (
             head
@@ -104,16 +108,67 @@ class Plan:
         )
 
     @cached_property
-    def _sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Bytes of each rank: inputs, parameters, state, what it sends in a step, its whole arena."""
+    def _known(self) -> list[Needs]:
         assert self.graph is not None
-        out = []
-        planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
-        for graph in self.rank_graphs(self.graph):
-            held = [sum(leaf.spec.size_bytes for leaf in graph.leaves(kind)) for kind in ("batch", "param", "state")]
-            sent = sum(s.size_bytes for n in graph if isinstance(n.op, AllReduce | Exchange) for s in n.specs)
-            key = tuple(str(node.specs) for node in graph)
-            if key not in planned:
-                planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
-            out.append((*held, sent, planned[key]))
-        return tuple(out)
+        return _needs(self.rank_graphs(self.graph))
+
+    # on disk ----------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON; the graph is not part of it."""
+        layouts = {
+            name: [block and [block.lo, block.hi, block.whole] for block in layout]
+            for name, layout in self.layouts.items()
+        }
+        return {
+            "ranks": self.ranks,
+            "threads": self.threads,
+            "layouts": layouts,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "micro_batches": self.micro_batches,
+        }
+
+    @classmethod
+    def from_json(cls, form: Mapping[str, Any]) -> Plan:
+        """From what `to_json` gave."""
+        layouts = {
+            name: tuple(block and Block(*map(tuple, block)) for block in layout)
+            for name, layout in form["layouts"].items()
+        }
+        splits = {
+            name: Split(**{axis: tuple(v) if isinstance(v, list) else v for axis, v in split.items()})
+            for name, split in form["splits"].items()
+        }
+        return cls(form["ranks"], form["threads"], layouts, splits, form["micro_batches"])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a rank: inputs, parameters, state, what it sends in a step, its whole arena; and how often it meets."""
+
+    sizes: tuple[int, int, int, int, int]
+    meetings: int
+
+    def __str__(self) -> str:
+        inputs, parameters, state, sent, arena = (f"{size:,}" for size in self.sizes)
+        return (
+            f"{inputs} bytes of inputs, {parameters} of parameters, {state} of state; sends {sent} in "
+            f"{self.meetings} collectives a step; needs {arena}"
+        )
+
+
+def _needs(graphs: Sequence[Graph]) -> list[Needs]:
+    """What ranks hold, send and need."""
+    out = []
+    planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
+    for graph in graphs:
+        inputs, parameters, state = (
+            sum(x.spec.size_bytes for x in graph.leaves(k)) for k in ("batch", "param", "state")
+        )
+        meetings = [(n.op, [graph.spec(v) for v in n.inputs]) for n in graph if isinstance(n.op, AllReduce | Exchange)]
+        sent = sum(op.sent_bytes(*ins) for op, ins in meetings)
+        key = tuple(str(node.specs) for node in graph)
+        if key not in planned:
+            planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
+        out.append(Needs((inputs, parameters, state, sent, planned[key]), len(meetings)))
+    return out

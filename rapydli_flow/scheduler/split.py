@@ -370,10 +370,11 @@ def batched(graph: Graph) -> set[Value]:
         if not node.inputs:
             continue
         index = node.op.indexing(*map(graph.spec, node.inputs))
+        reads = zip(node.inputs, index.inputs, strict=True)
         letters = {
-            axis.letter for v, o in zip(node.inputs, index.inputs, strict=True) if v in found for axis in o[:1] if axis
+            letter for v, operand in reads if v in found for axis in operand[:1] if axis for letter in axis.letters
         }
-        found |= {(i, k) for k, o in enumerate(index.outputs) if o and o[0] and o[0].letter in letters - {None}}
+        found |= {(i, k) for k, o in enumerate(index.outputs) if o and o[0] and letters.intersection(o[0].letters)}
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
@@ -13,11 +13,56 @@ from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, even_bounds
 from .cost import Machine, node_s
 from .layout import Layout, Split, bounds_of
-from .naming import forward
+from .naming import divided_nodes, forward
 from .plan import Plan
 from .split import batched
 
 STRATEGIES = ("data", "spatial", "filters", "channels", "hybrid", "pipeline")
+SHARDS = ("state", "parameters")
+
+
+def make_plan(
+    graph: Graph,
+    ranks: int,
+    *,
+    threads: int = 1,
+    strategy: str | None = None,
+    splits: Mapping[str, Split] | None = None,
+    grid: Sequence[int] | None = None,
+    stages: int | None = None,
+    micro_batches: int | None = None,
+    shard: str | None = None,
+) -> Plan:
+    """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
+    kind = strategy or ("data" if not splits else "splits")
+    if strategy is not None and strategy not in STRATEGIES:
+        raise SettingError(f"plan: strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.")
+    if shard is not None and shard not in SHARDS:
+        raise SettingError(f"plan: shard={shard!r} is not one of {', '.join(SHARDS)}.")
+    for name, value, of in (("grid", grid, ("spatial",)), ("stages", stages, ("pipeline",))):
+        if value is not None and kind not in of:
+            raise SettingError(f"plan: {name} is for strategy {of[0]!r}, not {kind!r}.")
+    if micro_batches is not None and kind not in ("pipeline", "splits"):
+        raise SettingError(f"plan: micro_batches is for pipelines and splits, not for strategy {kind!r}.")
+    if grid is not None and prod(grid) != ranks:
+        raise SettingError(f"plan: a grid of {'x'.join(map(str, grid))} needs {prod(grid)} ranks, not {ranks}.")
+    if kind == "pipeline":
+        stages = stages or ranks
+        if ranks % stages:
+            raise SettingError(f"plan: {ranks} ranks do not go evenly on {stages} stages.")
+        made = pipeline(graph, stages, micro_batches or 2 * stages, data=ranks // stages, threads=threads)
+    elif kind == "spatial":
+        made = spatial(graph, grid or (ranks,), threads=threads)
+    elif kind in ("filters", "channels"):
+        made = model_parallel(graph, ranks, kind, threads=threads)
+    elif kind == "splits":
+        made = Plan(ranks, threads, micro_batches=micro_batches or 1, graph=graph)
+    else:
+        made = (hybrid if kind == "hybrid" else data_parallel)(graph, ranks, threads=threads)
+    if splits:
+        made = replace(made, splits={**made.splits, **splits})
+        divided_nodes(graph, splits)
+    return sharded(made, graph, parameters=shard == "parameters") if shard else made
 
 
 def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
@@ -122,7 +167,7 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
 
 
 def _balanced(begins: Sequence[float], end: float, parts: int) -> list[int]:
-    """Numbers of the layers, which begin at these times, that parts begin with, so that the longest part is shortest."""
+    """Numbers of the layers, by when they begin, that parts begin with: the longest part is as short as can be."""
     n, ends = len(begins), [*begins[1:], end]
     longest = [[0.0] * n for _ in range(parts)]  # of the layers from i on, in so many parts and one
     choice = [[n] * n for _ in range(parts)]

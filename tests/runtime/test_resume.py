@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_the_ranks_and_threads_that_it_had(data, step, whole,
     how = {"run_dir": tmp_path / "run", "seed": 3, "snapshot_every": 60}
     rf.fit(step, data["train"], steps=60, plan=many(step, 2), client=client, **how)
     local = rf.fit(step, data["train"], steps=120, resume=True, **how)
-    assert read_snapshot(latest(tmp_path / "run" / "snapshots")).meta["ranks"] == 2
+    assert read_snapshot(latest(tmp_path / "run" / "snapshots")).meta["plan"]["ranks"] == 2
     run = rf.fit(step, data["train"], steps=STEPS, resume=True, client=client, **how)
     assert local.scalars["loss"] == whole[2].scalars["loss"][60:120]
     assert same_bits(run.state, whole[2].state)

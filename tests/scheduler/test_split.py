@@ -339,8 +339,8 @@ def test_collectives_in_numbers() -> None:
     assert np.array_equal(y, x)
     assert np.array_equal(z, x[1:])
     assert np.array_equal(ops[0].run(x[:, :1])[0], [[0, 0, 0], [3, 0, 0]])
-    assert [op.sent_bytes for op in ops] == [8, 32]
-    assert [op.received_bytes for op in ops] == [32, 8]
+    assert [op.sent_bytes() for op in ops] == [8, 32]
+    assert AllReduce(ranks=(0, 1, 2)).sent_bytes(Spec((6,), "float64")) == 64
 
 
 def test_a_receiver_adds_parts_of_a_sum() -> None:
