@@ -52,7 +52,11 @@ def divided_nodes(graph: Graph, splits: Mapping[str, Split]) -> dict[str, Split]
 
 
 def _means(pattern: str, name: str) -> bool:
-    return any(fnmatchcase(scope, pattern) for scope in accumulate(name.split("/"), "{}/{}".format))
+    """Does a name mean a node: the path of a scope from the top, or a pattern of a path or of how one ends?"""
+    scopes = list(accumulate(name.split("/"), "{}/{}".format))
+    if not set("*?[") & set(pattern):
+        return pattern in scopes
+    return any(fnmatchcase(scope, pattern) or fnmatchcase(scope, f"*/{pattern}") for scope in scopes)
 
 
 def _scopes(graph: Graph, nodes: list[tuple[int, Node]]) -> list[str]:

@@ -47,16 +47,17 @@ def make_plan(
     if grid is not None and prod(grid) != ranks:
         raise SettingError(f"plan: a grid of {'x'.join(map(str, grid))} needs {prod(grid)} ranks, not {ranks}.")
     if kind == "pipeline":
-        stages = stages or ranks
-        if ranks % stages:
+        stages = ranks if stages is None else stages
+        micro_batches = 2 * stages if micro_batches is None else micro_batches
+        if stages < 1 or ranks % stages:
             raise SettingError(f"plan: {ranks} ranks do not go evenly on {stages} stages.")
-        made = pipeline(graph, stages, micro_batches or 2 * stages, data=ranks // stages, threads=threads)
+        made = pipeline(graph, stages, micro_batches, data=ranks // stages, threads=threads)
     elif kind == "spatial":
         made = spatial(graph, grid or (ranks,), threads=threads)
     elif kind in ("filters", "channels"):
         made = model_parallel(graph, ranks, kind, threads=threads)
     elif kind == "splits":
-        made = Plan(ranks, threads, micro_batches=micro_batches or 1, graph=graph)
+        made = Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
     else:
         made = (hybrid if kind == "hybrid" else data_parallel)(graph, ranks, threads=threads)
     if splits:
