@@ -263,7 +263,7 @@ class _Splitter:
             total = mine[0][1]
             for _, tensor, p in mine[1:]:
                 name = self.places.mark(f"{self.graph.value_name(value)}/added", p)
-                total = self.add(rank, Add(), (total, tensor), name, None)[0]
+                total = self.add(rank, Add(), (tensor, total), name, None)[0]  # fused into what makes the last part
             out.append((Held(rank, block, frozenset(part for part, *_ in mine)), total))
         return out
 

@@ -178,6 +178,7 @@ def test_one_forward_one_backward() -> None:
     plan = make_plan(graph, 2, splits=splits, micro_batches=8)
     first, _ = plan.rank_graphs(graph)
     order = [n.name for n in first if n.op.title.startswith("conv")]
+    assert len(order) == 16
     words = ["B" if name.startswith("grad/") else "F" for name in order]
     assert words[:3] == ["F", "F", "B"]
     ahead = [words[: i + 1].count("F") - words[: i + 1].count("B") for i in range(len(words))]
