@@ -232,6 +232,9 @@ def fit(
     tune_s: float = 0.0,
     transport: str = "auto",
     timeout_s: float = 120.0,
+    retries: int = 100,
+    min_workers: int | None = None,
+    patience_s: float = 30.0,
 ) -> Run:
     """Train. In this process, or on the workers of a Dask client; the numbers are the same up to rounding.
 
@@ -245,6 +248,10 @@ def fit(
     moved over from elsewhere). ``tune_s``: seconds to tune first the kernels of which nothing is known yet, as
     `autotune` does; not of a run that is resumed, whose configs are those of its snapshot. ``timeout_s``: how long
     ranks and workers are waited for.
+
+    On workers a run goes on when one is lost, ``retries`` times: ranks are placed anew, on spare workers if there are,
+    and go back to copies in the memory of the others, at most a segment. ``patience_s``: seconds to wait for workers to
+    come; then, if ``min_workers`` allows it, the run goes on with fewer ranks, and with more when they are back.
     """
     options = Options(
         epochs=epochs,
@@ -261,6 +268,9 @@ def fit(
         timeout_s=timeout_s,
         state=state,
         tune_s=tune_s,
+        retries=retries,
+        min_workers=min_workers,
+        patience_s=patience_s,
     )
     options.check(step)
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:

@@ -30,7 +30,8 @@ from .errors import SettingError, SnapshotError
 from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
-from .runtime.cluster import Cluster, place, ready_workers
+from .runtime.cluster import ready_workers
+from .runtime.elastic import Elastic, Policy
 from .runtime.evaluate import complete_state
 from .runtime.events import (
     SNAPSHOTS,
@@ -54,7 +55,7 @@ from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
-from .scheduler import Plan, Program, compile_program, data_parallel
+from .scheduler import Plan, Program, compile_program, data_parallel, remade
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -145,6 +146,9 @@ class Options:
     timeout_s: float
     state: Mapping[str, Array] | None = None
     tune_s: float = 0.0
+    retries: int = 100
+    min_workers: int | None = None
+    patience_s: float = 30.0
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
@@ -165,6 +169,10 @@ class Options:
             raise SettingError(f"fit: tune_s={self.tune_s} is not 0 (no tuning) or more seconds.")
         if self.keep < 1:
             raise SettingError(f"fit: keep={self.keep} is not 1 or more snapshots.")
+        if self.retries < 0 or not self.patience_s >= 0:
+            raise SettingError(f"fit: retries={self.retries}, patience_s={self.patience_s} are not 0 or more.")
+        if self.min_workers is not None and self.min_workers < 1:
+            raise SettingError(f"fit: min_workers={self.min_workers} is not 1 or more.")
 
 
 class Fitting:
@@ -202,7 +210,6 @@ class Fitting:
         tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]
-        tuning = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         backend = self._backend(plan, graphs, programs, tuning, workers)
         started = self._started(plan, tuning)
         for callback in callbacks:
@@ -215,7 +222,7 @@ class Fitting:
             self.client,
             folder.name if folder else "",
             programs,
-            addresses=backend.addresses if isinstance(backend, Cluster) else (),
+            addresses=backend.addresses if isinstance(backend, Elastic) else (),
             granularity=options.granularity,
         )
         watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
@@ -352,26 +359,36 @@ class Fitting:
             "keep": options.keep,
         }
         data = (self.train, self.validation)
+        loose = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs, tuning.device))
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
-            return Flow(self.step, plan, graphs, tuning, *data, **flow, **where)
+            return Flow(self.step, plan, graphs, loose, *data, **flow, **where)
         if self.client is None:
-            return Local(self.step, plan, programs, tuning, *data, timeout_s=options.timeout_s, **where)
-        job = Job(
-            run="run",
-            step=self.step,
-            programs=tuple(programs),
-            tuning=tuning,
-            threads=plan.threads,
-            data=self.train,
-            validation=self.validation,
-            transport=options.transport,
-            timeout_s=options.timeout_s,
-            **where,
-        )
-        return Cluster(self.client, job, place(workers, plan.ranks), workers)
+            return Local(self.step, plan, programs, loose, *data, timeout_s=options.timeout_s, **where)
+
+        def job_of(ranks: int) -> tuple[Job, dict[str, Any]]:
+            """The job for so many ranks, and what its snapshots say of it."""
+            use = remade(plan, self.step, ranks)
+            made = programs if use is plan else [compile_program(g, tuning) for g in use.rank_graphs(self.step)]
+            job = Job(
+                run="run",
+                step=self.step,
+                programs=tuple(made),
+                tuning=loose,
+                threads=use.threads,
+                data=self.train,
+                validation=self.validation,
+                transport=options.transport,
+                timeout_s=options.timeout_s,
+                keeps_copies=options.retries > 0,
+                **where,
+            )
+            return job, self._meta(use, made, tuning)
+
+        policy = Policy(options.retries, options.min_workers or plan.ranks, options.patience_s)
+        return Elastic(self.client, job_of, plan.ranks, policy, workers)
 
     def _meta(self, plan: Plan, programs: Sequence[Program], tuning: Tuning) -> dict[str, Any]:
         """What a snapshot says of its run: enough to go on with the same bits."""

@@ -149,6 +149,11 @@ def list_snapshots(folder: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(path for path in _all_steps(folder) if (path / "manifest.json").exists())
 
 
+def has_snapshot(folder: str | os.PathLike[str], step: int) -> bool:
+    """Is there a complete snapshot of this step?"""
+    return (_path(folder, step) / "manifest.json").exists()
+
+
 def latest(folder: str | os.PathLike[str]) -> Path | None:
     """The complete snapshot of the highest step, or None."""
     return next(reversed(list_snapshots(folder)), None)

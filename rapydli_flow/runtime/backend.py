@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..data import SnapshotWriter
+from ..data import SnapshotWriter, has_snapshot
+from ..errors import RunLost
 from ..graph import Graph
 from ..spec import Array, Block
 from .events import SNAPSHOTS
@@ -24,8 +26,23 @@ Pending = Callable[[], Any]
 Held = Mapping[str, Block]  # which block of each leaf a rank has
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """What a run goes on from: the step, results of segments before it that nobody has heard of yet, and how."""
+
+    step: int
+    results: tuple[SegmentResult, ...]
+    ranks: int
+    seconds: float
+    reason: str
+    meta: Mapping[str, Any]
+
+
 class Backend(ABC):
     """A training run that can be told what to do next."""
+
+    #: can it go on after a loss, by `recover`?
+    recovers = False
 
     #: orders that may be in the queue before the oldest one's result is waited for
     depth = 1
@@ -52,6 +69,21 @@ class Backend(ABC):
     def state(self) -> dict[str, Array]:
         """Whole parameters and state."""
 
+    def recover(self, error: RunLost, pending: Sequence[Pending]) -> Recovery:
+        """After a loss: ranks that can go on, and from where. ``pending``: what was ordered and not taken yet.
+
+        The error itself where they cannot.
+        """
+        raise error
+
+    def may_grow(self) -> bool:
+        """Could the run have more ranks now?"""
+        return False
+
+    def grow(self, step: int) -> Recovery:
+        """Go on with more ranks from this step, up to which everything that was ordered is done."""
+        raise NotImplementedError
+
     @abstractmethod
     def close(self, *, failed: bool) -> None:
         """Finish what is being written, and let go of everything."""
@@ -63,6 +95,15 @@ class Writers:
     def __init__(self, run_dir: Path | None, keep: int) -> None:
         self.run_dir, self.keep = run_dir, keep
         self._writers: dict[str, SnapshotWriter] = {}
+
+    def write(self, name: str, step: int, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Callable[[], object]:
+        """Write a snapshot in the background; what waits for it. One that is there already is that of the same run,
+        which went back behind it."""
+        writer = self[name]
+        if name == SNAPSHOTS and has_snapshot(writer.folder, step):
+            return writer.wait
+        writer.write(step, arrays, meta)
+        return writer.wait
 
     def __getitem__(self, name: str) -> SnapshotWriter:
         """The writer of a folder, made when it is first asked for."""

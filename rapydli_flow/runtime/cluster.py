@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,17 +25,36 @@ from distributed import wait as wait_for
 from ..data import latest
 from ..errors import NoWorkers, RunLost, SnapshotError, VersionMismatch
 from ..scheduler import Program
-from ..spec import Array, even_bounds
+from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
 from .backend import Backend, Writers, holding, same_scalars, whole_state
+from .copies import sources
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
 from .segment import SegmentResult
+from .upkeep import begun, over
 from .worker import EXECUTOR, Job, Order, Resident
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
+
+
+SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
+BEAT_S = 1.0
+
+
+def answering(client: Client, timeout_s: float) -> dict[str, dict[str, Any]]:
+    """What each worker is that answers in time, by address; only those of this version."""
+
+    async def ask() -> dict[str, dict[str, Any]]:
+        addresses = list((await client.scheduler.identity(n_workers=-1))["workers"])
+        asked = [asyncio.wait_for(client._run(tasks.who, workers=[a]), timeout_s) for a in addresses]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
+
+    found: dict[str, dict[str, Any]] = client.sync(ask)
+    return {address: worker for address, worker in found.items() if worker["version"] == __version__}
 
 
 def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
@@ -75,6 +94,32 @@ def place(workers: Mapping[str, Mapping[str, Any]], ranks: int) -> tuple[str, ..
     return tuple(ordered[:ranks])
 
 
+@dataclass(frozen=True)
+class Offers:
+    """Copies of a state on workers: who offers what, and where it is."""
+
+    known: tuple[tuple[str, tuple[tuple[str, Block], ...]], ...]
+    futures: tuple[Future, ...]
+
+
+class PendingSegment:
+    """A segment that was ordered; called, it waits for the result."""
+
+    def __init__(self, cluster: Cluster, futures: Sequence[Future], first: int, steps: int) -> None:
+        self.cluster, self.futures, self.first, self.last = cluster, tuple(futures), first, first + steps
+
+    def __call__(self) -> SegmentResult:
+        return same_scalars(self.cluster.results(self.futures))
+
+    def salvage(self) -> SegmentResult | None:
+        """The result of any rank that has it and still answers: all have the same numbers."""
+        for future in self.futures:
+            if future.status == "finished":
+                with suppress(Exception):  # of a worker that is gone
+                    return future.result(timeout=ANSWER_S)  # type: ignore[no-any-return]
+        return None
+
+
 class Cluster(Backend):
     """Ranks of a job on the workers at ``addresses``."""
 
@@ -95,6 +140,8 @@ class Cluster(Backend):
         self.tokens: list[Future] = []
         self.count = 0
         self.looked = time.monotonic()
+        self.heard = dict.fromkeys(self.addresses, self.looked)
+        self.asked: dict[str, Any] = {}  # beats that are on their way
         self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads, ranks=job.ranks)
         self.writers = Writers(job.run_dir, job.keep)  # of a state that is held in parts
         self.written: set[str] = set()
@@ -107,7 +154,7 @@ class Cluster(Backend):
         name: str,
         function: Callable[..., Any],
         *arguments: Any,
-        after: Sequence[Any] = (),
+        after: Sequence[Any] | Callable[[int], Sequence[Any]] = (),
         chain: Sequence[Any] = (),
         ranks: int | None = None,
     ) -> list[Future]:
@@ -120,7 +167,8 @@ class Cluster(Backend):
         for number in range(self.job.ranks if ranks is None else ranks):
             key = (f"{name}-{self.job.run}", self.count, number)
             values = [a(number) if callable(a) else a for a in arguments]
-            task = Task(key, function, *values, *after, *chain[number : number + 1])
+            others = after(number) if callable(after) else after
+            task = Task(key, function, *values, *others, *chain[number : number + 1])
             layers[f"{name}-{self.count}-{number}"] = MaterializedLayer(
                 {key: task},
                 annotations={
@@ -163,7 +211,7 @@ class Cluster(Backend):
 
     def _raise(self, futures: Sequence[Future], failed: Sequence[Future]) -> None:
         """Raise the error that says most: not that of a rank that was given up for another's."""
-        self._give_up()
+        self.give_up()
         limit = time.monotonic() + self.job.timeout_s
         while time.monotonic() < limit:
             try:
@@ -182,11 +230,37 @@ class Cluster(Backend):
         present = self._present()
         for number, address in enumerate(self.addresses):
             if address not in present:
-                self._give_up()
+                self.give_up()
                 raise RunLost(
                     f"rank {number} is lost: its worker {address} left the cluster. Go on from the last snapshot "
                     "with fit(..., resume=True)."
                 )
+        self._feel()
+
+    def _feel(self) -> None:
+        """Ask workers for a sign of life; one that has not answered for some time is lost."""
+        now = time.monotonic()
+        for number, address in enumerate(self.addresses):
+            asked = self.asked.get(address)
+            if asked is not None and asked[0].done():
+                if asked[0].exception() is None:
+                    self.heard[address] = asked[1]
+                asked = self.asked.pop(address)
+            if address not in self.asked and now - (asked[1] if asked else 0.0) > BEAT_S:
+                beat = self.client._run(tasks.beat, workers=[address], on_error="raise")
+                self.asked[address] = asyncio.run_coroutine_threadsafe(beat, self.client.loop.asyncio_loop), now
+            if now - self.heard[address] > SILENT_S:
+                self.silent(address)
+                raise RunLost(
+                    f"rank {number} is lost: its worker {address} has not answered for {now - self.heard[address]:.0f} "
+                    "s. It is stopped or cut off. Go on from the last snapshot with fit(..., resume=True)."
+                )
+
+    def silent(self, address: str) -> None:
+        """Tell the scheduler that a worker is lost, so that nothing waits for it."""
+        with suppress(Exception):
+            self.client.run_on_scheduler(_remove, address)
+        self.give_up()
 
     def _present(self) -> set[str]:
         """Addresses of the workers that are there; of a scheduler that does not answer, nothing is believed.
@@ -199,8 +273,58 @@ class Cluster(Backend):
         except (OSError, AttributeError):  # an AttributeError where the client has no scheduler any more
             return set(self.addresses)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Wake the ranks that wait for others."""
         self._on_workers(tasks.give_up)
+
+    def let_go(self) -> None:
+        """Forget the ranks, without waiting for anything."""
+        self._released()
+        with suppress(Exception):  # a snapshot that was being written of a state in parts
+            self.writers.close()
+
+    def _released(self) -> None:
+        """Have workers let go of the run, and the scheduler forget it."""
+        self._on_workers(tasks.release)
+        self.tokens = []
+        with suppress(Exception):  # of a scheduler that is gone
+            over(self.client, self.job.run)
+
+    def kept(self) -> dict[str, dict[int, dict[int, list[tuple[str, Block]]]]]:
+        """What ranks on workers that answer have copies of: by address, rank and step."""
+
+        async def ask() -> dict[str, Any]:
+            addresses = [address for address in self.addresses if address in present]
+            asked = [
+                asyncio.wait_for(self.client._run(tasks.kept, self.job.run, workers=[a]), ANSWER_S) for a in addresses
+            ]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
+
+        present = self._present()
+        return dict(self.client.sync(ask))
+
+    def offers(self, known: Mapping[str, Mapping[int, Mapping[int, Any]]], step: int) -> Offers:
+        """Have the copies of a step made ready on the workers that have them."""
+        found, futures = [], []
+        for address, ranks in known.items():
+            for number, steps in ranks.items():
+                if step in steps:
+                    found.append((address, tuple(steps[step])))
+                    futures.append(
+                        self.client.submit(
+                            tasks.handed_out,
+                            self.job.run,
+                            number,
+                            step,
+                            key=f"handed_out-{self.job.run}-{number}",
+                            pure=False,
+                            workers=[address],
+                            allow_other_workers=False,
+                            retries=0,
+                        )
+                    )
+        return Offers(tuple(found), tuple(futures))
 
     def _on_workers(self, function: Callable[[str], None]) -> None:
         present = self._present()
@@ -245,21 +369,28 @@ class Cluster(Backend):
 
     # orders -----------------------------------------------------------------------------------------
 
-    def start(self, state: Mapping[str, Array] | None) -> None:
+    def start(self, state: Mapping[str, Array] | Offers | None) -> None:
+        begun(self.client, self.job.run, self.addresses)
         first = self.each("prepare", tasks.prepare, self.job, _number, ranks=1)
         self.results(first)
         addresses = self.each("prepare", _others, self.job, _number, after=first)
         joined = self.each("join", tasks.join, self.job, _number, after=addresses)
-        held = self.client.scatter([dict(state)], hash=False)[0] if state is not None else None
-        self.tokens = self.each("begin", tasks.begin, self.job.run, _number, held, after=joined)
+        if isinstance(state, Offers):
+            taken = [
+                [state.futures[i] for i in sources(program, state.known, address)]
+                for program, address in zip(self.job.programs, self.addresses, strict=True)
+            ]
+            after = [[*futures, *joined] for futures in taken]
+            self.tokens = self.each("begin", tasks.begin, self.job.run, _number, None, after=after.__getitem__)
+        else:
+            held = self.client.scatter([dict(state)], hash=False)[0] if state is not None else None
+            self.tokens = self.each("begin", tasks.begin, self.job.run, _number, held, after=joined)
         self.results(self.tokens)
 
-    def segment(
-        self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
-    ) -> Callable[[], SegmentResult]:
+    def segment(self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]) -> PendingSegment:
         order = Order(first, steps, profile, dict(clocks))
         self.tokens = futures = self._ordered("segment", tasks.segment, order)
-        return lambda: same_scalars(self.results(futures))
+        return PendingSegment(self, futures, first, steps)
 
     def _ordered(
         self, name: str, function: Callable[..., Any], *arguments: Any, ranks: int | None = None
@@ -277,9 +408,7 @@ class Cluster(Backend):
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
         self.written.add(name)
         if self.holding > 1:
-            writer = self.writers[name]
-            writer.write(step, self.state(), meta)
-            return writer.wait
+            return self.writers.write(name, step, self.state(), meta)
         futures = self._ordered("snapshot", tasks.snapshot, name, step, dict(meta), ranks=1)
         self.tokens = [*futures, *self.tokens[1:]]
         return lambda: self.results(futures)
@@ -294,8 +423,7 @@ class Cluster(Backend):
                 self.results(self._ordered("written", tasks.written, ranks=1))
                 self._visible()
         finally:
-            self._on_workers(tasks.release)
-            self.tokens = []
+            self._released()
             self.writers.close()
 
     def _visible(self) -> None:
@@ -306,6 +434,11 @@ class Cluster(Backend):
                     f"the workers wrote snapshots to {self.job.run_dir / name}, but this process does not see them. "
                     "Let run_dir be on a file system that all share."
                 )
+
+
+async def _remove(address: str, dask_scheduler: Any) -> None:
+    """On the scheduler: a worker is lost."""
+    await dask_scheduler.remove_worker(address, stimulus_id=f"rapydli-silent-{time.time()}", close=True)
 
 
 def _number(number: int) -> int:

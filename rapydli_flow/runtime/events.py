@@ -71,6 +71,16 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """Workers were lost, or came: the run goes on from ``step`` with so many ranks, ``seconds`` later."""
+
+    step: int
+    ranks: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """The run is over: 'done', 'stopped: <why a callback stopped it>', 'interrupted', or the error that ended it."""
 
@@ -79,7 +89,7 @@ class Ended:
     outcome: str = "done"
 
 
-Event = Started | Stepped | Validated | Saved | Ended
+Event = Started | Stepped | Validated | Saved | Recovered | Ended
 
 
 @dataclass(frozen=True)

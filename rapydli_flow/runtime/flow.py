@@ -160,9 +160,7 @@ class Flow(Backend):
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
-        writer = self.writers[name]
-        writer.write(step, self.state(), meta)
-        return writer.wait
+        return self.writers.write(name, step, self.state(), meta)
 
     def close(self, *, failed: bool) -> None:
         self.writers.close()

@@ -93,9 +93,7 @@ class Local(Backend):
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
-        writer = self.writers[name]
-        writer.write(step, self.state(), meta)
-        return writer.wait
+        return self.writers.write(name, step, self.state(), meta)
 
     def state(self) -> dict[str, Array]:
         return finite(self._gather())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import NonFinite, RunLost
 from ..graph import Graph
 from ..spec import Array
+from .copies import Copies
 from .feeding import Given, RankFeed
 from .rank import CLOCKS, Rank
 from .transport import Transport
@@ -41,13 +42,38 @@ class SegmentResult:
         """The step after the last one of the segment."""
         return self.first + self.steps
 
+    def since(self, step: int) -> SegmentResult:
+        """The steps from this one on."""
+        skip = max(0, step - self.first)
+        if not skip:
+            return self
+        scalars = {name: values[skip:] for name, values in self.scalars.items()}
+        share = (self.steps - skip) / self.steps
+        return replace(
+            self,
+            first=step,
+            steps=self.steps - skip,
+            scalars=scalars,
+            time_s=self.time_s * share,
+            feed_s=self.feed_s * share,
+        )
+
 
 class Trainer:
     """One rank and its feed: runs segments."""
 
-    def __init__(self, rank: Rank, feed: RankFeed | Given, seed: int, step: Graph, *, number: int = 0) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        feed: RankFeed | Given,
+        seed: int,
+        step: Graph,
+        *,
+        number: int = 0,
+        copies: Copies | None = None,
+    ) -> None:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
-        self.graph = step
+        self.graph, self.copies = step, copies
         self.next: int | None = None
         self.before: dict[str, Array] = {}  # the state that the last segment began with, on this rank
 
@@ -62,6 +88,8 @@ class Trainer:
             raise RunLost(f"rank {self.number}: a segment from step {first} came where {self.next} is next.")
         self.next = first + steps
         self.before = before = self.rank.state()
+        if self.copies is not None:
+            self.copies.keep(first, before)
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
         feed_s, begin = 0.0, time.perf_counter()
@@ -77,6 +105,8 @@ class Trainer:
                 values = self.rank.step(self.seed, step, clocks)
             for name, value in values.items():
                 scalars.setdefault(name, []).append(value)
+            if step == first and self.copies is not None:
+                self.copies.settle(first)
             if not np.isfinite(values.get("loss", 0.0)):
                 self._explain(before, range(first, step + 1), values["loss"], clocks)
         frozen = {name: tuple(values) for name, values in scalars.items()}

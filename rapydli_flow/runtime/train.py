@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import RunLost
 from ..spec import Array
-from .backend import Backend
+from .backend import Backend, Recovery
 from .events import (
     RATE_FACTOR,
     SNAPSHOTS,
@@ -18,6 +19,7 @@ from .events import (
     Ended,
     Event,
     MetricsLog,
+    Recovered,
     Save,
     Saved,
     SetFactor,
@@ -72,8 +74,11 @@ class Loop:
         self.decides = any(callback.decides for callback in callbacks)
         self.queue: deque[tuple[Callable[[Any], None], Callable[[], Any]]] = deque()
         self.step_s: float | None = None
-        self.done = self.ordered = self.saved = schedule.first
-        self.clocks: Mapping[str, float] = {}
+        self.done = self.ordered = self.saved = self.paused = self.validated = schedule.first
+        self.last = schedule.last  # earlier where a callback stops the run
+        self.changes: list[tuple[int, Mapping[str, float]]] = [
+            (schedule.first, {})
+        ]  # of clocks, and from which step on
         self.asked: list[Action] = []
         self.stop: Stop | None = None
         self.raised: Exception | None = None
@@ -84,7 +89,7 @@ class Loop:
     ) -> dict[str, Array]:
         """Train; the final state. ``past``: validations before a resumed run. The backend is always closed."""
         begin = time.monotonic()
-        self.started, self.clocks = started, dict(started.clocks)
+        self.started, self.changes = started, [(self.schedule.first, dict(started.clocks))]
         outcome, usable, begun = "failed", False, False
         try:
             self.tell(started)
@@ -107,6 +112,11 @@ class Loop:
             finally:
                 self.tell(Ended(self.done, time.monotonic() - begin, outcome))
         return final
+
+    @property
+    def clocks(self) -> Mapping[str, float]:
+        """What clock leaves beside seed and step say in the next steps."""
+        return next(clocks for step, clocks in reversed(self.changes) if step <= self.ordered)
 
     # callbacks --------------------------------------------------------------------------------------
 
@@ -148,10 +158,23 @@ class Loop:
     # training ---------------------------------------------------------------------------------------
 
     def _train(self) -> dict[str, Array]:
-        schedule = self.schedule
         self._act()
-        while self.ordered < schedule.last and self.stop is None:
-            count = min(self._length(), schedule.next_pause(self.ordered) - self.ordered)
+        while True:
+            try:
+                self._advance()
+                return self.backend.state()
+            except RunLost as error:
+                if not self.backend.recovers:
+                    raise
+                self._go_on(self.backend.recover(error, [pending for _, pending in self.queue]))
+
+    def _advance(self) -> None:
+        """Order everything up to the last step, and take the results."""
+        schedule = self.schedule
+        if self.paused < self.ordered and schedule.pauses(self.ordered):  # a loss broke off a pause
+            self._pause()
+        while self.ordered < self.last:
+            count = min(self._length(), min(self.last, schedule.next_pause(self.ordered)) - self.ordered)
             order = self.backend.segment(self.ordered, count, profile=True, clocks=self.clocks)
             self.ordered += count
             self._order(self._stepped, order)
@@ -159,8 +182,18 @@ class Loop:
                 self._pause()
             while len(self.queue) > self.backend.depth or (self.step_s is None and self.queue):
                 self._take()
+            if self.backend.recovers and self.backend.may_grow():
+                self._drain()
+                self._go_on(self.backend.grow(self.ordered))
         self._drain()
-        return self.backend.state()
+
+    def _go_on(self, again: Recovery) -> None:
+        """Go on from the step that a recovery has, on the ranks that it has."""
+        for result in again.results:
+            self._stepped(result)
+        self.queue.clear()
+        self.ordered, self.meta, self.step_s = again.step, {**self.meta, **again.meta}, None
+        self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason))
 
     def _pause(self) -> None:
         """Validate, decide and save, as far as that is to be done at this step."""
@@ -171,25 +204,28 @@ class Loop:
         if self.decides:
             self._drain()
             self._act()
-        if self.stop is not None and self.schedule.validate and not validated:
+        if step == self.last and self.schedule.validate and not validated:
             self._order(self._validated(step), self.backend.evaluate())
             self._drain()
             self._act()
-        if self.schedule.saves(step) or (self.stop is not None and self.schedule.snapshot_every):
+        if self.schedule.saves(step) or (step == self.last and self.schedule.snapshot_every):
             self._drain()  # a snapshot never runs ahead of the log: a killed run goes on without a gap in it
             self._save(SNAPSHOTS)
+        if self.backend.recovers:  # what a pause asks for is of one state: after a loss it is asked for again
+            self._drain()
+        self.paused = step
 
     def _act(self) -> None:
         """Do what callbacks asked for since the last pause, in order."""
         asked, self.asked = self.asked, []
         for action in asked:
             if isinstance(action, SetFactor):
-                self.clocks = {**self.clocks, RATE_FACTOR: action.value}
+                self.changes.append((self.ordered, {**self.clocks, RATE_FACTOR: action.value}))
         for name in dict.fromkeys(action.name for action in asked if isinstance(action, Save)):
             self._save(name)
         stops = [action for action in asked if isinstance(action, Stop)]
         if stops and self.stop is None and self.ordered < self.schedule.last:
-            self.stop = stops[0]
+            self.stop, self.last = stops[0], self.ordered
 
     def _save(self, name: str) -> None:
         """A snapshot of the state that everything ordered so far leads to, with the clocks that are in force."""
@@ -229,20 +265,31 @@ class Loop:
             self._take()
 
     def _take(self) -> None:
-        then, pending = self.queue.popleft()
-        then(pending())
+        then, pending = self.queue[0]  # it stays there while it is waited for: a loss may find a result all the same
+        result = pending()
+        self.queue.popleft()
+        then(result)
 
     def _stepped(self, result: SegmentResult) -> None:
-        self.done = result.last
+        if result.last <= self.done:  # told before a loss made it come again
+            return
         if result.first > self.schedule.first or result.steps > 1:  # the first step also loads code and data
             self.step_s = result.time_s / result.steps
         elif self.step_s is None:
             self.step_s = result.time_s
-        self.tell(Stepped(result.first, result.steps, result.scalars, result.time_s, result.feed_s, result.ops))
+        new = result.since(self.done)
+        self.done = result.last
+        self.tell(Stepped(new.first, new.steps, new.scalars, new.time_s, new.feed_s, new.ops))
 
     def _validated(self, step: int) -> Callable[[Any], None]:
         epoch = -(-step // self.schedule.steps_per_epoch)
-        return lambda metrics: self.tell(Validated(step, epoch, metrics))
+
+        def tell(metrics: Any) -> None:
+            if step > self.validated:
+                self.validated = step
+                self.tell(Validated(step, epoch, metrics))
+
+        return tell
 
 
 def _words(event: Event) -> str:

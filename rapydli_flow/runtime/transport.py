@@ -57,6 +57,19 @@ class Transport(ABC):
         else:
             raise TypeError(f"not a collective: {op!r}")
 
+    def swap_large(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        """A swap of messages of any size, a chunk at a time; what it gives is this rank's own."""
+        flat = {rank: flattened(parts) for rank, parts in sends.items()}
+        got = {rank: np.empty(size, np.uint8) for rank, size in sizes.items()}
+        longest = max((x.size for x in (*flat.values(), *got.values())), default=0)
+        for begin in range(0, longest, CHUNK_BYTES):
+            out = {r: [x[begin : begin + CHUNK_BYTES]] for r, x in flat.items() if begin < x.size}
+            now = {r: min(CHUNK_BYTES, x.size - begin) for r, x in got.items() if begin < x.size}
+            for rank, data in self.swap(name, out, now).items():
+                got[rank][begin : begin + now[rank]] = data[: now[rank]]
+            self.release()
+        return got
+
     def share(self, name: str, message: bytes) -> list[bytes]:
         """A message of each rank of the transport, for all of them."""
         everyone = range(self.ranks)
@@ -119,7 +132,7 @@ class Transport(ABC):
                 sends.setdefault(reader, []).append(_part(held[source], region, op.have[source].block))
             elif reader == self.rank != owner:
                 sizes[owner] = sizes.get(owner, 0) + region.size * np.dtype(op.dtype).itemsize
-        got = self.swap(name, sends, sizes) if sends or sizes else {}
+        got = self.swap_large(name, sends, sizes)
         at = dict.fromkeys(got, 0)
         for source, target, region in op.pieces:
             if target not in wanted:
@@ -136,7 +149,6 @@ class Transport(ABC):
                 place[...] = piece
             else:
                 place += piece
-        self.release()
 
 
 def _part(array: Array, region: Block, outer: Block) -> Array:
@@ -200,16 +212,15 @@ def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
 
 
 def swap_bytes(program: Program) -> int:
-    """The largest number of bytes that a rank hands over in one swap of its program."""
+    """No less than what a rank hands over in one swap of its program."""
     largest = 0
     for step in program.steps:
         if isinstance(step, Collective):
             size = sum(b.spec.size_bytes for b in step.ins)
             if isinstance(step.op, Exchange):
-                size = step.op.sent_bytes()
-            elif size > SMALL_BYTES:
-                size = min(size, CHUNK_BYTES)
-            largest = max(largest, size)
+                others = sum(rank != step.op.rank for rank in step.op.ranks)
+                size = min(step.op.sent_bytes(), others * CHUNK_BYTES)
+            largest = max(largest, size if isinstance(step.op, Exchange) else min(size, CHUNK_BYTES))
     return largest
 
 

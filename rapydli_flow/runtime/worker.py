@@ -24,30 +24,38 @@ from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Program
-from ..spec import Array, even_bounds
+from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
 from .backend import Writers
+from .copies import Copies, Piece, put_together
 from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
 from .rank import Rank
 from .segment import SegmentResult, Trainer
 from .shared import SharedMemory
-from .transport import Alone, Transport, swap_bytes
+from .transport import CHUNK_BYTES, Alone, Transport, swap_bytes
+from .upkeep import RELEASE
 from .warm import warm as warm_up
 
 EXECUTOR = "rapydli"
 
 
+def _released(run: str, **_: Any) -> None:
+    """The scheduler says that a run is over: its client is gone."""
+    release(run)
+
+
 class Resident(WorkerPlugin):  # type: ignore[misc]
-    """Gives a worker the executor that ranks run in."""
+    """Gives a worker the executor that ranks run in, and an ear for runs whose client is gone."""
 
     name = "rapydli"
     idempotent = True
 
     def setup(self, worker: Any) -> None:
         worker.executors[EXECUTOR] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
+        worker.stream_handlers[RELEASE] = _released
 
     def teardown(self, worker: Any) -> None:
         worker.executors.pop(EXECUTOR).shutdown(wait=False)
@@ -70,6 +78,7 @@ class Job:
     timeout_s: float
     run_dir: Path | None
     keep: int = 3
+    keeps_copies: bool = False
 
     @property
     def ranks(self) -> int:
@@ -95,6 +104,11 @@ class Held:
         if self._trainer is None:
             raise RunLost(f"rank {self.number} of run {self.job.run} has not joined yet.")
         return self._trainer
+
+    @property
+    def copies(self) -> Copies | None:
+        """What is kept to go on from; nothing before the rank has joined."""
+        return self._trainer.copies if self._trainer is not None else None
 
     def close(self) -> None:
         """Let go of memory, feed, connections and writers."""
@@ -123,6 +137,11 @@ def who(dask_worker: Any) -> dict[str, Any]:
         "memory_bytes": int(limit) if limit else 0,
         "used_bytes": int(worker.monitor.get_process_memory()),
     }
+
+
+def beat() -> int:
+    """A sign of life."""
+    return os.getpid()
 
 
 def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
@@ -154,7 +173,7 @@ def prepare(job: Job, number: int) -> str:
 
 
 def _shared(job: Job, number: int) -> SharedMemory:
-    capacity = max(map(swap_bytes, job.programs))
+    capacity = max(CHUNK_BYTES if job.keeps_copies else 0, *map(swap_bytes, job.programs))
     return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
 
 
@@ -168,20 +187,38 @@ def join(job: Job, number: int, *addresses: str) -> int:
     program = job.programs[number]
     rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
-    held._trainer = Trainer(rank, feed, job.seed, job.step, number=number)
+    copies = Copies(rank, job.programs, number) if job.keeps_copies else None
+    held._trainer = Trainer(rank, feed, job.seed, job.step, number=number, copies=copies)
     return number
 
 
-def begin(run: str, number: int, state: Mapping[str, Array] | None, *joined: int) -> int:
-    """Set the first state: everyone has joined."""
+def begin(run: str, number: int, state: Mapping[str, Array] | None, *others: Any) -> int:
+    """Set the first state: everyone has joined. Lists of pieces among ``others`` are what a run goes on from."""
     held = _find(run, number)
     if isinstance(held.transport, SharedMemory):
         held.transport.joined()
-    if state is None:
-        held.trainer.rank.start(held.job.seed)
+    rank = held.trainer.rank
+    pieces = [piece for each in others if isinstance(each, list) for piece in each]
+    if pieces:
+        rank.load(put_together(pieces, rank.program), whole=False)
+    elif state is None:
+        rank.start(held.job.seed)
     else:
-        held.trainer.rank.load(state)
+        rank.load(state)
     return number
+
+
+def kept(run: str) -> dict[int, dict[int, list[tuple[str, Block]]]]:
+    """What ranks of a run on this worker have copies of, by rank and step."""
+    found = [(number, held) for (name, number), held in list(_held.items()) if name == run]
+    return {number: held.copies.known() for number, held in found if held.copies is not None}
+
+
+def handed_out(run: str, number: int, step: int) -> list[Piece]:
+    """The copies of a rank at a step."""
+    copies = _find(run, number).copies
+    assert copies is not None
+    return copies.steps[step]
 
 
 @dataclass(frozen=True)
@@ -219,7 +256,7 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
 def snapshot(run: str, number: int, name: str, step: int, meta: Mapping[str, Any], *before: Any) -> int:
     """Copy this rank's state and write it behind the training's back; only where the rank holds all of it."""
     held = _find(run, number)
-    held.writers[name].write(step, held.trainer.finite_state(), meta)
+    held.writers.write(name, step, held.trainer.finite_state(), meta)
     return step
 
 

@@ -11,7 +11,7 @@ from .meetings import side_by_side
 from .plan import Plan
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
-from .strategy import data_parallel, hybrid, make_plan, model_parallel, pipeline, sharded, spatial
+from .strategy import data_parallel, hybrid, make_plan, model_parallel, pipeline, remade, sharded, spatial
 
 __all__ = [
     "AllReduce",
@@ -31,6 +31,7 @@ __all__ = [
     "make_plan",
     "model_parallel",
     "pipeline",
+    "remade",
     "sharded",
     "side_by_side",
     "spatial",

@@ -34,7 +34,7 @@ class Plan:
     ``splits``: how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided
     so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
     are computed one after the other. ``graph`` is what the plan was made for, if it is known; a notebook then shows
-    bytes, too.
+    bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can be made for other ranks.
     """
 
     ranks: int = 1
@@ -43,6 +43,7 @@ class Plan:
     splits: Mapping[str, Split] = field(default_factory=dict)
     micro_batches: int = 1
     graph: Graph | None = field(default=None, repr=False, compare=False)
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def one(self) -> bool:

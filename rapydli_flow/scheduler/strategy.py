@@ -63,7 +63,20 @@ def make_plan(
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
-    return sharded(made, graph, parameters=shard == "parameters") if shard else made
+    made = sharded(made, graph, parameters=shard == "parameters") if shard else made
+    return replace(
+        made, recipe={"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
+    )
+
+
+def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:
+    """The like of a plan for other ranks; ShapeError for one that was written by hand, or that does not go with so
+    many."""
+    if ranks == plan.ranks:
+        return plan
+    if plan.recipe is None:
+        raise ShapeError(f"plan: one that was written by hand is for its {plan.ranks} ranks, not for {ranks}.")
+    return make_plan(graph, ranks, threads=plan.threads, **plan.recipe)
 
 
 def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
@@ -78,7 +91,7 @@ def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
                 "Use a larger batch or fewer ranks."
             )
         layouts[leaf.name] = Block.along(shape, 0, even_bounds(shape[0], ranks))
-    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph=graph)
+    return Plan(ranks, threads, layouts if ranks > 1 else {}, graph=graph, recipe={})
 
 
 def spatial(graph: Graph, grid: Sequence[int], *, threads: int = 1) -> Plan:

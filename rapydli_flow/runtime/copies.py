@@ -1,0 +1,131 @@
+"""Copies of a run's state in the memory of its workers: what it goes on from when one of them dies.
+
+    rank 0   step 40, step 60      and of rank 2 what nobody else holds
+    rank 1   step 40, step 60      and of rank 0
+    rank 2   lost                  rank 0 has its part of step 60: everyone goes back there
+
+Every rank keeps the state that its last segment began with, and gives what only it holds, a part of a sharded state or
+of its own layers, to the rank behind it. The copies before those are let go as soon as a step of the segment is done,
+for then all ranks have their new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..scheduler import Program
+from ..spec import Array, Block
+from .rank import Rank
+
+Held = tuple[str, Block]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a parameter or state."""
+
+    name: str
+    block: Block
+    array: Array
+
+
+def only_here(programs: Sequence[Program]) -> tuple[tuple[str, ...], ...]:
+    """For each rank, the parameters and state of which it holds a block that no other rank holds."""
+    everyone: dict[Held, int] = {}
+    for program in programs:
+        for name in program.kind("param", "state"):
+            everyone[name, program.layout[name]] = everyone.get((name, program.layout[name]), 0) + 1
+    return tuple(
+        tuple(name for name in program.kind("param", "state") if everyone[name, program.layout[name]] == 1)
+        for program in programs
+    )
+
+
+class Copies:
+    """What one rank keeps of its run, by step."""
+
+    def __init__(self, rank: Rank, programs: Sequence[Program], number: int) -> None:
+        self.rank, self.programs, self.number = rank, programs, number
+        self.alone = only_here(programs)
+        self.steps: dict[int, list[Piece]] = {}
+
+    def keep(self, step: int, state: Mapping[str, Array]) -> None:
+        """Keep this rank's state at a step, and what the rank before it gives; all ranks come here together."""
+        layout = self.rank.program.layout
+        pieces = [Piece(name, layout[name], array) for name, array in state.items()]
+        pieces += self._given(state)
+        self.steps[step] = pieces
+
+    def _given(self, state: Mapping[str, Array]) -> list[Piece]:
+        """What only the rank before this one holds; in turn the next one gets what only this one does."""
+        ranks = len(self.programs)
+        before, behind = (self.number - 1) % ranks, (self.number + 1) % ranks
+        mine, theirs = self.alone[self.number], self.alone[before]
+        if ranks == 1 or not (mine or theirs):
+            return []
+        specs = [self.programs[before].leaves[name].spec for name in theirs]
+        sends = {behind: [state[name] for name in mine]} if mine else {}
+        sizes = {before: sum(spec.size_bytes for spec in specs)} if theirs else {}
+        got = self.rank.transport.swap_large("the copies of a segment", sends, sizes)
+        out, begin = [], 0
+        for name, spec in zip(theirs, specs, strict=True):
+            array = got[before][begin : begin + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
+            begin += spec.size_bytes
+            out.append(Piece(name, self.programs[before].layout[name], array))
+        return out
+
+    def settle(self, step: int) -> None:
+        """All ranks have their copies of a step: those before it are not needed any more."""
+        self.steps = {at: pieces for at, pieces in self.steps.items() if at >= step}
+
+    def known(self) -> dict[int, list[Held]]:
+        """What is kept, by step."""
+        return {step: [(piece.name, piece.block) for piece in pieces] for step, pieces in list(self.steps.items())}
+
+
+def common_step(kept: Iterable[Mapping[int, Sequence[Held]]], programs: Sequence[Program]) -> int | None:
+    """The last step of which the copies of several ranks together have everything."""
+    found: dict[int, set[Held]] = {}
+    for each in kept:
+        for step, held in each.items():
+            found.setdefault(step, set()).update(held)
+    needed = {(name, p.layout[name]) for p in programs for name in p.kind("param", "state")}
+    return max((step for step, held in found.items() if needed <= held), default=None)
+
+
+def sources(program: Program, offers: Sequence[tuple[str, Sequence[Held]]], address: str) -> list[int]:
+    """Numbers of the offers, each with the worker that makes it, that a rank on a worker takes its state from.
+
+    Its own worker's come first; blocks that nobody has as they are needed are put together of all that have a part.
+    """
+    needed = {(name, program.layout[name]) for name in program.kind("param", "state")}
+    taken: list[int] = []
+    for i in sorted(range(len(offers)), key=lambda i: offers[i][0] != address):
+        if needed.intersection(offers[i][1]):
+            taken.append(i)
+            needed -= set(offers[i][1])
+    names = {name for name, _ in needed}
+    more = (i for i, (_, held) in enumerate(offers) if i not in taken and names.intersection(name for name, _ in held))
+    return [*taken, *more]
+
+
+def put_together(pieces: Iterable[Piece], program: Program) -> dict[str, Array]:
+    """A rank's blocks of parameters and state, out of pieces that may be other blocks."""
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+    out: dict[str, Array] = {}
+    for name in program.kind("param", "state"):
+        block, there = program.layout[name], by_name[name]
+        same = next((piece.array for piece in there if piece.block == block), None)
+        if same is None:
+            same = np.empty(block.shape, there[0].array.dtype)
+            for piece in there:
+                both = block.meet(piece.block)
+                if both is not None:
+                    same[(..., *both.inside(block))] = piece.array[(..., *both.inside(piece.block))]
+        out[name] = same
+    return out

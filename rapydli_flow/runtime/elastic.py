@@ -1,0 +1,199 @@
+"""A run that outlives its workers: ranks are placed anew, and go on from copies in the memory of those that are left.
+
+    generation 1   rank 0 on A   rank 1 on B   rank 2 on C        B dies, or does not answer for some seconds
+    generation 2   rank 0 on A   rank 1 on D   rank 2 on C        D is a spare, or B's successor
+    generation 3   rank 0 on A   rank 1 on C                      nobody is left: fewer ranks, if that is allowed
+    generation 4   rank 0 on A   rank 1 on E   rank 2 on C        E has come: as many as before
+
+Each generation is a `Cluster` with a name of its own, so nothing of an older one can be mistaken for it. The step at
+which it begins is the last one of which the copies of the survivors have everything; nothing is read from disk unless
+there is no such step. Batches and random numbers do not depend on the number of ranks: the run stays the same, to the
+bit if the ranks are as many as before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Client
+
+from ..data import latest, read_snapshot
+from ..errors import NoWorkers, RunLost
+from ..spec import Array
+from .backend import Backend, Recovery
+from .cluster import ANSWER_S, Cluster, Offers, PendingSegment, answering, place
+from .copies import common_step
+from .events import SNAPSHOTS
+from .segment import SegmentResult
+from .worker import Job
+
+STUCK = 5  # losses in a row without a step between them that a run survives
+GROW_S = 5.0  # how often a run with fewer ranks than it could have looks for workers
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a run does about lost workers.
+
+    ``retries``: how many losses it survives; ``least``: the fewest ranks that it goes on with; ``patience_s``: how long
+    it waits for workers to come before it takes fewer.
+    """
+
+    retries: int
+    least: int
+    patience_s: float
+
+
+JobOf = Callable[[int], tuple[Job, Mapping[str, Any]]]  # for so many ranks: the job, and what its snapshots say
+
+
+class Elastic(Backend):
+    """Ranks of a run on the workers of a client, whichever there are."""
+
+    depth = Cluster.depth
+    recovers = True
+
+    def __init__(self, client: Client, job_of: JobOf, ranks: int, policy: Policy, workers: Mapping[str, Any]) -> None:
+        self.client, self.job_of, self.ranks, self.policy = client, job_of, ranks, policy
+        self.job, self.meta = job_of(ranks)
+        self.cluster = Cluster(client, self.job, place(workers, ranks), workers)
+        self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self.cluster.addresses
+
+    # orders -----------------------------------------------------------------------------------------
+
+    def start(self, state: Mapping[str, Array] | None) -> None:
+        self.cluster.start(state)
+
+    def segment(self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]) -> PendingSegment:
+        return self.cluster.segment(first, steps, profile=profile, clocks=clocks)
+
+    def evaluate(self) -> Callable[[], dict[str, float]]:
+        return self.cluster.evaluate()
+
+    def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
+        return self.cluster.snapshot(step, meta, name=name)
+
+    def state(self) -> dict[str, Array]:
+        return self.cluster.state()
+
+    def close(self, *, failed: bool) -> None:
+        self.cluster.close(failed=failed)
+
+    # losses -----------------------------------------------------------------------------------------
+
+    def recover(self, error: RunLost, pending: Sequence[Callable[[], Any]]) -> Recovery:
+        """Place the ranks anew after a loss; the error itself where that cannot be done."""
+        begin = time.monotonic()
+        self.losses += 1
+        if self.losses > self.policy.retries:
+            raise error
+        old = self.cluster
+        while True:
+            try:
+                step, held = self._gone_back(old, error)
+                results = tuple(_salvaged(old, pending, step))
+                self._place(old, held, error)
+                break
+            except RunLost as other:
+                self.stuck += 1
+                if self.stuck > STUCK:
+                    raise error from other
+        self.stuck = self.stuck + 1 if step == self.reached else 0
+        if self.stuck > STUCK:
+            raise error
+        self.reached = step
+        old.let_go()
+        seconds = time.monotonic() - begin
+        return Recovery(step, results, self.cluster.job.ranks, seconds, str(error).partition(". ")[0], self.meta)
+
+    def _gone_back(self, old: Cluster, error: RunLost) -> tuple[int, Offers | Mapping[str, Array]]:
+        """The step to go back to, and its state: copies on workers, or the last snapshot."""
+        old.give_up()
+        known = old.kept()
+        step = common_step((steps for ranks in known.values() for steps in ranks.values()), old.job.programs)
+        if step is not None:
+            return step, old.offers(known, step)
+        run_dir = old.job.run_dir
+        newest = latest(run_dir / SNAPSHOTS) if run_dir is not None else None
+        if newest is None:
+            raise error
+        snapshot = read_snapshot(newest)
+        return snapshot.step, snapshot.arrays
+
+    def _place(self, old: Cluster, held: Offers | Mapping[str, Array], error: RunLost) -> None:
+        """A new generation on the workers that answer."""
+        workers = self._workers(old)
+        self._make(min(self.ranks, len(workers)), workers, error)
+        try:
+            self.cluster.start(held)
+        except BaseException:
+            self.cluster.close(failed=True)
+            raise
+
+    def _make(self, ranks: int, workers: Mapping[str, Any], error: Exception) -> None:
+        """The largest number of ranks, from ``ranks`` down, for which there is a plan."""
+        while ranks >= self.policy.least:
+            with suppress(ValueError):  # of a plan that does not go with so many
+                self.job, self.meta = self.job_of(ranks)
+                self.cluster = Cluster(self.client, self.job, place(workers, ranks), workers)
+                return
+            ranks -= 1
+        raise error
+
+    def _workers(self, old: Cluster) -> dict[str, dict[str, Any]]:
+        """Workers that answer: enough for all ranks, or after some patience enough for the fewest."""
+        limit = time.monotonic() + self.policy.patience_s
+        while True:
+            workers = answering(self.client, ANSWER_S)
+            if len(workers) >= self.ranks:
+                return workers
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.2)
+        if len(workers) >= self.policy.least:
+            return workers
+        raise NoWorkers(
+            f"the run needs {self.policy.least} worker(s) to go on but {len(workers)} answer after "
+            f"{self.policy.patience_s:g} s. Start more workers and go on with fit(..., resume=True), or allow fewer "
+            "with min_workers."
+        )
+
+    # growth -----------------------------------------------------------------------------------------
+
+    def may_grow(self) -> bool:
+        """Has the run fewer ranks than it was planned for, and are there workers for more? Asked now and then."""
+        if self.cluster.job.ranks >= self.ranks or time.monotonic() - self.looked < GROW_S:
+            return False
+        self.looked = time.monotonic()
+        return len(answering(self.client, ANSWER_S)) > self.cluster.job.ranks
+
+    def grow(self, step: int) -> Recovery:
+        """More ranks, from this step on; nothing is in the queue."""
+        begin, old = time.monotonic(), self.cluster
+        state = old.state()
+        workers = answering(self.client, ANSWER_S)
+        self._make(min(self.ranks, len(workers)), workers, RunLost("the workers that came are gone again"))
+        self.cluster.start(state)
+        old.let_go()
+        reason = f"{self.cluster.job.ranks - old.job.ranks} worker(s) came"
+        return Recovery(step, (), self.cluster.job.ranks, time.monotonic() - begin, reason, self.meta)
+
+
+def _salvaged(old: Cluster, pending: Sequence[Callable[[], Any]], step: int) -> list[SegmentResult]:
+    """Results of segments before a step, as far as ranks that are left have them."""
+    out = []
+    for each in pending:
+        if isinstance(each, PendingSegment) and each.last <= step:
+            result = each.salvage()
+            if result is None:
+                raise RunLost(f"the numbers of steps {each.first} to {each.last - 1} are lost with a worker")
+            out.append(result)
+    return out
