@@ -238,6 +238,20 @@ def test_a_page_that_is_wrong_fails(tmp_path: Path) -> None:
         run(steps("```python\nimport warnings\nwarnings.warn('x', UserWarning)\n```\n"), tmp_path)
 
 
+def test_pictures_of_plans_are_what_plans_are_now(tmp_path: Path) -> None:
+    images = ROOT / "docs" / "images"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", str(images / "parallel.py"), str(tmp_path)]
+    subprocess.run(command, check=True, env=env, timeout=TIMEOUT_S)
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
+    committed = {path.name: path.read_text(encoding="utf-8") for path in images.glob("parallel-*.svg")}
+    assert sorted(drawn) == sorted(committed)
+    different = [name for name, text in drawn.items() if committed[name] != text]
+    assert different == [], "look at them, and draw them again: python docs/images/parallel.py"
+    told = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    assert [name for name in drawn if f"(images/{name})" not in told] == []
+
+
 def test_every_error_setting_and_command_is_in_the_manual() -> None:
     told = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     classes = [k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.RapydliError)]
