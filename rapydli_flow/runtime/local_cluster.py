@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
             raise SettingError(f"LocalCluster: workers={workers}, threads={threads} are not 1 or more.")
         if threads is None and workers > cores:
             raise SettingError(
-                f"LocalCluster: {workers} workers on {cores} cores. Use fewer, or give threads=1 if they may share cores."
+                f"LocalCluster: {workers} workers on {cores} cores. Use fewer, or say threads=1 if they may share."
             )
         threads = threads or cores // workers
         memory = memory_bytes or int(psutil.virtual_memory().total // workers)
@@ -68,7 +69,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
                 "cls": Scheduler,
                 "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": f"127.0.0.1:{dashboard}"},
             },
-            **options,
+            **{"silence_logs": logging.WARNING, **options},
         )
 
 

@@ -103,11 +103,13 @@ class Exchange(Op):
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """What goes where; of a region that several shards have, the receiver's own is taken, else the first."""
+        """What goes where; of a region that several ranks have, the receiver's own is taken, else that of the next one
+        that has it: copies share the work of sending."""
         found: list[Piece] = []
         parts = sorted({shard.part for shard in self.have})
+        last = max(self.ranks) + 1
         for target, (rank, block) in enumerate(self.want):
-            order = sorted(range(len(self.have)), key=lambda i: (self.have[i].rank != rank, i))
+            order = sorted(range(len(self.have)), key=lambda i: ((self.have[i].rank - rank) % last, i))
             for part in parts:
                 missing = [block]
                 for source in (i for i in order if self.have[i].part == part):

@@ -1,7 +1,8 @@
 """How to divide the work of a node for which nobody said it: so that it is done soonest, counting what must move.
 
 Looked at are the ways in which one operand, or the value that an output is the gradient of, stays where it is; these
-without the letters that make an output a part of a sum; and that all who have the largest operand do everything.
+without the letters that make an output a part of a sum; the same on the ranks of the node's stage; and that all who
+have the largest operand, or where an output is wanted, do everything.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Known:
     likes: Sequence[Layout | None]
     places: Places
     machine: Machine
-    ranks: Collection[int] = ()
+    ranks: Sequence[int] = ()
 
 
 def choose(known: Known) -> Cells:
@@ -61,6 +62,8 @@ def _candidates(known: Known) -> Iterator[Cells]:
     pairs = [(layout, index.outputs[k]) for k, layout in enumerate(known.likes) if layout is not None]
     pairs += [(placed.layout, index.inputs[j]) for j, placed in enumerate(known.operands) if placed is not None]
     pairs += [(layout, index.inputs[j]) for j, copies in enumerate(known.copies) for layout in copies]
+    if known.ranks:
+        pairs += [(moved, operand) for layout, operand in list(pairs) if (moved := _on(known, layout)) is not None]
     seen: set[tuple[object, ...]] = set()
     for layout, operand in pairs:
         cells = cells_along(layout, operand, index, sizes)
@@ -73,7 +76,21 @@ def _candidates(known: Known) -> Iterator[Cells]:
             if any(each) and key not in seen:
                 seen.add(key)
                 yield each
-    yield tuple({} if somewhere else None for somewhere in _holders(known))
+    for here in (_holders(known), *([b is not None for b in layout] for layout in known.likes if layout is not None)):
+        yield tuple({} if somewhere else None for somewhere in here)
+
+
+def _on(known: Known, layout: Layout) -> Layout | None:
+    """The layout on the ranks that should do the node, one for each rank that has it now; None if they are not as
+    many."""
+    places, m = known.places, known.places.micro_batches
+    holders = sorted({places.rank(p) for p, block in enumerate(layout) if block is not None})
+    if len(holders) != len(known.ranks):
+        return None
+    moved: list[Block | None] = [None] * len(places)
+    for old, new in zip(holders, known.ranks, strict=True):
+        moved[new * m : (new + 1) * m] = layout[old * m : (old + 1) * m]
+    return tuple(moved)
 
 
 def _holders(known: Known) -> list[bool]:

@@ -40,6 +40,11 @@ class Split:
     filters: Parts = 1
     ranks: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, parts in self.axes.items():
+            if count(parts) < 1:
+                raise ShapeError(f"Split: {name}={parts} is not 1 part or more, or boundaries such as (0, 5, 12).")
+
     @property
     def axes(self) -> dict[str, Parts]:
         """The axes that are divided."""
@@ -128,7 +133,7 @@ def cells_along(layout: Layout, operand: Operand, index: Index, sizes: Mapping[s
     """What places do of a node if an operand of it stays where it is; None where that divides nothing.
 
     The letter of an axis is cut where the operand is cut; of a compound axis, as 'h*2+r-1', the letter that it has
-    in common with an output is cut evenly.
+    in common with an output is cut in proportion.
     """
     cells: list[dict[str, tuple[int, int]] | None] = [None if block is None else {} for block in layout]
     for axis, form in enumerate(operand):
@@ -141,7 +146,7 @@ def cells_along(layout: Layout, operand: Operand, index: Index, sizes: Mapping[s
             letter = leading(form, index)
             if letter is None or sizes[letter] < len(bounds) - 1:
                 continue
-            bounds = even_bounds(sizes[letter], len(bounds) - 1)
+            bounds = scaled(bounds, sizes[letter])
         elif bounds[0] != 0:
             continue
         if not divisible(letter, index) or any(letter in cell for cell in cells if cell is not None):
@@ -150,6 +155,12 @@ def cells_along(layout: Layout, operand: Operand, index: Index, sizes: Mapping[s
             if cell is not None:
                 cell[letter] = (bounds[i], bounds[i + 1])
     return tuple(cells) if any(cells) else None
+
+
+def scaled(bounds: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Boundaries of another size in proportion, or even ones where a part would be empty."""
+    found = tuple(-(-bound * size // bounds[-1]) for bound in bounds)
+    return found if all(a < b for a, b in pairwise(found)) else even_bounds(size, len(bounds) - 1)
 
 
 def leading(axis: Axis, index: Index) -> str | None:
@@ -201,7 +212,12 @@ def cells_of(what: str, split: Split, index: Index, sizes: Mapping[str, int], pl
             cells[rank * micro + m] = cell
             if samples is not None and micro > 1:
                 lo, hi = cell.get(samples, (0, sizes[samples]))
-                within = bounds_of(f"{what}: micro-batches", micro, hi - lo)
+                if hi - lo < micro:
+                    raise ShapeError(
+                        f"{what}: {hi - lo} records of a rank cannot be divided into {micro} micro-batches. "
+                        "Use fewer, or a larger batch."
+                    )
+                within = even_bounds(hi - lo, micro)
                 cells[rank * micro + m] = {**cell, samples: (lo + within[m], lo + within[m + 1])}
     return tuple(cells)
 

@@ -10,7 +10,6 @@ Source: Narayanan et al., "PipeDream: generalized pipeline parallelism for DNN t
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from ..errors import ShapeError
@@ -46,6 +45,7 @@ class _Turns:
         self.clock = [0.0] * len(graphs)
         self.orders: list[list[int]] = [[] for _ in graphs]
         self.ready: list[list[Ready]] = [[] for _ in graphs]
+        self.now: list[tuple[int, int]] = [(2, 0) for _ in graphs]  # phase and micro-batch that a rank is at
         self.held: list[list[Ready]] = [[] for _ in graphs]  # ready, of micro-batches that may not begin yet
         self.meeting: dict[str, dict[int, int]] = {}
         self.missing = [[len({j for j, _ in node.inputs}) for node in graph] for graph in graphs]
@@ -82,7 +82,7 @@ class _Turns:
         best: tuple[float, Ready, int] | None = None
         for rank, ready in enumerate(self.ready):
             if ready:
-                candidate = (self.clock[rank], ready[0], rank)
+                candidate = (self.clock[rank], min(ready, key=lambda each: self.order(rank, each)), rank)
                 best = candidate if best is None else min(best, candidate)
         for name, here in self.meeting.items():
             rank, i = next(iter(here.items()))
@@ -95,8 +95,9 @@ class _Turns:
                 return True
         if best is None:
             return False
-        _, _, rank = best
-        _, _, i = heapq.heappop(self.ready[rank])
+        _, chosen, rank = best
+        self.ready[rank].remove(chosen)
+        self.now[rank], i = chosen[:2], chosen[2]
         node = self.graphs[rank].nodes[i]
         ins = [self.graphs[rank].spec(v) for v in node.inputs]
         self.clock[rank] += node_s(node.op, ins, node.specs, self.machine)
@@ -134,7 +135,11 @@ class _Turns:
         elif node.op.collective:
             self.meeting.setdefault(node.name, {})[rank] = i
         else:
-            heapq.heappush(self.ready[rank], entry)
+            self.ready[rank].append(entry)
+
+    def order(self, rank: int, each: Ready) -> tuple[bool, Ready]:
+        """What a rank has begun it goes on with; then backward, earlier micro-batches, and the order of the graph."""
+        return each[:2] != self.now[rank], each
 
     def finished(self, rank: int) -> int:
         """How many micro-batches are done on a rank."""
@@ -158,4 +163,9 @@ class _Turns:
                 shared = [name for name in shared if micro_batch(name) is None]
                 if micro_batch(node.name) is not None and shared:
                     return shared[0]
+        for graph in self.graphs:
+            for node in graph:
+                of = {micro_batch(graph.nodes[j].name) for j, _ in node.inputs} - {None, micro_batch(node.name)}
+                if of and micro_batch(node.name) is not None and "/added" not in node.name:
+                    return node.name.partition(MARK)[0]
         return waits

@@ -39,10 +39,8 @@ def divided_nodes(graph: Graph, splits: Mapping[str, Split]) -> dict[str, Split]
     for pattern, split in splits.items():
         named = [(i, node) for i, node in nodes if _means(pattern, node.name)]
         if not named:
-            near = difflib.get_close_matches(pattern, _scopes(graph, nodes), n=3)
-            raise ShapeError(
-                f"plan: no layer is named {pattern!r}.{f' Nearest: {chr(44).join(near)}.' if near else ''}"
-            )
+            near = ", ".join(difflib.get_close_matches(pattern, _scopes(graph, nodes), n=3))
+            raise ShapeError(f"plan: no layer is named {pattern!r}.{f' Nearest: {near}.' if near else ''}")
         fit = [node.name for i, node in named if _has(graph, node, split, (i, 0) in known)]
         if not fit:
             axes = ", ".join(split.axes)

@@ -27,7 +27,7 @@ class Held:
 
 
 def groups(held: Sequence[Held]) -> list[tuple[int, ...]] | None:
-    """Groups of ranks that together hold each part of one block once, in the order of parts; None if there are none.
+    """Groups of ranks that together hold each part of one block once; None if there are none.
 
     Where parts are on several ranks, the first ones of each form a group, the second ones another.
     """
@@ -38,7 +38,7 @@ def groups(held: Sequence[Held]) -> list[tuple[int, ...]] | None:
     disjoint = sum(map(len, kinds)) == len(frozenset().union(*kinds))
     if not disjoint or len({len(ranks) for ranks in by_parts.values()}) > 1:
         return None
-    return list(zip(*(sorted(by_parts[kind]) for kind in kinds), strict=True))
+    return [tuple(sorted(ranks)) for ranks in zip(*(sorted(by_parts[kind]) for kind in kinds), strict=True)]
 
 
 def exchanges(held: Sequence[Held], want: Sequence[tuple[int, Block]], dtype: str) -> list[Exchange]:

@@ -77,7 +77,10 @@ def plain_step():
     return small_runs.make_step(net=plain)
 
 
-@pytest.mark.parametrize(("transport", "victim"), [("auto", 1), ("auto", 0), ("comm", 1)])
+@pytest.mark.parametrize(
+    ("transport", "victim"),
+    [("auto", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("auto", 0), ("comm", 1)))],
+)
 def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, victim):
     want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), validation=data["test"], seed=3)
     victims = pids(three, 2)
@@ -95,6 +98,7 @@ def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, vic
     assert all(read_snapshot(path).step % 20 == 0 for path in list_snapshots(tmp_path / "run" / "snapshots"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_stands_still_is_replaced(three, data, step):
     want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), seed=3)
     victim = pids(three, 2)[1]
@@ -108,6 +112,7 @@ def test_a_worker_that_stands_still_is_replaced(three, data, step):
     assert "has not answered for" in strike.recovered[0].reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"strategy": "pipeline", "micro_batches": 2}, {"shard": "parameters"}])
 def test_what_only_the_lost_rank_held_is_with_another(three, data, plain_step, how):
     step = plain_step
@@ -139,6 +144,7 @@ def loose():
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers_and_grows_again(loose, data, step):
     client, start = loose
     start(3)
@@ -157,6 +163,7 @@ def test_a_run_goes_on_with_fewer_workers_and_grows_again(loose, data, step):
     assert run.scalars["loss"][:600] == pytest.approx(want.scalars["loss"], rel=1e-8)
 
 
+@pytest.mark.slow
 def test_a_run_needs_the_workers_that_it_asks_for(loose, data, step):
     client, start = loose
     start(2)

@@ -172,6 +172,7 @@ class Once(rf.Callback):
             self.action()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("transport", "victim"), [("shared", 1), ("shared", 0), ("comm", 1)])
 def test_a_killed_worker_is_named_and_the_run_goes_on(mortal, data, step, whole, tmp_path, transport, victim):
     address = place(ready_workers(mortal, 3, 60.0), 2)[victim]

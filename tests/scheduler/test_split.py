@@ -191,12 +191,12 @@ def test_a_halo_is_all_that_moves() -> None:
     first, second = split(graph, 2, {"x": layout})
     have, want = next((n.op.have, n.op.want) for n in first if isinstance(n.op, Exchange))
     assert have == tuple(Shard(rank, block) for rank, block in enumerate(layout))
-    assert [(rank, str(block)) for rank, block in want] == [(1, "[0:1,4:10,0:6,0:1]")]  # outputs are cut evenly
-    assert first["x/move_1"].specs == (Spec((0,)),)
-    assert second["x/move_1"].specs == (Spec((1, 6, 6, 1)),)
+    assert [(rank, str(block)) for rank, block in want] == [(0, "[0:1,0:7,0:6,0:1]"), (1, "[0:1,5:10,0:6,0:1]")]
+    assert first["x/move_1"].specs == (Spec((1, 7, 6, 1)),)
+    assert second["x/move_1"].specs == (Spec((1, 5, 6, 1)),)
     assert first["conv_1/conv_1"].op == Conv(stride=(1, 1), padding=((1, 0), (1, 1)), dilation=(1, 1))
     assert second["conv_1/conv_1"].op == Conv(stride=(1, 1), padding=((0, 1), (1, 1)), dilation=(1, 1))
-    assert first["conv_1/conv_1"].specs == (Spec((1, 5, 6, 2)),)
+    assert first["conv_1/conv_1"].specs == (Spec((1, 6, 6, 2)),)
 
 
 def test_sums_of_parts_pass_through_linear_ops() -> None:
