@@ -97,6 +97,7 @@ def plan(
     stages: int | None = None,
     micro_batches: int | None = None,
     shard: str | None = None,
+    average_every: int | None = None,
 ) -> Plan:
     """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
 
@@ -105,7 +106,9 @@ def plan(
     filters of dense layers), 'pipeline' (each some layers: ``stages`` of them, as many as ranks unless given, which
     pass on ``micro_batches``, twice as many unless given). ``splits``: how layers are divided, by name or pattern,
     ``{"conv_1": rf.Split(height=2), "dense_*": rf.Split(filters=2)}``, over the strategy, or without one. ``shard``:
-    'state' divides optimizer state over ranks, 'parameters' parameters as well.
+    'state' divides optimizer state over ranks, 'parameters' parameters as well. ``average_every``: ranks train by
+    themselves on their records, and average parameters and optimizer state every so many steps (local SGD): less to
+    send, but no longer the run of one worker.
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
@@ -123,6 +126,7 @@ def plan(
         stages=stages,
         micro_batches=micro_batches,
         shard=shard,
+        average_every=average_every,
     )
 
 

@@ -227,7 +227,7 @@ class Fitting:
         )
         watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
         try:
-            loop = Loop(backend, self._schedule(), watching, self._meta(plan, programs, tuning))
+            loop = Loop(backend, self._schedule(plan), watching, self._meta(plan, programs, tuning))
             run.state = loop.run(self.first, started, past)
         finally:
             if log is not None:
@@ -275,9 +275,10 @@ class Fitting:
             return 0
         return self.per_epoch if self.options.snapshot_every is None else self.options.snapshot_every
 
-    def _schedule(self) -> Schedule:
+    def _schedule(self, plan: Plan) -> Schedule:
         first = self.before.step if self.before else 0
-        return Schedule(first, self.steps, self.per_epoch, self._every, self.validation is not None)
+        every = max(1, plan.average_every)
+        return Schedule(first, self.steps, self.per_epoch, self._every, self.validation is not None, every)
 
     def _before(self) -> Snapshot | None:
         """The snapshot to go on from."""
@@ -362,6 +363,8 @@ class Fitting:
         loose = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs, tuning.device))
+        if options.granularity != "segment" and plan.average_every:
+            raise SettingError(f"fit: average_every is for granularity 'segment', not {options.granularity!r}.")
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
             return Flow(self.step, plan, graphs, loose, *data, **flow, **where)
@@ -376,6 +379,7 @@ class Fitting:
                 run="run",
                 step=self.step,
                 programs=tuple(made),
+                plan=replace(use, graph=None, recipe=None),
                 tuning=loose,
                 threads=use.threads,
                 data=self.train,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,14 @@ def holding(graph: Graph, held: Sequence[Held]) -> int:
     return 1 if all(held[0].get(leaf.name) == Block.all(leaf.spec.shape) for leaf in leaves) else len(held)
 
 
-def same_scalars(results: Sequence[SegmentResult]) -> SegmentResult:
-    """The result of rank 0; its time is that of the slowest rank."""
+def one_result(results: Sequence[SegmentResult]) -> SegmentResult:
+    """What ranks tell as one result: their numbers are the same, or their mean counts where each trains by itself; the
+    time is that of the slowest."""
     first = results[0]
+    if any(result.scalars != first.scalars for result in results):
+        every = {k: zip(*(r.scalars[k] for r in results), strict=True) for k in first.scalars}
+        means = {k: tuple(sum(values) / len(results) for values in steps) for k, steps in every.items()}
+        first = replace(first, scalars=means)
     slowest = max(r.time_s for r in results)
     feed_s = max(r.feed_s for r in results)
     return SegmentResult(0, first.first, first.steps, first.scalars, slowest, feed_s, first.ops)

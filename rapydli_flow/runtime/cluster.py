@@ -29,7 +29,7 @@ from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
 from ..version import __version__
 from . import worker as tasks
-from .backend import Backend, Writers, holding, same_scalars, whole_state
+from .backend import Backend, Writers, holding, one_result, whole_state
 from .copies import sources
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
@@ -109,7 +109,7 @@ class PendingSegment:
         self.cluster, self.futures, self.first, self.last = cluster, tuple(futures), first, first + steps
 
     def __call__(self) -> SegmentResult:
-        return same_scalars(self.cluster.results(self.futures))
+        return one_result(self.cluster.results(self.futures))
 
     def salvage(self) -> SegmentResult | None:
         """The result of any rank that has it and still answers: all have the same numbers."""

@@ -15,12 +15,12 @@ from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..spec import Array
 from ..tuner import Tuning
-from .backend import Backend, Writers, holding, same_scalars, whole_state
+from .backend import Backend, Writers, holding, one_result, whole_state
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
 from .rank import Rank
-from .segment import SegmentResult, Trainer, finite
+from .segment import SegmentResult, Trainer, average_of, finite
 from .transport import TIMEOUT_S, Alone, Threads, Transport
 from .warm import warm
 
@@ -56,7 +56,8 @@ class Local(Backend):
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
             rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)
             feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
-            self.trainers.append(Trainer(rank, feed, seed, step, number=number))
+            average = average_of(plan, programs, number)
+            self.trainers.append(Trainer(rank, feed, seed, step, number=number, average=average))
         self.seed = seed
         self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
         self.writers = Writers(run_dir, keep)
@@ -85,7 +86,7 @@ class Local(Backend):
     def segment(
         self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]
     ) -> Callable[[], SegmentResult]:
-        result = same_scalars(self.each(lambda t: t.segment(first, steps, profile=profile, clocks=clocks)))
+        result = one_result(self.each(lambda t: t.segment(first, steps, profile=profile, clocks=clocks)))
         return lambda: result
 
     def evaluate(self) -> Callable[[], dict[str, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import NonFinite, RunLost
 from ..graph import Graph
+from ..scheduler import AllReduce, Plan, Program
 from ..spec import Array
 from .copies import Copies
 from .feeding import Given, RankFeed
@@ -59,6 +60,36 @@ class SegmentResult:
         )
 
 
+@dataclass(frozen=True)
+class Average:
+    """Ranks that train by themselves, and take the mean of their parameters and state every so many steps.
+
+    ``share`` is this rank's part of the records. Segments end at such a step, or at a pause, where it is done as well.
+    """
+
+    every: int
+    share: float
+    ranks: int
+
+    def __call__(self, rank: Rank) -> None:
+        views = [rank.leaf(name) for name in rank.program.kind("param", "state")]
+        for dtype in sorted({view.dtype.str for view in views if view.dtype.kind == "f"}):
+            same = [view for view in views if view.dtype.str == dtype]
+            for view in same:
+                view *= self.share
+            op = AllReduce(ranks=tuple(range(self.ranks)), parts=len(same))
+            rank.transport.meet("the average", op, same, same)
+
+
+def average_of(plan: Plan, programs: Sequence[Program], number: int) -> Average | None:
+    """How a rank averages, if its plan says so."""
+    if not plan.average_every or plan.ranks == 1:
+        return None
+    name = programs[0].kind("batch")[0]
+    records = [program.layout[name].shape[0] for program in programs]
+    return Average(plan.average_every, records[number] / sum(records), plan.ranks)
+
+
 class Trainer:
     """One rank and its feed: runs segments."""
 
@@ -71,9 +102,10 @@ class Trainer:
         *,
         number: int = 0,
         copies: Copies | None = None,
+        average: Average | None = None,
     ) -> None:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
-        self.graph, self.copies = step, copies
+        self.graph, self.copies, self.average = step, copies, average
         self.next: int | None = None
         self.before: dict[str, Array] = {}  # the state that the last segment began with, on this rank
 
@@ -105,12 +137,29 @@ class Trainer:
                 values = self.rank.step(self.seed, step, clocks)
             for name, value in values.items():
                 scalars.setdefault(name, []).append(value)
-            if step == first and self.copies is not None:
+            if self.average is not None and ((step + 1) % self.average.every == 0 or step == first + steps - 1):
+                self.average(self.rank)
+            if step == first and self.copies is not None and self.average is None:
                 self.copies.settle(first)
-            if not np.isfinite(values.get("loss", 0.0)):
+            if self.average is None and not np.isfinite(values.get("loss", 0.0)):
                 self._explain(before, range(first, step + 1), values["loss"], clocks)
+        if self.average is not None:
+            self._agree(first, scalars.get("loss", []))
+            if self.copies is not None:
+                self.copies.settle(first)
         frozen = {name: tuple(values) for name, values in scalars.items()}
         return SegmentResult(self.number, first, steps, frozen, time.perf_counter() - begin, feed_s, ops)
+
+    def _agree(self, first: int, losses: Sequence[float]) -> None:
+        """NonFinite on all ranks if a loss of one of them, which trained by itself, is not finite."""
+        mine = next((first + i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
+        everyone = [json.loads(each) for each in self.rank.transport.share("losses", json.dumps(mine).encode())]
+        broken = [(step, rank) for rank, step in enumerate(everyone) if step is not None]
+        if broken:
+            step, rank = min(broken)
+            raise NonFinite(
+                f"the loss of rank {rank} is not finite at step {step}. Use a smaller learning rate. {KEPT}"
+            )
 
     def _explain(self, before: Mapping[str, Array], steps: range, loss: float, clocks: Mapping[str, float]) -> None:
         """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""

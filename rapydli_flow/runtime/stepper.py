@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -119,6 +120,8 @@ def stepper(
     """
     if graph.network is None:
         raise SettingError("stepper: this graph is not a training step; make one with rf.train_step.")
+    if plan is not None and plan.average_every:
+        raise SettingError("stepper: a plan with average_every is for rf.fit: here every step is one of all ranks.")
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
     workers = ready_workers(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
@@ -136,6 +139,7 @@ def stepper(
             run="stepper",
             step=graph,
             programs=tuple(programs),
+            plan=replace(plan, graph=None, recipe=None),
             tuning=tuning,
             threads=plan.threads,
             seed=seed,

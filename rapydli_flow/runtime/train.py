@@ -43,6 +43,12 @@ class Schedule:
     steps_per_epoch: int
     snapshot_every: int = 0
     validate: bool = False
+    whole: int = 1  # segments end at multiples of so many steps, or at pauses
+
+    def segment(self, step: int, wanted: int) -> int:
+        """Steps of a segment from a step on, of about as many as are wanted."""
+        end = -(-(step + wanted) // self.whole) * self.whole
+        return min(end, self.next_pause(step)) - step
 
     def next_pause(self, step: int) -> int:
         """The next step at which something other than training happens."""
@@ -174,7 +180,7 @@ class Loop:
         if self.paused < self.ordered and schedule.pauses(self.ordered):  # a loss broke off a pause
             self._pause()
         while self.ordered < self.last:
-            count = min(self._length(), min(self.last, schedule.next_pause(self.ordered)) - self.ordered)
+            count = min(schedule.segment(self.ordered, self._length()), self.last - self.ordered)
             order = self.backend.segment(self.ordered, count, profile=True, clocks=self.clocks)
             self.ordered += count
             self._order(self._stepped, order)

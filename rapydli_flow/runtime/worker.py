@@ -23,7 +23,7 @@ from cpu_kernels.compile import host
 from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
-from ..scheduler import Program
+from ..scheduler import Plan, Program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
@@ -33,7 +33,7 @@ from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
 from .rank import Rank
-from .segment import SegmentResult, Trainer
+from .segment import SegmentResult, Trainer, average_of
 from .shared import SharedMemory
 from .transport import CHUNK_BYTES, Alone, Transport, swap_bytes
 from .upkeep import RELEASE
@@ -68,6 +68,7 @@ class Job:
     run: str
     step: Graph
     programs: tuple[Program, ...]
+    plan: Plan
     tuning: Tuning
     threads: int
     seed: int
@@ -188,7 +189,9 @@ def join(job: Job, number: int, *addresses: str) -> int:
     rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None
-    held._trainer = Trainer(rank, feed, job.seed, job.step, number=number, copies=copies)
+    held._trainer = Trainer(
+        rank, feed, job.seed, job.step, number=number, copies=copies, average=average_of(job.plan, job.programs, number)
+    )
     return number
 
 

@@ -17,6 +17,7 @@ from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .cost import Machine
 from .early import update_early
+from .independent import independent
 from .layout import Layout, Split
 from .micro import in_turns
 from .naming import divided_nodes
@@ -33,7 +34,8 @@ class Plan:
     ``layouts``: which block of a leaf lies on each rank, by name; other leaves lie where they are needed.
     ``splits``: how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided
     so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
-    are computed one after the other. ``graph`` is what the plan was made for, if it is known; a notebook then shows
+    are computed one after the other. ``average_every``: ranks train by themselves for so many steps, and then average
+    (local SGD); 0: they are one. ``graph`` is what the plan was made for, if it is known; a notebook then shows
     bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can be made for other ranks.
     """
 
@@ -42,6 +44,7 @@ class Plan:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     splits: Mapping[str, Split] = field(default_factory=dict)
     micro_batches: int = 1
+    average_every: int = 0
     graph: Graph | None = field(default=None, repr=False, compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -63,6 +66,8 @@ class Plan:
             parts = split(graph, self.ranks, self.layouts, named, micro_batches=self.micro_batches)
         if self.micro_batches > 1:
             parts = in_turns(parts, self.depths(graph, named), Machine())
+        if self.average_every and self.ranks > 1:
+            parts = independent(parts)
         parts = fuse_alike(bucket(parts))
         return tuple(checked(update_early)(part) for part in parts)
 
@@ -84,6 +89,8 @@ class Plan:
         lines = [many + (f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else "")]
         for name, layout in self.layouts.items():
             lines.append(f"  {name}: " + "  ".join(f"rank {r} {block}" for r, block in enumerate(layout)))
+        if self.average_every:
+            lines.append(f"  averaged every {self.average_every} steps: another run than that of one worker")
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(_needs(self.rank_graphs(graph))):
             lines.append(f"  rank {rank}: {needs}")
@@ -127,6 +134,7 @@ class Plan:
             "layouts": layouts,
             "splits": {name: asdict(split) for name, split in self.splits.items()},
             "micro_batches": self.micro_batches,
+            "average_every": self.average_every,
         }
 
     @classmethod
@@ -140,7 +148,7 @@ class Plan:
             name: Split(**{axis: tuple(v) if isinstance(v, list) else v for axis, v in split.items()})
             for name, split in form["splits"].items()
         }
-        return cls(form["ranks"], form["threads"], layouts, splits, form["micro_batches"])
+        return cls(form["ranks"], form["threads"], layouts, splits, form["micro_batches"], form["average_every"])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def make_plan(
     stages: int | None = None,
     micro_batches: int | None = None,
     shard: str | None = None,
+    average_every: int | None = None,
 ) -> Plan:
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
     kind = strategy or ("data" if not splits else "splits")
@@ -60,13 +61,16 @@ def make_plan(
         made = Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
     else:
         made = (hybrid if kind == "hybrid" else data_parallel)(graph, ranks, threads=threads)
+    if average_every is not None and (kind != "data" or splits or shard or average_every < 1):
+        raise SettingError(
+            f"plan: average_every={average_every} is 1 step or more, for strategy 'data' without splits and shards."
+        )
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
     made = sharded(made, graph, parameters=shard == "parameters") if shard else made
-    return replace(
-        made, recipe={"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
-    )
+    recipe = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
+    return replace(made, average_every=average_every or 0, recipe={**recipe, "average_every": average_every})
 
 
 def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:
