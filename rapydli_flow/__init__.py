@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .runtime.events import Save as Save
     from .runtime.events import SetFactor as SetFactor
     from .runtime.events import Stop as Stop
+    from .runtime.local_cluster import LocalCluster as LocalCluster
     from .scheduler import Plan as Plan
     from .scheduler import Split as Split
     from .space import Space as Space
@@ -92,6 +93,7 @@ _HOMES = {
     "logbook": ("runs",),
     "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),
+    "runtime.local_cluster": ("LocalCluster",),
     "scheduler": ("Plan", "Split"),
     "space": ("Space",),
     "spec": ("Block", "Spec"),

@@ -51,6 +51,8 @@ class Told:
         elif kind == "segment":
             self.segments = _bounded([*self.segments, line], SEGMENTS)
         else:
+            if kind == "recovered" and line.get("addresses"):
+                self.about = {**self.about, **{k: line.pop(k) for k in ("addresses", "arena_bytes")}}
             self.events = [*self.events[:1], *self.events[1:][-EVENTS + 2 :], line]
 
     def numbers(self) -> Numbers:

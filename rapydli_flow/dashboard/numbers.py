@@ -32,7 +32,8 @@ class Series:
 class Numbers:
     """A run as its log tells it. ``train`` and ``held_out`` hold a series for each scalar and metric.
 
-    ``step_s``: seconds a step, ``feed_s``: how much of it records were waited for, where that is known.
+    ``step_s``: seconds a step, ``feed_s``: how much of it records were waited for, where that is known. ``ranks_s``:
+    seconds of a step of each rank in kernels, in meeting others, and in loading.
     """
 
     started: dict[str, Any]
@@ -45,6 +46,7 @@ class Numbers:
     feed_s: Series | None = None
     feed_share: float | None = None
     ops_s: dict[str, float] = field(default_factory=dict)
+    ranks_s: tuple[tuple[float, float, float], ...] = ()
     events: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -89,6 +91,7 @@ def numbers_of(lines: Sequence[dict[str, Any]]) -> Numbers:
         feed_s=_step_s([s for s in warm if _number(s.get("feed_s"))], "feed_s"),
         feed_share=_share(warm),
         ops_s=_ops(warm),
+        ranks_s=next((tuple(map(tuple, s["ranks"])) for s in reversed(warm) if s.get("ranks")), ()),
         events=tuple(line for line in lines if line.get("kind") not in ("step", "segment")),
     )
 

@@ -99,7 +99,7 @@ class View:
         self.choice.on_change("value", lambda attr, old, new: self.refresh())
         self.words = {
             name: Div(text="", name=name, stylesheets=[self.sheet], sizing_mode="stretch_width", margin=0)
-            for name in ("header", "tiles", "ops", "memory", "events", "plan")
+            for name in ("header", "tiles", "ops", "memory", "ranks", "events", "plan")
         }
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         self.figures = column(name="figures", spacing=14, **wide)
@@ -108,6 +108,7 @@ class View:
             self.words["tiles"],
             self.figures,
             row(self.words["ops"], self.words["memory"], spacing=14, **wide),
+            self.words["ranks"],
             self.words["events"],
             self.words["plan"],
             name="page",
@@ -141,6 +142,7 @@ class View:
         self._say(
             tiles=parts.tiles(numbers),
             ops=parts.time(numbers),
+            ranks=parts.ranks(numbers),
             events=parts.events(numbers, newest_first=True),
             plan=parts.plan(numbers),
         )

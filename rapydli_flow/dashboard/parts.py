@@ -95,6 +95,21 @@ def time(numbers: Numbers, *, across: bool = False) -> str:
     return card("time by op", f'<table class="bars">{bars}</table>', words, across=across)
 
 
+def ranks(numbers: Numbers) -> str:
+    """Bars in three parts: where each rank's time of a step goes."""
+    if len(numbers.ranks_s) < 2:
+        return ""
+    longest = max(max(map(sum, numbers.ranks_s)), 1e-12)
+    bars = ""
+    for rank, times in enumerate(numbers.ranks_s):
+        parts = zip(("kernels", "meeting", "loading"), times, strict=True)
+        inside = "".join(f'<s class="{name}" style="width:{100 * t / longest:.2f}%"></s>' for name, t in parts)
+        told = "".join(f"<td>{1e3 * t:.3g} ms</td>" for t in times)
+        bars += f'<tr><td>rank {rank}</td><td><div class="stacked">{inside}</div></td>{told}</tr>'
+    words = "of one step: in kernels, in meeting other ranks and waiting for them, in loading records"
+    return card("ranks", f'<table class="bars">{bars}</table>', words, wide=True)
+
+
 def plan(numbers: Numbers) -> str:
     explanation = numbers.started.get("explanation")
     return card("plan", f"<pre>{escape(str(explanation))}</pre>", wide=True) if explanation else ""
@@ -117,7 +132,8 @@ def _said(kind: str, after: Any, event: Mapping[str, Any]) -> str:
     if kind == "saved":
         folder = event.get("name", SNAPSHOTS)
         return (f"{folder}/step-{after:08d}" if folder == SNAPSHOTS else folder) if isinstance(after, int) else ""
-    rest = {k: v for k, v in event.items() if k not in ("kind", "step", "explanation") and v is not None}
+    unsaid = ("kind", "step", "explanation", "addresses", "arena_bytes")
+    rest = {k: v for k, v in event.items() if k not in unsaid and v is not None}
     if kind == "started":
         rest = {k: v for k, v in rest.items() if k in BEGINNING}
     return ", ".join(f"{k} {_plain(v)}" for k, v in rest.items())

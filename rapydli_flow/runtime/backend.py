@@ -36,6 +36,8 @@ class Recovery:
     seconds: float
     reason: str
     meta: Mapping[str, Any]
+    addresses: tuple[str, ...] = ()
+    arena_bytes: tuple[int, ...] = ()
 
 
 class Backend(ABC):
@@ -155,4 +157,4 @@ def one_result(results: Sequence[SegmentResult]) -> SegmentResult:
         first = replace(first, scalars=means)
     slowest = max(r.time_s for r in results)
     feed_s = max(r.feed_s for r in results)
-    return SegmentResult(0, first.first, first.steps, first.scalars, slowest, feed_s, first.ops)
+    return replace(first, rank=0, time_s=slowest, feed_s=feed_s, ranks=tuple(r.shares for r in results))

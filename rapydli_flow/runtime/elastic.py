@@ -111,8 +111,14 @@ class Elastic(Backend):
             raise error
         self.reached = step
         old.let_go()
+        return self._recovery(step, results, begin, str(error).partition(". ")[0])
+
+    def _recovery(self, step: int, results: tuple[SegmentResult, ...], begin: float, reason: str) -> Recovery:
+        """What the run is told of its new ranks."""
+        job = self.cluster.job
+        arenas = tuple(program.arena_bytes for program in job.programs)
         seconds = time.monotonic() - begin
-        return Recovery(step, results, self.cluster.job.ranks, seconds, str(error).partition(". ")[0], self.meta)
+        return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas)
 
     def _gone_back(self, old: Cluster, error: RunLost) -> tuple[int, Offers | Mapping[str, Array]]:
         """The step to go back to, and its state: copies on workers, or the last snapshot."""
@@ -183,8 +189,7 @@ class Elastic(Backend):
         self._make(min(self.ranks, len(workers)), workers, RunLost("the workers that came are gone again"))
         self.cluster.start(state)
         old.let_go()
-        reason = f"{self.cluster.job.ranks - old.job.ranks} worker(s) came"
-        return Recovery(step, (), self.cluster.job.ranks, time.monotonic() - begin, reason, self.meta)
+        return self._recovery(step, (), begin, f"{self.cluster.job.ranks - old.job.ranks} worker(s) came")
 
 
 def _salvaged(old: Cluster, pending: Sequence[Callable[[], Any]], step: int) -> list[SegmentResult]:

@@ -43,7 +43,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Steps ``first`` to ``first + steps - 1`` are done: their scalars, and where the time went."""
+    """Steps ``first`` to ``first + steps - 1`` are done: their scalars, and where the time went.
+
+    ``ops``: seconds of one step of rank 0 by op; ``ranks``: of every rank in kernels, in meeting others, in loading.
+    """
 
     first: int
     steps: int
@@ -51,6 +54,7 @@ class Stepped:
     time_s: float
     feed_s: float
     ops: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Recovered:
     ranks: int
     seconds: float
     reason: str
+    addresses: tuple[str, ...] = ()
+    arena_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

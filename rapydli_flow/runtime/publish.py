@@ -22,7 +22,7 @@ from typing import Any
 from distributed import Client, SchedulerPlugin
 
 from ..scheduler import Program
-from .events import Callback, Ended, Event, Saved, Stepped, Validated
+from .events import Callback, Ended, Event, Recovered, Saved, Stepped, Validated
 
 TOPIC, TUNING = "rapydli", "rapydli-tuning"
 PAGES = {  # imported by name, on the scheduler: they are floors above this one
@@ -137,11 +137,14 @@ def lines(event: Event) -> list[dict[str, Any]]:
             {"kind": "step", "step": event.first + i, **{name: series[i] for name, series in event.scalars.items()}}
             for i in reversed(kept)
         ]
-        times = {"time_s": event.time_s, "feed_s": event.feed_s, "ops": dict(event.ops)}
+        times: dict[str, Any] = {"time_s": event.time_s, "feed_s": event.feed_s, "ops": dict(event.ops)}
+        times |= {"ranks": event.ranks} if event.ranks else {}
         return [*steps, {"kind": "segment", "step": event.first, "steps": event.steps, **times}]
     if isinstance(event, Validated):
         return [{"kind": kind, "step": event.step - 1, "epoch": event.epoch, **event.metrics}]
     fields = asdict(event)
+    if isinstance(event, Recovered):
+        return [{"kind": kind, **fields}]
     if isinstance(event, Saved):
         fields["step"] -= 1
     return [{"kind": kind, **{k: v for k, v in fields.items() if isinstance(v, int | float | str)}}]

@@ -24,11 +24,15 @@ from .rank import CLOCKS, Rank
 from .transport import Transport
 
 KEPT = "Snapshots written before are kept."
+MEETINGS = ("all_reduce", "exchange", "assemble")  # titles of what is not a kernel
 
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """What a segment tells: scalars of each step, seconds, and where the time of one step went."""
+    """What a segment tells: scalars of each step, seconds, and where the time of one step went.
+
+    ``ranks``: for each rank, seconds of a step in kernels, in meeting others (waiting for them too), and in loading.
+    """
 
     rank: int
     first: int
@@ -37,6 +41,13 @@ class SegmentResult:
     time_s: float
     feed_s: float
     ops: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """This rank's seconds of a step in kernels, in meeting others, and in loading."""
+        meeting = sum(time_s for title, time_s in self.ops.items() if title in MEETINGS)
+        return sum(self.ops.values()) - meeting, meeting, self.feed_s / self.steps
 
     @property
     def last(self) -> int:

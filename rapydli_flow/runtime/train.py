@@ -199,7 +199,7 @@ class Loop:
             self._stepped(result)
         self.queue.clear()
         self.ordered, self.meta, self.step_s = again.step, {**self.meta, **again.meta}, None
-        self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason))
+        self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason, again.addresses, again.arena_bytes))
 
     def _pause(self) -> None:
         """Validate, decide and save, as far as that is to be done at this step."""
@@ -285,7 +285,7 @@ class Loop:
             self.step_s = result.time_s
         new = result.since(self.done)
         self.done = result.last
-        self.tell(Stepped(new.first, new.steps, new.scalars, new.time_s, new.feed_s, new.ops))
+        self.tell(Stepped(new.first, new.steps, new.scalars, new.time_s, new.feed_s, new.ops, new.ranks))
 
     def _validated(self, step: int) -> Callable[[Any], None]:
         epoch = -(-step // self.schedule.steps_per_epoch)
