@@ -29,8 +29,8 @@ from distributed import Client, LocalCluster
 
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
-from rapydli_flow.runtime.cluster import answering
 from rapydli_flow.runtime.events import Recovered, Stepped
+from rapydli_flow.runtime.workers import answering
 
 LIMIT_S = 60.0
 STEPS_A_FAULT = 250

@@ -21,7 +21,6 @@ from .fitting import GRANULARITIES, Fitting, Options, Run, as_dataset
 from .graph import Graph, from_json, to_json, trace, train_step
 from .ops import Leaf
 from .runtime import tuning as tuner
-from .runtime.cluster import ready_workers
 from .runtime.collection import Compiled
 from .runtime.collection import compile_graph as compile
 from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
@@ -34,6 +33,7 @@ from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
+from .runtime.workers import ready_workers
 from .scheduler import Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block

@@ -30,7 +30,6 @@ from .errors import SettingError, SnapshotError
 from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
-from .runtime.cluster import ready_workers
 from .runtime.elastic import Elastic, Policy
 from .runtime.evaluate import complete_state
 from .runtime.events import (
@@ -55,6 +54,7 @@ from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
+from .runtime.workers import ready_workers
 from .scheduler import Plan, Program, compile_program, data_parallel, remade
 from .spec import Array
 from .tuner import Choice, Tuning

@@ -23,11 +23,10 @@ from distributed import Client, Future
 from distributed import wait as wait_for
 
 from ..data import latest
-from ..errors import NoWorkers, RunLost, SnapshotError, VersionMismatch
+from ..errors import RunLost, SnapshotError
 from ..scheduler import Program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
-from ..version import __version__
 from . import worker as tasks
 from .backend import Backend, Writers, holding, one_result, whole_state
 from .copies import sources
@@ -35,63 +34,13 @@ from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
 from .segment import SegmentResult
 from .upkeep import begun, over
-from .worker import EXECUTOR, Job, Order, Resident
+from .worker import EXECUTOR, Job, Order
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 
 
 SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
 BEAT_S = 1.0
-
-
-def answering(client: Client, timeout_s: float) -> dict[str, dict[str, Any]]:
-    """What each worker is that answers in time, by address; only those of this version."""
-
-    async def ask() -> dict[str, dict[str, Any]]:
-        addresses = list((await client.scheduler.identity(n_workers=-1))["workers"])
-        asked = [asyncio.wait_for(client._run(tasks.who, workers=[a]), timeout_s) for a in addresses]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
-
-    found: dict[str, dict[str, Any]] = client.sync(ask)
-    return {address: worker for address, worker in found.items() if worker["version"] == __version__}
-
-
-def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
-    """What each worker is, by address; NoWorkers or VersionMismatch where the cluster will not do."""
-    least = ranks or 1
-    try:
-        client.wait_for_workers(least, timeout=timeout_s)
-    except TimeoutError:
-        have = len(client.scheduler_info(n_workers=-1)["workers"])
-        raise NoWorkers(
-            f"the plan needs {least} worker(s) but the cluster has {have} after {timeout_s:g} s. Start more workers, "
-            "or plan for fewer ranks."
-        ) from None
-    try:
-        known: dict[str, dict[str, Any]] = client.sync(client._run, tasks.who, callback_timeout=timeout_s)
-    except TimeoutError:
-        raise NoWorkers(f"a worker of the cluster does not answer in {timeout_s:g} s. Is it stopped?") from None
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise VersionMismatch(
-            f"a worker cannot import rapydli_flow {__version__} ({error}). Install the same version on every worker."
-        ) from error
-    for address, worker in sorted(known.items()):
-        if worker["version"] != __version__:
-            raise VersionMismatch(
-                f"worker {address} runs rapydli_flow {worker['version']} but this client runs {__version__}. "
-                "Install the same version everywhere: kernels and plans are exchanged between them."
-            )
-    client.register_plugin(Resident())
-    return known
-
-
-def place(workers: Mapping[str, Mapping[str, Any]], ranks: int) -> tuple[str, ...]:
-    """A worker for each rank: hosts are filled one after the other, so that neighbours share memory."""
-    ordered = sorted(workers, key=lambda address: (workers[address]["host"], address))
-    if len(ordered) < ranks:
-        raise NoWorkers(f"the plan needs {ranks} workers but the cluster has {len(ordered)}.")
-    return tuple(ordered[:ranks])
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from ..data import latest, read_snapshot
 from ..errors import NoWorkers, RunLost
 from ..spec import Array
 from .backend import Backend, Recovery
-from .cluster import ANSWER_S, Cluster, Offers, PendingSegment, answering, place
+from .cluster import ANSWER_S, Cluster, Offers, PendingSegment
 from .copies import common_step
 from .events import SNAPSHOTS
 from .segment import SegmentResult
 from .worker import Job
+from .workers import answering, place
 
 STUCK = 5  # losses in a row without a step between them that a run survives
 GROW_S = 5.0  # how often a run with fewer ranks than it could have looks for workers

@@ -33,7 +33,7 @@ from ..tuner import Tuning
 from . import stepping
 from . import tuning as tuner
 from .backend import holding, whole_state
-from .cluster import Cluster, place, ready_workers
+from .cluster import Cluster
 from .evaluate import complete_state
 from .feeding import fed_arrays
 from .local import Local
@@ -42,6 +42,7 @@ from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
 from .worker import Job
+from .workers import place, ready_workers
 
 TRANSPORTS = ("auto", "shared", "comm")
 

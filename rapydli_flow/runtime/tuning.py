@@ -26,12 +26,12 @@ from ..space import Rules, as_rules
 from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
-from .cluster import ready_workers
 from .own import carry, unpack
 from .publish import TUNING, show_page
 from .remembered import cache, check_allowed, known
 from .session import Job, Options, Progress, Session, Sitting
 from .tuning_report import TuningReport
+from .workers import ready_workers
 
 START_S, POLL_S, GONE_S = 30.0, 0.2, 3.0
 EXHAUSTED = "nothing left to try"

@@ -13,7 +13,9 @@ from itertools import pairwise, product
 from math import prod
 
 from ..errors import ShapeError
+from ..graph import Node
 from ..index import Axis, Index, Operand
+from ..ops import Leaf
 from ..spec import Block, Spec, even_bounds
 
 Layout = tuple[Block | None, ...]  # a block for each place, or for each rank; None: it has nothing
@@ -256,3 +258,50 @@ def blocks_of(
     need = [tuple(a[j] for a, _ in each) for j in range(len(ins))]
     give = [tuple(b[k] for _, b in each) for k in range(len(outs))]
     return need, give
+
+
+def no_empty(name: str, layout: Layout) -> None:
+    """ShapeError where a place would take part with nothing."""
+    for place, block in enumerate(layout):
+        if block is not None and block.empty and 0 not in block.whole:
+            raise ShapeError(
+                f"split: place {place} of {len(layout)} would hold nothing of {name} {block.whole}. Use fewer ranks."
+            )
+
+
+def check_layout(name: str, node: Node, layout: Layout, ranks: int) -> None:
+    """ShapeError unless this is a layout of a leaf: a grid of blocks, one for each rank."""
+    if len(layout) != ranks:
+        raise ShapeError(f"split: the layout of {name} has {len(layout)} blocks for {ranks} ranks.")
+    spec = node.specs[0]
+    if not isinstance(node.op, Leaf):
+        raise ShapeError(f"split: {name} is not a leaf; only leaves are given a layout.")
+    some = present(layout)
+    if any(block.whole != spec.shape for block in some):
+        raise ShapeError(f"split: the layout of {name} is for {some[0].whole}, but it is {spec}.")
+    for rank, block in enumerate(layout):
+        if block is not None and block.empty and 0 not in block.whole:
+            raise ShapeError(
+                f"split: rank {rank} of {ranks} would hold nothing of {name} {block.whole}. Use fewer ranks."
+            )
+    if not _is_grid(some):
+        blocks = " ".join(map(str, some))
+        raise ShapeError(
+            f"split: the blocks {blocks} are not a grid of {name} {spec}. Make them with Block.along or Block.grid."
+        )
+
+
+def _is_grid(layout: Sequence[Block]) -> bool:
+    """Do the blocks, each maybe several times, tile the whole array: every interval of an axis with every other?"""
+    if not layout:
+        return False
+    whole = layout[0].whole
+    cuts = [sorted({(b.lo[axis], b.hi[axis]) for b in layout}) for axis in range(len(whole))]
+    for spans, size in zip(cuts, whole, strict=True):
+        ends = [lo for lo, _ in spans] + [size]
+        if ends[0] != 0 or any(hi != nxt for (_, hi), nxt in zip(spans, ends[1:], strict=True)):
+            return False
+    cells = 1
+    for spans in cuts:
+        cells *= len(spans)
+    return len(set(layout)) == cells

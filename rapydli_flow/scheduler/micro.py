@@ -17,7 +17,7 @@ from ..graph import Graph, Node, rewrite
 from ..ops import Leaf
 from .cost import Machine, node_s
 from .layout import MARK
-from .split import GRADIENTS
+from .naming import GRADIENTS
 
 
 def micro_batch(name: str) -> int | None:

@@ -8,10 +8,26 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from ..errors import ShapeError
-from ..graph import Graph, Node
+from ..graph import Graph, Node, Value
 from ..ops import Leaf
 from .layout import Split, divisible, letter_of
-from .split import GRADIENTS, batched
+
+GRADIENTS = "grad/"  # the scope of what the backward pass adds: 'grad/conv_1/conv_1/conv_filter_grad_1'
+
+
+def batched(graph: Graph) -> set[Value]:
+    """Values whose first axis is that of the batch: it comes from the first axis of what is fed."""
+    found = {x.id for x in graph.leaves("batch") if x.spec.shape}
+    for i, node in enumerate(graph.nodes):
+        if not node.inputs:
+            continue
+        index = node.op.indexing(*map(graph.spec, node.inputs))
+        reads = zip(node.inputs, index.inputs, strict=True)
+        letters = {
+            letter for v, operand in reads if v in found for axis in operand[:1] if axis for letter in axis.letters
+        }
+        found |= {(i, k) for k, o in enumerate(index.outputs) if o and o[0] and letters.intersection(o[0].letters)}
+    return found
 
 
 def forward(graph: Graph) -> list[int]:

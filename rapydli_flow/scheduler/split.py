@@ -27,13 +27,26 @@ from ..spec import Block
 from .collective import AllReduce, Exchange
 from .cost import Machine
 from .cut import Known, choose
-from .layout import MARK, Cells, Layout, Places, Split, blocks_of, cells_along, cells_of, hull, present
+from .layout import (
+    MARK,
+    Cells,
+    Layout,
+    Places,
+    Split,
+    blocks_of,
+    cells_along,
+    cells_of,
+    check_layout,
+    hull,
+    no_empty,
+    present,
+)
+from .naming import GRADIENTS, batched
 from .placed import Placed
 from .reshard import Held, exchanges, groups
 
 Made = tuple[Tensor, ...]
 T = TypeVar("T")
-GRADIENTS = "grad/"  # the scope of what the backward pass adds: 'grad/conv_1/conv_1/conv_filter_grad_1'
 
 
 def split(
@@ -47,7 +60,7 @@ def split(
 ) -> tuple[Graph, ...]:
     """One graph a rank. ``layouts`` says for each rank how leaves lie, ``splits`` how nodes are divided, by name."""
     for name, layout in layouts.items():
-        _check_layout(graph, name, layout, ranks)
+        check_layout(name, graph[name], layout, ranks)
     places = Places(ranks, micro_batches)
     return _Splitter(graph, places, layouts, splits or {}, machine or Machine()).run()
 
@@ -106,7 +119,7 @@ class _Splitter:
         self.sources[i, 0] = node
         if node.name in self.layouts:
             layout = self.places.spread(self.layouts[node.name])
-            _no_empty(node.name, layout)
+            no_empty(node.name, layout)
             self.place_leaf((i, 0), node, layout)
 
     def place_leaf(self, value: Value, node: Node, layout: Layout) -> None:
@@ -130,7 +143,7 @@ class _Splitter:
         need, give = blocks_of(index, cells, ins, node.specs)
         operands: list[Sequence[Tensor | None]] = []
         for j, v in enumerate(node.inputs):
-            _no_empty(node.name, need[j])
+            no_empty(node.name, need[j])
             operands.append(self.placed[v].tensors if kept else self.move(v, need[j]))
         made: list[Made | None] = []
         shared = self.shared(cells, operands)
@@ -144,7 +157,7 @@ class _Splitter:
             name = node.name if shared[p] else self.places.mark(node.name, p)
             made.append(self.add(self.places.rank(p), op, _at(operands, p), name, at))
         for k in range(len(node.specs)):
-            _no_empty(node.name, give[k])
+            no_empty(node.name, give[k])
             self.check(node, k, made, give[k])
             parts = self.placed[node.inputs[0]].parts if kept else _parts(cells, index.partial, k)
             tensors = tuple(None if ys is None else ys[k] for ys in made)
@@ -363,21 +376,6 @@ class _Splitter:
         return made if isinstance(made, tuple) else (made,)
 
 
-def batched(graph: Graph) -> set[Value]:
-    """Values whose first axis is that of the batch: it comes from the first axis of what is fed."""
-    found = {x.id for x in graph.leaves("batch") if x.spec.shape}
-    for i, node in enumerate(graph.nodes):
-        if not node.inputs:
-            continue
-        index = node.op.indexing(*map(graph.spec, node.inputs))
-        reads = zip(node.inputs, index.inputs, strict=True)
-        letters = {
-            letter for v, operand in reads if v in found for axis in operand[:1] if axis for letter in axis.letters
-        }
-        found |= {(i, k) for k, o in enumerate(index.outputs) if o and o[0] and letters.intersection(o[0].letters)}
-    return found
-
-
 def _parts(cells: Cells, partial: Any, k: int) -> tuple[int, ...]:
     """For each place, the number of the part of a sum that it makes of output k."""
     letters = sorted({letter for cell in cells if cell for letter in cell if partial(letter)[k]})
@@ -391,48 +389,3 @@ def _at(layouts: Sequence[Sequence[T | None]], place: int) -> list[T]:
     found = [x for layout in layouts if (x := layout[place]) is not None]
     assert len(found) == len(layouts)
     return found
-
-
-def _no_empty(name: str, layout: Layout) -> None:
-    for place, block in enumerate(layout):
-        if block is not None and block.empty and 0 not in block.whole:
-            raise ShapeError(
-                f"split: place {place} of {len(layout)} would hold nothing of {name} {block.whole}. Use fewer ranks."
-            )
-
-
-def _check_layout(graph: Graph, name: str, layout: Layout, ranks: int) -> None:
-    if len(layout) != ranks:
-        raise ShapeError(f"split: the layout of {name} has {len(layout)} blocks for {ranks} ranks.")
-    spec = graph.find(name).spec
-    if not isinstance(graph[name].op, Leaf):
-        raise ShapeError(f"split: {name} is not a leaf; only leaves are given a layout.")
-    some = present(layout)
-    if any(block.whole != spec.shape for block in some):
-        raise ShapeError(f"split: the layout of {name} is for {some[0].whole}, but it is {spec}.")
-    for rank, block in enumerate(layout):
-        if block is not None and block.empty and 0 not in block.whole:
-            raise ShapeError(
-                f"split: rank {rank} of {ranks} would hold nothing of {name} {block.whole}. Use fewer ranks."
-            )
-    if not _is_grid(some):
-        blocks = " ".join(map(str, some))
-        raise ShapeError(
-            f"split: the blocks {blocks} are not a grid of {name} {spec}. Make them with Block.along or Block.grid."
-        )
-
-
-def _is_grid(layout: Sequence[Block]) -> bool:
-    """Do the blocks, each maybe several times, tile the whole array: every interval of an axis with every other?"""
-    if not layout:
-        return False
-    whole = layout[0].whole
-    cuts = [sorted({(b.lo[axis], b.hi[axis]) for b in layout}) for axis in range(len(whole))]
-    for spans, size in zip(cuts, whole, strict=True):
-        ends = [lo for lo, _ in spans] + [size]
-        if ends[0] != 0 or any(hi != nxt for (_, hi), nxt in zip(spans, ends[1:], strict=True)):
-            return False
-    cells = 1
-    for spans in cuts:
-        cells *= len(spans)
-    return len(set(layout)) == cells

@@ -13,9 +13,8 @@ from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, even_bounds
 from .cost import Machine, node_s
 from .layout import Layout, Split, bounds_of
-from .naming import divided_nodes, forward
+from .naming import batched, divided_nodes, forward
 from .plan import Plan
-from .split import batched
 
 STRATEGIES = ("data", "spatial", "filters", "channels", "hybrid", "pipeline")
 SHARDS = ("state", "parameters")

@@ -10,7 +10,7 @@ import rapydli_flow as rf
 from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import SettingError
 from rapydli_flow.runtime import worker as tasks
-from rapydli_flow.runtime.cluster import place, ready_workers
+from rapydli_flow.runtime.workers import place, ready_workers
 
 
 def held_ranks():

@@ -17,9 +17,9 @@ from rapydli_flow import nn
 from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import NoWorkers, SettingError
 from rapydli_flow.runtime import worker as tasks
-from rapydli_flow.runtime.cluster import place, ready_workers
 from rapydli_flow.runtime.copies import common_step, only_here, sources
 from rapydli_flow.runtime.events import Recovered, Stepped, Validated, read_log
+from rapydli_flow.runtime.workers import place, ready_workers
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.testing.plans import programs
 

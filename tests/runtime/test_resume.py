@@ -15,8 +15,8 @@ from small_runs import SNAPSHOT_EVERY, deviation, make_step, many, same_bits
 import rapydli_flow as rf
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
 from rapydli_flow.errors import RunLost, SettingError, SnapshotError
-from rapydli_flow.runtime.cluster import place, ready_workers
 from rapydli_flow.runtime.events import Stepped, read_log
+from rapydli_flow.runtime.workers import place, ready_workers
 
 STEPS = 200
 

@@ -1,0 +1,64 @@
+"""Which workers a cluster has, what they are, and which of them ranks are placed on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from distributed import Client
+
+from ..errors import NoWorkers, VersionMismatch
+from ..version import __version__
+from . import worker as tasks
+from .worker import Resident
+
+
+def answering(client: Client, timeout_s: float) -> dict[str, dict[str, Any]]:
+    """What each worker is that answers in time, by address; only those of this version."""
+
+    async def ask() -> dict[str, dict[str, Any]]:
+        addresses = list((await client.scheduler.identity(n_workers=-1))["workers"])
+        asked = [asyncio.wait_for(client._run(tasks.who, workers=[a]), timeout_s) for a in addresses]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
+
+    found: dict[str, dict[str, Any]] = client.sync(ask)
+    return {address: worker for address, worker in found.items() if worker["version"] == __version__}
+
+
+def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
+    """What each worker is, by address; NoWorkers or VersionMismatch where the cluster will not do."""
+    least = ranks or 1
+    try:
+        client.wait_for_workers(least, timeout=timeout_s)
+    except TimeoutError:
+        have = len(client.scheduler_info(n_workers=-1)["workers"])
+        raise NoWorkers(
+            f"the plan needs {least} worker(s) but the cluster has {have} after {timeout_s:g} s. Start more workers, "
+            "or plan for fewer ranks."
+        ) from None
+    try:
+        known: dict[str, dict[str, Any]] = client.sync(client._run, tasks.who, callback_timeout=timeout_s)
+    except TimeoutError:
+        raise NoWorkers(f"a worker of the cluster does not answer in {timeout_s:g} s. Is it stopped?") from None
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise VersionMismatch(
+            f"a worker cannot import rapydli_flow {__version__} ({error}). Install the same version on every worker."
+        ) from error
+    for address, worker in sorted(known.items()):
+        if worker["version"] != __version__:
+            raise VersionMismatch(
+                f"worker {address} runs rapydli_flow {worker['version']} but this client runs {__version__}. "
+                "Install the same version everywhere: kernels and plans are exchanged between them."
+            )
+    client.register_plugin(Resident())
+    return known
+
+
+def place(workers: Mapping[str, Mapping[str, Any]], ranks: int) -> tuple[str, ...]:
+    """A worker for each rank: hosts are filled one after the other, so that neighbours share memory."""
+    ordered = sorted(workers, key=lambda address: (workers[address]["host"], address))
+    if len(ordered) < ranks:
+        raise NoWorkers(f"the plan needs {ranks} workers but the cluster has {len(ordered)}.")
+    return tuple(ordered[:ranks])
