@@ -18,8 +18,8 @@ sample, so a failure comes back. `check_sizes` needs hypothesis.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -268,9 +268,9 @@ def _another(sample: Sample, i: int, value: Any, n: int, rng: np.random.Generato
 
 
 def check_local(sample: Sample, *, cuttings: int = 2) -> None:
-    """The op on blocks against the op on the whole, for every letter along which work can be divided.
+    """The op on blocks against the op on the whole, for every letter along which work can be divided, and every two.
 
-    Outputs that hold the letter are parts of the whole; the others are parts of a sum. A sum of parts
+    Outputs that hold the letters are parts of the whole; the others are parts of a sum. A sum of parts
     is no business of fused ops, whose tails must not run before the sum: split first, then fuse.
     """
     op, rng = sample.op, seeded(sample, "local")
@@ -278,16 +278,18 @@ def check_local(sample: Sample, *, cuttings: int = 2) -> None:
     sizes = index.sizes(specs, outs)
     ins = sample.draw(rng, "float64")
     whole = op.run(*ins)
-    for letter in index.splittable():
-        if isinstance(op, Fused) and any(index.partial(letter)):
+    alone = index.splittable()
+    for letters in (*((letter,) for letter in alone), *combinations(alone, 2)):
+        if isinstance(op, Fused) and any(any(index.partial(letter)) for letter in letters):
             continue
         done = 0
         for _ in range(4 * cuttings):
-            bounds = _cut(sizes[letter], rng)
-            blocks = [index.blocks(specs, outs, {letter: cell}) for cell in pairwise(bounds)]
-            if len(blocks) < 2 or any(block.empty for pair in blocks for side in pair for block in side):
+            bounds = {letter: _cut(sizes[letter], rng) for letter in letters}
+            cells = [dict(zip(letters, cell, strict=True)) for cell in product(*map(pairwise, bounds.values()))]
+            blocks = [index.blocks(specs, outs, cell) for cell in cells]
+            if min(map(len, bounds.values())) < 3 or any(b.empty for pair in blocks for side in pair for b in side):
                 continue
-            _check_parts(sample, letter, bounds, blocks, ins, whole)
+            _check_parts(sample, bounds, blocks, ins, whole)
             done += 1
             if done == cuttings:
                 break
@@ -295,30 +297,29 @@ def check_local(sample: Sample, *, cuttings: int = 2) -> None:
 
 def _check_parts(
     sample: Sample,
-    letter: str,
-    bounds: Sequence[int],
+    bounds: Mapping[str, Sequence[int]],
     blocks: Sequence[tuple[tuple[Block, ...], tuple[Block, ...]]],
     ins: Sequence[Array],
     whole: Sequence[Array],
 ) -> None:
     _, _, index = _formula(sample)
-    partial = index.partial(letter)
+    partial = [any(index.partial(letter)[k] for letter in bounds) for k in range(len(whole))]
+    words = ", ".join(f"{letter} cut at {tuple(at)}" for letter, at in bounds.items())
     sums = [np.zeros_like(y) for y in whole]
     for need, give in blocks:
         cut = [x[block.slices] for x, block in zip(ins, need, strict=True)]
         local = sample.op.local(need, give)
-        title = f"{letter} cut at {tuple(bounds)}, block {give[0]} as {local}"
+        title = f"{words}, block {give[0]} as {local}"
         said = local.out_specs(*map(spec_of, cut))
         if [s.shape for s in said] != [block.shape for block in give]:
             fail(sample, f"{title}: infer says {join(said)}, not the shapes of {join(give)}")
         for k, (y, block) in enumerate(zip(local.run(*cut, at=give[0]), give, strict=True)):
-            if partial[k]:
-                sums[k] += y
-            else:
+            sums[k][block.slices] += y
+            if not partial[k]:
                 compare(sample, f"{title}: output {k}", y, whole[k][block.slices], 1e-11)
     for k, y in enumerate(whole):
         if partial[k] and y.dtype.kind == "f":
-            compare(sample, f"{letter} cut at {tuple(bounds)}: sum of output {k}", sums[k], y, 1e-11)
+            compare(sample, f"{words}: sum of output {k}", sums[k], y, 1e-11)
 
 
 def _cut(size: int, rng: np.random.Generator) -> tuple[int, ...]:
