@@ -239,6 +239,7 @@ def fit(
     retries: int = 100,
     min_workers: int | None = None,
     patience_s: float = 30.0,
+    walltime_s: float | None = None,
 ) -> Run:
     """Train. In this process, or on the workers of a Dask client; the numbers are the same up to rounding.
 
@@ -256,6 +257,8 @@ def fit(
     On workers a run goes on when one is lost, ``retries`` times: ranks are placed anew, on spare workers if there are,
     and go back to copies in the memory of the others, at most a segment. ``patience_s``: seconds to wait for workers to
     come; then, if ``min_workers`` allows it, the run goes on with fewer ranks, and with more when they are back.
+
+    On SIGTERM, or after ``walltime_s`` seconds, it takes a snapshot, where it writes any, and returns; ``resume`` goes on.
     """
     options = Options(
         epochs=epochs,
@@ -275,6 +278,7 @@ def fit(
         retries=retries,
         min_workers=min_workers,
         patience_s=patience_s,
+        walltime_s=walltime_s,
     )
     options.check(step)
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:

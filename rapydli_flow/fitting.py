@@ -46,6 +46,7 @@ from .runtime.events import (
 )
 from .runtime.feeding import check_fields
 from .runtime.flow import Flow
+from .runtime.leaving import Leaving
 from .runtime.local import Local
 from .runtime.own import bring, defined_outside
 from .runtime.process import this_process
@@ -149,6 +150,7 @@ class Options:
     retries: int = 100
     min_workers: int | None = None
     patience_s: float = 30.0
+    walltime_s: float | None = None
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
@@ -171,6 +173,8 @@ class Options:
             raise SettingError(f"fit: keep={self.keep} is not 1 or more snapshots.")
         if self.retries < 0 or not self.patience_s >= 0:
             raise SettingError(f"fit: retries={self.retries}, patience_s={self.patience_s} are not 0 or more.")
+        if self.walltime_s is not None and not self.walltime_s > 0:
+            raise SettingError(f"fit: walltime_s={self.walltime_s} is not more than 0 seconds.")
         if self.min_workers is not None and self.min_workers < 1:
             raise SettingError(f"fit: min_workers={self.min_workers} is not 1 or more.")
 
@@ -227,8 +231,9 @@ class Fitting:
         )
         watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
         try:
-            loop = Loop(backend, self._schedule(plan), watching, self._meta(plan, programs, tuning))
-            run.state = loop.run(self.first, started, past)
+            with Leaving(options.walltime_s) as leave:
+                loop = Loop(backend, self._schedule(plan), watching, self._meta(plan, programs, tuning), leave)
+                run.state = loop.run(self.first, started, past)
         finally:
             if log is not None:
                 log.close()

@@ -71,20 +71,27 @@ class Schedule:
 
 
 class Loop:
-    """Drives a backend through a schedule, tells callbacks what happens, and does what they ask for."""
+    """Drives a backend through a schedule, tells callbacks what happens, and does what they ask for.
+
+    ``leave`` says why the run must leave before it is done, '' if it need not: it then takes a snapshot and ends.
+    """
 
     def __init__(
-        self, backend: Backend, schedule: Schedule, callbacks: Sequence[Callback], meta: Mapping[str, Any]
+        self,
+        backend: Backend,
+        schedule: Schedule,
+        callbacks: Sequence[Callback],
+        meta: Mapping[str, Any],
+        leave: Callable[[], str] = lambda: "",
     ) -> None:
+        self.leave = leave
         self.backend, self.schedule, self.callbacks, self.meta = backend, schedule, tuple(callbacks), meta
         self.decides = any(callback.decides for callback in callbacks)
         self.queue: deque[tuple[Callable[[Any], None], Callable[[], Any]]] = deque()
         self.step_s: float | None = None
         self.done = self.ordered = self.saved = self.paused = self.validated = schedule.first
         self.last = schedule.last  # earlier where a callback stops the run
-        self.changes: list[tuple[int, Mapping[str, float]]] = [
-            (schedule.first, {})
-        ]  # of clocks, and from which step on
+        self.changes: list[tuple[int, Mapping[str, float]]] = [(schedule.first, {})]  # of clocks, by step
         self.asked: list[Action] = []
         self.stop: Stop | None = None
         self.raised: Exception | None = None
@@ -191,7 +198,13 @@ class Loop:
             if self.backend.recovers and self.backend.may_grow():
                 self._drain()
                 self._go_on(self.backend.grow(self.ordered))
+            reason = self.leave()
+            if reason and self.stop is None and self.ordered < self.last:
+                self.stop, self.last = Stop(reason), self.ordered
         self._drain()
+        if self.schedule.snapshot_every and self.stop is not None and self.saved < self.ordered:
+            self._save(SNAPSHOTS)
+            self._drain()
 
     def _go_on(self, again: Recovery) -> None:
         """Go on from the step that a recovery has, on the ranks that it has."""

@@ -1,5 +1,7 @@
 """Training in this process: any number of ranks, any granularity, the same run."""
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -185,3 +187,31 @@ def test_ranks_that_train_by_themselves_stop_together(data):
     step = small_runs.make_step(1e30, net=plain)
     with pytest.raises(NonFinite, match=r"the loss of rank \d is not finite at step \d"):
         rf.fit(step, data["train"], steps=40, plan=rf.plan(step, ranks=2, threads=1, average_every=4), seed=3)
+
+
+# leaving ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["SIGTERM", "its time is up"])
+def test_a_run_that_must_leave_can_go_on(step, data, tmp_path, why):
+    want = rf.fit(step, data["train"], steps=60, plan=many(step, 2), seed=3)
+
+    class Term(rf.Callback):
+        def on_event(self, event):
+            if why == "SIGTERM" and type(event).__name__ == "Stepped":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    how = {"run_dir": tmp_path, "seed": 3, "snapshot_every": 1000}
+    leave = {"walltime_s": 0.001} if why != "SIGTERM" else {}
+    run = rf.fit(step, data["train"], steps=60, plan=many(step, 2), callbacks=[Term()], **how, **leave)
+    assert run.outcome == f"stopped: {why}"
+    assert 1 <= run.steps < 60
+    assert signal.getsignal(signal.SIGTERM) is before
+    run = rf.fit(step, data["train"], steps=60, resume=True, **how)
+    assert same_bits(run.state, want.state)
+
+
+def test_no_time_at_all(step, data):
+    with pytest.raises(SettingError, match="fit: walltime_s=0 is not more than 0 seconds"):
+        rf.fit(step, data["train"], steps=2, walltime_s=0)
