@@ -258,7 +258,7 @@ def fit(
     and go back to copies in the memory of the others, at most a segment. ``patience_s``: seconds to wait for workers to
     come; then, if ``min_workers`` allows it, the run goes on with fewer ranks, and with more when they are back.
 
-    On SIGTERM, or after ``walltime_s`` seconds, it takes a snapshot, where it writes any, and returns; ``resume`` goes on.
+    On SIGTERM, or after ``walltime_s`` seconds, it writes a last snapshot, if it writes any, and returns.
     """
     options = Options(
         epochs=epochs,
