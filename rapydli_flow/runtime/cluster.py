@@ -34,7 +34,7 @@ from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
 from .segment import SegmentResult
 from .upkeep import begun, over
-from .worker import EXECUTOR, Job, Order
+from .worker import Job, Order, executor_of
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 
@@ -94,7 +94,7 @@ class Cluster(Backend):
         self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads, ranks=job.ranks)
         self.writers = Writers(job.run_dir, job.keep)  # of a state that is held in parts
         self.written: set[str] = set()
-        self._warm(job, workers)
+        self.workers = workers
 
     # tasks ------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Cluster(Backend):
                 annotations={
                     "workers": [self.addresses[number]],
                     "allow_other_workers": False,
-                    "executor": EXECUTOR,
+                    "executor": "default" if name == "prepare" else executor_of(self.job.run),
                     "retries": 0,
                 },
             )
@@ -136,7 +136,8 @@ class Cluster(Backend):
         pending = set(futures)
         while pending:
             try:
-                done, _ = wait_for(list(pending), timeout=1.0, return_when="FIRST_COMPLETED")
+                with self.client.as_current():  # there may be several
+                    done, _ = wait_for(list(pending), timeout=1.0, return_when="FIRST_COMPLETED")
             except TimeoutError:
                 done = set()
             pending -= set(done)
@@ -164,7 +165,8 @@ class Cluster(Backend):
         limit = time.monotonic() + self.job.timeout_s
         while time.monotonic() < limit:
             try:
-                wait_for(list(futures), timeout=1.0)
+                with self.client.as_current():
+                    wait_for(list(futures), timeout=1.0)
                 break
             except TimeoutError:
                 self._look(now=True)
@@ -176,14 +178,10 @@ class Cluster(Backend):
         if not now and time.monotonic() - self.looked < 1.0:
             return
         self.looked = time.monotonic()
-        present = self._present()
-        for number, address in enumerate(self.addresses):
-            if address not in present:
-                self.give_up()
-                raise RunLost(
-                    f"rank {number} is lost: its worker {address} left the cluster. Go on from the last snapshot "
-                    "with fit(..., resume=True)."
-                )
+        lost = self.lost()
+        if lost:
+            self.give_up()
+            raise RunLost(f"{lost}. Go on from the last snapshot with fit(..., resume=True).")
         self._feel()
 
     def _feel(self) -> None:
@@ -239,6 +237,14 @@ class Cluster(Backend):
         with suppress(Exception):  # of a scheduler that is gone
             over(self.client, self.job.run)
 
+    def lost(self) -> str:
+        """The first rank whose worker left the cluster, in words; '' if all are there."""
+        present = self._present()
+        for number, address in enumerate(self.addresses):
+            if address not in present:
+                return f"rank {number} is lost: its worker {address} left the cluster"
+        return ""
+
     def kept(self) -> dict[str, dict[int, dict[int, list[tuple[str, Block]]]]]:
         """What ranks on workers that answer have copies of: by address, rank and step."""
 
@@ -283,8 +289,9 @@ class Cluster(Backend):
             with suppress(TimeoutError):
                 self.client.sync(self.client._run, function, self.job.run, **told)
 
-    def _warm(self, job: Job, workers: Mapping[str, Any]) -> None:
+    def _warm(self) -> None:
         """Compile each kernel once a host, divided over its workers."""
+        job, workers = self.job, self.workers
         programs = [*job.programs, *self._scoring(job)]
         requests = list(dict.fromkeys(pair for program in programs for pair in program.requests))
         hosts: dict[str, list[str]] = {}
@@ -320,6 +327,7 @@ class Cluster(Backend):
 
     def start(self, state: Mapping[str, Array] | Offers | None) -> None:
         begun(self.client, self.job.run, self.addresses)
+        self._warm()
         first = self.each("prepare", tasks.prepare, self.job, _number, ranks=1)
         self.results(first)
         addresses = self.each("prepare", _others, self.job, _number, after=first)

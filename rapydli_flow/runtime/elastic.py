@@ -14,7 +14,7 @@ bit if the ranks are as many as before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,7 @@ class Policy:
     patience_s: float
 
 
+Begin = Offers | Mapping[str, Array] | None  # what a generation begins with
 JobOf = Callable[[int], tuple[Job, Mapping[str, Any]]]  # for so many ranks: the job, and what its snapshots say
 
 
@@ -63,6 +64,8 @@ class Elastic(Backend):
         self.job, self.meta = job_of(ranks)
         self.cluster = Cluster(client, self.job, place(workers, ranks), workers)
         self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
+        self.initial: Mapping[str, Array] | None = None
+        self.first: int | None = None  # the first step of all
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -71,9 +74,15 @@ class Elastic(Backend):
     # orders -----------------------------------------------------------------------------------------
 
     def start(self, state: Mapping[str, Array] | None) -> None:
-        self.cluster.start(state)
+        self.initial = state
+        try:
+            self.cluster.start(state)
+        except RunLost as error:
+            self._count(error)
+            self._again(self.cluster, error, lambda: (-1, state))
 
     def segment(self, first: int, steps: int, *, profile: bool, clocks: Mapping[str, float]) -> PendingSegment:
+        self.first = first if self.first is None else self.first
         return self.cluster.segment(first, steps, profile=profile, clocks=clocks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
@@ -92,27 +101,36 @@ class Elastic(Backend):
 
     def recover(self, error: RunLost, pending: Sequence[Callable[[], Any]]) -> Recovery:
         """Place the ranks anew after a loss; the error itself where that cannot be done."""
-        begin = time.monotonic()
-        self.losses += 1
-        if self.losses > self.policy.retries:
-            raise error
-        old = self.cluster
-        while True:
-            try:
-                step, held = self._gone_back(old, error)
-                results = tuple(_salvaged(old, pending, step))
-                self._place(old, held, error)
-                break
-            except RunLost as other:
-                self.stuck += 1
-                if self.stuck > STUCK:
-                    raise error from other
+        begin, old = time.monotonic(), self.cluster
+        self._count(error)
+        reason = str(error) if "has not answered" in str(error) else old.lost() or str(error)
+        step = self._again(old, error, lambda: self._gone_back(old, error, pending))
         self.stuck = self.stuck + 1 if step == self.reached else 0
         if self.stuck > STUCK:
             raise error
         self.reached = step
-        old.let_go()
-        return self._recovery(step, results, begin, str(error).partition(". ")[0])
+        results = tuple(_salvaged(pending, step))
+        return self._recovery(step, results, begin, reason.partition(". ")[0])
+
+    def _count(self, error: RunLost) -> None:
+        """One more loss; the error itself if it is one too many."""
+        self.losses += 1
+        if self.losses > self.policy.retries:
+            raise error
+
+    def _again(self, old: Cluster, error: RunLost, find: Callable[[], tuple[int, Begin]]) -> int:
+        """A new generation from what ``find`` says: the step, and its state. The step."""
+        for _ in range(STUCK):
+            try:
+                step, begin = find()
+                self._place(begin, error)
+            except RunLost as other:
+                if other is error:
+                    raise
+            else:
+                old.let_go()
+                return step
+        raise error
 
     def _recovery(self, step: int, results: tuple[SegmentResult, ...], begin: float, reason: str) -> Recovery:
         """What the run is told of its new ranks."""
@@ -121,13 +139,15 @@ class Elastic(Backend):
         seconds = time.monotonic() - begin
         return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas)
 
-    def _gone_back(self, old: Cluster, error: RunLost) -> tuple[int, Offers | Mapping[str, Array]]:
-        """The step to go back to, and its state: copies on workers, or the last snapshot."""
+    def _gone_back(self, old: Cluster, error: RunLost, pending: Sequence[Callable[[], Any]]) -> tuple[int, Begin]:
+        """The step to go back to, and its state: copies on workers, the beginning, or the last snapshot."""
         old.give_up()
         known = old.kept()
         step = common_step((steps for ranks in known.values() for steps in ranks.values()), old.job.programs)
         if step is not None:
             return step, old.offers(known, step)
+        if self.first is not None and any(isinstance(p, PendingSegment) and p.first == self.first for p in pending):
+            return self.first, self.initial  # nobody has heard of any step
         run_dir = old.job.run_dir
         newest = latest(run_dir / SNAPSHOTS) if run_dir is not None else None
         if newest is None:
@@ -135,12 +155,12 @@ class Elastic(Backend):
         snapshot = read_snapshot(newest)
         return snapshot.step, snapshot.arrays
 
-    def _place(self, old: Cluster, held: Offers | Mapping[str, Array], error: RunLost) -> None:
+    def _place(self, begin: Begin, error: RunLost) -> None:
         """A new generation on the workers that answer."""
-        workers = self._workers(old)
+        workers = self._workers()
         self._make(min(self.ranks, len(workers)), workers, error)
         try:
-            self.cluster.start(held)
+            self.cluster.start(begin)
         except BaseException:
             self.cluster.close(failed=True)
             raise
@@ -155,7 +175,7 @@ class Elastic(Backend):
             ranks -= 1
         raise error
 
-    def _workers(self, old: Cluster) -> dict[str, dict[str, Any]]:
+    def _workers(self) -> dict[str, dict[str, Any]]:
         """Workers that answer: enough for all ranks, or after some patience enough for the fewest."""
         limit = time.monotonic() + self.policy.patience_s
         while True:
@@ -193,13 +213,11 @@ class Elastic(Backend):
         return self._recovery(step, (), begin, f"{self.cluster.job.ranks - old.job.ranks} worker(s) came")
 
 
-def _salvaged(old: Cluster, pending: Sequence[Callable[[], Any]], step: int) -> list[SegmentResult]:
-    """Results of segments before a step, as far as ranks that are left have them."""
-    out = []
+def _salvaged(pending: Sequence[Callable[[], Any]], step: int) -> Iterator[SegmentResult]:
+    """Results of segments before a step: ranks that are left have them."""
     for each in pending:
         if isinstance(each, PendingSegment) and each.last <= step:
             result = each.salvage()
             if result is None:
-                raise RunLost(f"the numbers of steps {each.first} to {each.last - 1} are lost with a worker")
-            out.append(result)
-    return out
+                raise RunLost(f"the numbers of steps {each.first} to {each.last - 1} are lost with a worker.")
+            yield result

@@ -1,7 +1,8 @@
 """What runs on Dask workers: ranks that stay resident between tasks, and the tasks that use them.
 
-A rank lives in the process of its worker under (run, rank). Its tasks carry small tokens; they run in
-the executor 'rapydli', one thread, that `Resident` gives each worker.
+A rank lives in the process of its worker under (run, rank). Its tasks carry small tokens. Each run has an executor of
+one thread on each of its workers, and its tasks do not count against the worker's threads: where runs share workers, a
+task that waits for the other ranks must not keep back a task of another run that those wait for.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 from distributed import WorkerPlugin, get_worker
+from distributed.worker import thread_state
+from distributed.worker_state_machine import SecedeEvent
 
 from cpu_kernels.compile import host
 
@@ -39,7 +44,26 @@ from .transport import CHUNK_BYTES, Alone, Transport, swap_bytes
 from .upkeep import RELEASE
 from .warm import warm as warm_up
 
-EXECUTOR = "rapydli"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def executor_of(run: str) -> str:
+    """The name of a run's executor on its workers."""
+    return f"rapydli-{run}"
+
+
+def of_a_rank(function: F) -> F:
+    """Marks a task that may wait for other ranks: it makes room for another one, as `distributed.secede` does for
+    threads of Dask's own pool."""
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        worker, stimulus = get_worker(), f"rapydli-{time.time()}"
+        event = SecedeEvent(key=thread_state.key, compute_duration=0.0, stimulus_id=stimulus)
+        worker.loop.add_callback(worker.handle_stimulus, event)
+        return function(*arguments)
+
+    return run  # type: ignore[return-value]
 
 
 def _released(run: str, **_: Any) -> None:
@@ -48,17 +72,16 @@ def _released(run: str, **_: Any) -> None:
 
 
 class Resident(WorkerPlugin):  # type: ignore[misc]
-    """Gives a worker the executor that ranks run in, and an ear for runs whose client is gone."""
+    """Gives a worker an ear for runs whose client is gone."""
 
     name = "rapydli"
     idempotent = True
 
     def setup(self, worker: Any) -> None:
-        worker.executors[EXECUTOR] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
         worker.stream_handlers[RELEASE] = _released
 
     def teardown(self, worker: Any) -> None:
-        worker.executors.pop(EXECUTOR).shutdown(wait=False)
+        del worker.stream_handlers[RELEASE]
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,7 @@ class Held:
 
 
 _held: dict[tuple[str, int], Held] = {}
+_rooms: dict[str, list[Any]] = {}  # workers of this process on which a run has an executor
 _over: set[str] = set()  # runs that were given up or released here
 
 
@@ -157,13 +181,17 @@ def prepare(job: Job, number: int) -> str:
     When a worker dies, Dask runs again what its tasks depended on, here too: that must not begin the run anew.
     """
     transport: Transport
+    worker = get_worker()
     if job.run in _over or (job.run, number) in _held:
         raise RunLost(f"rank {number} of run {job.run} was here before: another rank is lost; resume the run.")
+    if executor_of(job.run) not in worker.executors:
+        worker.executors[executor_of(job.run)] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
+        _rooms.setdefault(job.run, []).append(worker)
     address = ""
     if job.ranks == 1:
         transport = Alone()
     elif job.transport == "comm":
-        transport = Peers(get_worker(), number, job.ranks, timeout_s=job.timeout_s)
+        transport = Peers(worker, number, job.ranks, timeout_s=job.timeout_s)
         address = transport.open()
     else:
         if number > 0:
@@ -178,6 +206,7 @@ def _shared(job: Job, number: int) -> SharedMemory:
     return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
 
 
+@of_a_rank
 def join(job: Job, number: int, *addresses: str) -> int:
     """Reach the other ranks, and bind the program to memory."""
     if (job.run, number) not in _held:
@@ -195,6 +224,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
     return number
 
 
+@of_a_rank
 def begin(run: str, number: int, state: Mapping[str, Array] | None, *others: Any) -> int:
     """Set the first state: everyone has joined. Lists of pieces among ``others`` are what a run goes on from."""
     held = _find(run, number)
@@ -234,17 +264,20 @@ class Order:
     clocks: Mapping[str, float]
 
 
+@of_a_rank
 def segment(run: str, number: int, order: Order, *before: Any) -> SegmentResult:
     """Run training steps; the token of a segment is its result."""
     trainer = _find(run, number).trainer
     return trainer.segment(order.first, order.steps, profile=order.profile, clocks=order.clocks)
 
 
+@of_a_rank
 def on_trainer(run: str, number: int, function: Callable[[Trainer, Any], Any], argument: Any, *before: Any) -> Any:
     """Do something with the rank that is not a segment of a run; see `rapydli_flow.runtime.stepper`."""
     return function(_find(run, number).trainer, argument)
 
 
+@of_a_rank
 def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     """This rank's share of the validation set, with its present parameters."""
     held = _find(run, number)
@@ -256,6 +289,7 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     return held.scorer.part(held.trainer.rank.state(), bounds[number], bounds[number + 1])
 
 
+@of_a_rank
 def snapshot(run: str, number: int, name: str, step: int, meta: Mapping[str, Any], *before: Any) -> int:
     """Copy this rank's state and write it behind the training's back; only where the rank holds all of it."""
     held = _find(run, number)
@@ -263,12 +297,14 @@ def snapshot(run: str, number: int, name: str, step: int, meta: Mapping[str, Any
     return step
 
 
+@of_a_rank
 def written(run: str, number: int, *before: Any) -> int:
     """Wait until this rank's snapshots are on disk."""
     _find(run, number).writers.wait()
     return number
 
 
+@of_a_rank
 def state_of(run: str, number: int, *before: Any) -> dict[str, Array]:
     """This rank's blocks of parameters and state."""
     return _find(run, number).trainer.finite_state()
@@ -287,6 +323,8 @@ def release(run: str) -> None:
     _over.add(run)
     for key in [key for key in _held if key[0] == run]:
         _held.pop(key).close()
+    for worker in _rooms.pop(run, ()):
+        worker.executors.pop(executor_of(run)).shutdown(wait=False)
 
 
 def _find(run: str, number: int) -> Held:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,24 @@ def test_a_run_needs_the_workers_that_it_asks_for(loose, data, step):
             patience_s=1.0,
             callbacks=[strike],
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True])
+def test_several_fits_at_once_of_two_clients(three, data, step, kill):
+    """Runs share workers, and meet in other orders on each; a worker that dies has ranks of several."""
+    want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), seed=3)
+    victim = pids(three, 2)[1]
+    strike = Strike(40, lambda: os.kill(victim, signal.SIGKILL)) if kill else Strike(40, lambda: None)
+
+    def fit(client, callbacks):
+        how = {"plan": many(step, 2), "client": client, "seed": 3, "callbacks": callbacks}
+        return rf.fit(step, data["train"], steps=STEPS, **how)
+
+    with Client(three.scheduler.address) as other, ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(fit, three, [strike]), pool.submit(fit, other, []), pool.submit(fit, three, [])]
+        assert all(same_bits(run.result(timeout=120).state, want.state) for run in runs)
+    assert strike.struck
 
 
 def test_a_killed_client_leaves_nothing(three, data, tmp_path):
