@@ -3,7 +3,7 @@
 # make test-slow  run the pages of the manual and the notebook, and kernel templates at random configs
 # make papers     train the networks of three papers, examples/papers, on small data
 # make peers      compare operators, losses and optimizers with PyTorch, in an environment with it
-# make bench      measure training steps and predictions of the zoo's networks beside PyTorch, and the cost of Dask
+# make bench      measure training steps and predictions beside PyTorch, alone and in parallel, and the cost of Dask
 # make cubins     compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
 VENV := .venv
@@ -53,6 +53,7 @@ bench: .peers/.installed
 	.peers/bin/python benchmarks/train_step.py --seconds 12 --compile
 	.peers/bin/python benchmarks/inference.py --seconds 8
 	.peers/bin/python benchmarks/overhead.py
+	.peers/bin/python benchmarks/runtime.py
 	.peers/bin/python benchmarks/readme.py
 
 bench-tuner: $(VENV)/.installed .kernel-tuner/.installed

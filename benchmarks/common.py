@@ -76,6 +76,12 @@ def shown(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not isinstance(value, dict | list)}
 
 
+def environment() -> dict[str, str]:
+    """For processes that import from this folder: Dask's unpickle what a benchmark sends them."""
+    known = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(RESULTS.parent), known)))}
+
+
 def hardware() -> dict[str, Any]:
     """Where and with what this was measured."""
     model = platform.processor()
@@ -109,6 +115,16 @@ def write(name: str, rows: list[dict[str, Any]], *, folder: Path = RESULTS, **mo
     return path
 
 
+def merge(name: str, section: str, rows: list[dict[str, Any]], *, folder: Path = RESULTS, **more: Any) -> Path:
+    """Results as one section of ``<name>.json``, whose other sections stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[section] = {"hardware": hardware(), **more, "rows": rows}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    return path
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as aligned text."""
     head = list(dict.fromkeys(name for row in rows for name in row))
@@ -118,6 +134,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,10 +1,11 @@
-"""Our side of the benchmarks beside PyTorch: a training step, and a prediction, of one rank in this process.
+"""Our side of the benchmarks beside PyTorch: a training step, of one rank or one of two, and a prediction.
 
 Does not import PyTorch, so that the memory of a process which has only this side is its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ from rapydli_flow.graph import Graph, predicting
 from rapydli_flow.runtime import tuning
 from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.runtime.transport import Alone, Transport, swap_bytes
 from rapydli_flow.runtime.warm import warm
-from rapydli_flow.scheduler import compile_program
+from rapydli_flow.scheduler import Program, compile_program
+from rapydli_flow.template import Device
+from rapydli_flow.tuner import Tuning
 from rapydli_flow.zoo import Network
 
 SEED = 0
+Join = Callable[[int], Transport]
 
 
 class Step:
@@ -29,15 +34,17 @@ class Step:
 
     def __init__(self, case: Network, batch: int, threads: int, *, tune_s: float = 0.0, dropout: bool = True) -> None:
         self.network = traced(case, batch, dropout=dropout)
-        step = rf.train_step(self.network, loss=nn.cross_entropy, optimizer=optim.sgd(RATE, momentum=MOMENTUM))
+        step = training(self.network)
         plan = rf.Plan(1, threads)
         if tune_s:
             print(rf.autotune(step, budget_s=tune_s, plan=plan), flush=True)
         known = tuning.known(host())
-        (graph,) = plan.rank_graphs(step)
-        program = compile_program(graph, known)
+        (program,) = programs(step, plan, known)
         print(f"{case.name}: {warm(program.requests, known.device)}", flush=True)
-        self.rank = Rank(program, known.device, threads=threads)
+        self._begin(program, known.device, threads, Alone())
+
+    def _begin(self, program: Program, device: Device, threads: int, transport: Transport) -> None:
+        self.rank = Rank(program, device, threads=threads, transport=transport)
         self.rank.start(SEED)
         self.count = 0
 
@@ -62,6 +69,42 @@ class Step:
                 spent[title] = spent.get(title, 0.0) + time_s * 1e3
             found.append(spent)
         return _medians(found)
+
+
+class Part(Step):
+    """One rank of a step that two divide by records; each has one thread."""
+
+    def __init__(self, case: Network, batch: int, number: int, join: Join, *, dropout: bool = True) -> None:
+        """``join``: from the most bytes that are handed over at once to the transport between the ranks."""
+        self.network = traced(case, batch, dropout=dropout)
+        known = tuning.known(host())
+        both = halves(self.network, known)
+        self._begin(both[number], known.device, 1, join(max(map(swap_bytes, both))))
+
+    @property
+    def rows(self) -> slice:
+        """Which records of a batch are this rank's."""
+        return self.rank.block("x").slices[0]
+
+    def __call__(self, x: Any, label: Any) -> float:
+        """The loss of the whole batch, from this rank's records of it."""
+        return super().__call__(x[self.rows], label[self.rows])
+
+
+def training(network: Graph) -> Graph:
+    """The step that is measured."""
+    return rf.train_step(network, loss=nn.cross_entropy, optimizer=optim.sgd(RATE, momentum=MOMENTUM))
+
+
+def programs(step: Graph, plan: rf.Plan, known: Tuning) -> list[Program]:
+    """What each rank of a plan runs."""
+    return [compile_program(graph, known) for graph in plan.rank_graphs(step)]
+
+
+def halves(network: Graph, known: Tuning) -> list[Program]:
+    """The programs of two ranks that divide the records of a training step."""
+    step = training(network)
+    return programs(step, rf.plan(step, ranks=2, threads=1), known)
 
 
 class Prediction:

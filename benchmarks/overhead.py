@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 import time
 from statistics import median
 from typing import Any
 
 import numpy as np
 from common import table, write
-from distributed import Client, LocalCluster
+from through_dask import HERE, clustered, in_turns, medians, records, sides, training_step
 
 import rapydli_flow as rf
 from cpu_kernels.compile import host
-from rapydli_flow import nn, optim
+from rapydli_flow import nn
 from rapydli_flow.runtime import tuning
 from rapydli_flow.runtime.rank import Rank
 from rapydli_flow.scheduler import compile_program
@@ -48,38 +47,6 @@ rank.feed({"x": np.zeros((case.batch, *case.record), np.float32), "label": np.ze
 rank.step(0, 0)
 print(time.perf_counter() - begin)
 """
-
-
-def training_step(batch: int) -> Any:
-    return rf.train_step(
-        rf.zoo.find("cifar10_quick").trace(batch), loss=nn.cross_entropy, optimizer=optim.sgd(0.001, momentum=0.9)
-    )
-
-
-def dataset(folder: str) -> Any:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2048, *rf.zoo.find("cifar10_quick").record), dtype=np.float32)
-    return rf.ingest({"x": x, "label": rng.integers(0, 10, len(x))}, f"{folder}/data.zarr", compress=False)
-
-
-def per_step(run: rf.Run) -> float:
-    """Median milliseconds a step over segments, those of the first second left out."""
-    whole = run.segments[2:] or run.segments
-    return median(s.time_s / s.steps for s in whole) * 1e3
-
-
-def wall(step: Any, data: Any, steps: int, **where: Any) -> tuple[float, float]:
-    """(milliseconds a step by the clock, inside segments) of a run; the clock starts at the second segment."""
-    marks: list[tuple[int, float]] = []
-
-    class Clock(rf.Callback):
-        def on_event(self, event: Any) -> None:
-            if type(event).__name__ == "Stepped":
-                marks.append((event.first + event.steps, time.perf_counter()))
-
-    run = rf.fit(step, data, steps=steps, callbacks=[Clock()], **where)
-    (a, begin), (b, end) = marks[1], marks[-1]
-    return (end - begin) / (b - a) * 1e3, per_step(run)
 
 
 def step_us(calls: int, threads: int) -> float:
@@ -112,40 +79,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
-    threads = rf.settings().threads
-    step = training_step(arguments.batch)
-    rows = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalCluster(n_workers=1, threads_per_worker=threads, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        data = dataset(folder)
-        plan = rf.Plan(1, threads)
-        sides: dict[str, dict[str, Any]] = {
-            "in process": {"plan": plan},
-            "dask, 1 worker": {"plan": plan, "client": client},
-        }
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(arguments.rounds + 1):
-            for name, where in sides.items():
-                times[name].append(wall(step, data, arguments.steps, **where)[0])
-        base = median(times["in process"][1:])
-        rows += [{"what": name, "ms_a_step": median(t[1:]), "ratio": median(t[1:]) / base} for name, t in times.items()]
-    with (
-        LocalCluster(n_workers=threads, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        data = dataset(folder)
-        two = [wall(step, data, arguments.steps, client=client)[0] for _ in range(arguments.rounds)]
-        rows.append(
-            {
-                "what": f"dask, {threads} workers x 1 thread",
-                "ms_a_step": median(two[1:]),
-                "ratio": median(two[1:]) / base,
-            }
-        )
+    threads, case = rf.settings().threads, rf.zoo.find("cifar10_quick")
+    step = training_step(case, arguments.batch)
+    with records(case) as data:
+        with clustered(1, threads) as client:
+            times = in_turns(step, data, arguments.steps, arguments.rounds, sides(client, threads))
+        with clustered(threads, 1) as client:
+            many = f"dask, {threads} workers x 1 thread"
+            times |= in_turns(step, data, arguments.steps, arguments.rounds, {many: {"client": client}})
+    found = medians(times)
+    rows = [{"what": name, "ms_a_step": each, "ratio": each / found[HERE]} for name, each in found.items()]
     first = [
         float(subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True).stdout)
         for _ in range(4)

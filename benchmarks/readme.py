@@ -153,6 +153,36 @@ def overheads() -> str:
     return "\n".join(lines)
 
 
+def together() -> str:
+    """Parallel training: a line for each figure, of the sections that were measured."""
+    found = result("runtime")
+    rows = {name: section["rows"] for name, section in found.items()}
+    lines = ["Parallel training, on one host:", "", "| | |", "|---|---|"]
+    for r in rows.get("allreduce", ()):
+        lines.append(f"| all-reduce of {r['size']}, two processes: gloo / ours | {r['speedup']:.2f} |")
+    for r in rows.get("ddp", ()):
+        what = f"step of {r['network']}, {r['batch']}, two workers"
+        lines.append(f"| {what}: PyTorch DDP / ours | {r['speedup']:.2f} |")
+        lines.append(f"| {what}: one worker of two threads / ours | {r['of_alone']:.2f} |")
+    for r in rows.get("links", ()):
+        shares = f"{r['of_link']:.0%} of it, {r['of_socket']:.0%} of a plain socket"
+        lines.append(f"| all-reduce of 25 MB over a link of {r['link_gbit_s']} Gbit/s | {shares} |")
+    parts = [r["of_unsplit"] for r in rows.get("spatial", ())[1:]]
+    if parts:
+        shares = ", ".join(f"{part:.0%}" for part in parts)
+        lines.append(f"| memory where two ranks divide an image of 2048 x 2048, of one rank's | {shares} |")
+    for r in rows.get("scheduler", ()):
+        what = f"steps that Dask's scheduler does in a second of its core, {r['ranks']} ranks"
+        lines.append(f"| {what} | {r['scheduler_steps_s']:.0f} |")
+    for r in rows.get("dask", ()):
+        what = f"one Dask worker beside in process: {r['network']}, {r['here_ms']:.1f} ms a step"
+        lines.append(f"| {what} | {r['more_percent']:+.1f} %, {r['more_ms']:+.2f} ms |")
+    where = next(iter(found.values()))["hardware"]
+    date = max(section["hardware"]["time"] for section in found.values())[:10]
+    lines += ["", f"{where['cores']} cores of {where['cpu']}, {date}. A shared machine: read ratios."]
+    return "\n".join(lines)
+
+
 def tuning() -> str:
     """Spaces beside Kernel Tuner, strategies, and what tuning a step is worth."""
     spaces, recorded, steps = (result(f"tuner_{name}") for name in ("spaces", "strategies", "step"))
@@ -206,6 +236,7 @@ def main() -> None:
         "train_step": (partial(beside_torch, "train_step"), "train_step", "README.md"),
         "inference": (partial(beside_torch, "inference"), "inference", "README.md"),
         "overhead": (overheads, "overhead", "README.md"),
+        "runtime": (together, "runtime", "README.md"),
         "tuning": (tuning, "tuner_spaces", "README.md"),
     }
     for name, (make, needed, page) in parts.items():
