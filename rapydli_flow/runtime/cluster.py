@@ -197,17 +197,11 @@ class Cluster(Backend):
                 beat = self.client._run(tasks.beat, workers=[address], on_error="raise")
                 self.asked[address] = asyncio.run_coroutine_threadsafe(beat, self.client.loop.asyncio_loop), now
             if now - self.heard[address] > SILENT_S:
-                self.silent(address)
+                self.give_up()
                 raise RunLost(
                     f"rank {number} is lost: its worker {address} has not answered for {now - self.heard[address]:.0f} "
                     "s. It is stopped or cut off. Go on from the last snapshot with fit(..., resume=True)."
                 )
-
-    def silent(self, address: str) -> None:
-        """Tell the scheduler that a worker is lost, so that nothing waits for it."""
-        with suppress(Exception):
-            self.client.run_on_scheduler(_remove, address)
-        self.give_up()
 
     def _present(self) -> set[str]:
         """Addresses of the workers that are there; of a scheduler that does not answer, nothing is believed.
@@ -391,11 +385,6 @@ class Cluster(Backend):
                     f"the workers wrote snapshots to {self.job.run_dir / name}, but this process does not see them. "
                     "Let run_dir be on a file system that all share."
                 )
-
-
-async def _remove(address: str, dask_scheduler: Any) -> None:
-    """On the scheduler: a worker is lost."""
-    await dask_scheduler.remove_worker(address, stimulus_id=f"rapydli-silent-{time.time()}", close=True)
 
 
 def _number(number: int) -> int:

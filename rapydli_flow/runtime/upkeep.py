@@ -1,7 +1,8 @@
 """What the scheduler sees to for runs: their workers are not taken away, and a dead client leaves nothing behind.
 
-One plugin for all runs and clients. A run is told to it when its ranks are placed, and again when it is over. When a
-client goes away, however, its runs' workers are told to let go of memory, shared memory and connections.
+One plugin for all runs and clients. A run is told to it when its ranks are placed, and again when it is over, or its
+client goes away: then its workers are told to let go of memory, shared memory and connections. One that stands still
+hears it when it goes on.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ class Upkeep(SchedulerPlugin):  # type: ignore[misc]
         self.runs: dict[str, tuple[str, tuple[str, ...]]] = {}
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        for run, (owner, addresses) in list(self.runs.items()):
+        for run, (owner, _) in list(self.runs.items()):
             if owner == client:
-                del self.runs[run]
-                present = [address for address in addresses if address in scheduler.workers]
-                scheduler.send_all({}, {address: [{"op": RELEASE, "run": run}] for address in present})
+                self.over(run)
+
+    def over(self, run: str) -> None:
+        """Tell the workers of a run, and forget it."""
+        _, addresses = self.runs.pop(run, ("", ()))
+        present = [address for address in addresses if address in self.scheduler.workers]
+        self.scheduler.send_all({}, {address: [{"op": RELEASE, "run": run}] for address in present})
 
     def valid_workers_downscaling(self, scheduler: Any, workers: Any) -> list[Any]:
         """A worker that holds a rank is not one that an adaptive cluster may take away."""
@@ -52,4 +57,4 @@ def _note(run: str, client: str, addresses: tuple[str, ...], dask_scheduler: Any
 
 
 def _forget(run: str, dask_scheduler: Any) -> None:
-    dask_scheduler.plugins[Upkeep.name].runs.pop(run, None)
+    dask_scheduler.plugins[Upkeep.name].over(run)

@@ -154,4 +154,4 @@ def test_names_are_loaded_when_they_are_used():
 def test_a_plan_is_explained(step):
     text = many(step, 2).explain(step)
     assert "x: rank 0" in text
-    assert "bytes a step" in text
+    assert "collectives a step" in text

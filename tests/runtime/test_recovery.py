@@ -24,7 +24,7 @@ from rapydli_flow.runtime.workers import place, ready_workers
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.testing.plans import programs
 
-STEPS = 160
+STEPS, LONG = 160, 1500  # LONG: several segments where nothing pauses the run
 
 
 class Strike(rf.Callback):
@@ -101,16 +101,21 @@ def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, vic
 
 @pytest.mark.slow
 def test_a_worker_that_stands_still_is_replaced(three, data, step):
-    want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), seed=3)
+    want = rf.fit(step, data["train"], steps=LONG, plan=many(step, 2), seed=3)
     victim = pids(three, 2)[1]
     strike = Strike(40, lambda: os.kill(victim, signal.SIGSTOP))
     try:
-        run = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), client=three, seed=3, callbacks=[strike])
+        run = rf.fit(step, data["train"], steps=LONG, plan=many(step, 2), client=three, seed=3, callbacks=[strike])
         assert time.monotonic() - strike.struck < 25  # it is noticed within 10 s, whatever Dask thinks
     finally:
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, signal.SIGCONT)
     assert same_bits(run.state, want.state)
     assert "has not answered for" in strike.recovered[0].reason
+    assert len(ready_workers(three, 3, 60.0)) == 3  # it is there again, and lets go of its rank
+    limit = time.monotonic() + 30
+    while sum(three.run(held).values()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert sum(three.run(held).values()) == 0
 
 
 @pytest.mark.slow
@@ -118,10 +123,10 @@ def test_a_worker_that_stands_still_is_replaced(three, data, step):
 def test_what_only_the_lost_rank_held_is_with_another(three, data, plain_step, how):
     step = plain_step
     plan = make_plan(step, 2, **how)
-    want = rf.fit(step, data["train"], steps=60, plan=plan, seed=3)
+    want = rf.fit(step, data["train"], steps=LONG, plan=plan, seed=3)
     victims = pids(three, 2)
     strike = Strike(10, lambda: os.kill(victims[1], signal.SIGKILL))
-    run = rf.fit(step, data["train"], steps=60, plan=plan, client=three, seed=3, callbacks=[strike])
+    run = rf.fit(step, data["train"], steps=LONG, plan=plan, client=three, seed=3, callbacks=[strike])
     assert strike.recovered
     assert same_bits(run.state, want.state)
 
@@ -186,13 +191,13 @@ def test_a_run_needs_the_workers_that_it_asks_for(loose, data, step):
 @pytest.mark.parametrize("kill", [False, True])
 def test_several_fits_at_once_of_two_clients(three, data, step, kill):
     """Runs share workers, and meet in other orders on each; a worker that dies has ranks of several."""
-    want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), seed=3)
+    want = rf.fit(step, data["train"], steps=LONG, plan=many(step, 2), seed=3)
     victim = pids(three, 2)[1]
     strike = Strike(40, lambda: os.kill(victim, signal.SIGKILL)) if kill else Strike(40, lambda: None)
 
     def fit(client, callbacks):
         how = {"plan": many(step, 2), "client": client, "seed": 3, "callbacks": callbacks}
-        return rf.fit(step, data["train"], steps=STEPS, **how)
+        return rf.fit(step, data["train"], steps=LONG, **how)
 
     with Client(three.scheduler.address) as other, ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(fit, three, [strike]), pool.submit(fit, other, []), pool.submit(fit, three, [])]
