@@ -170,9 +170,16 @@ class Cluster(Backend):
                 break
             except TimeoutError:
                 self._look(now=True)
-        errors = [future.exception() for future in futures if future.status == "error"]
+        errors = [self._meant(future.exception(), future.key) for future in futures if future.status == "error"]
         self._look(now=True)
         raise next((e for e in errors if not isinstance(e, RunLost)), errors[0])
+
+    def _meant(self, error: BaseException, key: Any) -> BaseException:
+        """The error of a task; that a rank is lost, of one whose worker began anew and does not know the run."""
+        if isinstance(error, ValueError) and str(error).startswith("Invalid executor"):
+            rank = f"rank {key[2]} of run {self.job.run}"
+            return RunLost(f"{rank} is not on this worker any more; resume from the last snapshot.")
+        return error
 
     def _look(self, *, now: bool = False) -> None:
         if not now and time.monotonic() - self.looked < 1.0:

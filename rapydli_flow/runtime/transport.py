@@ -29,6 +29,7 @@ class Transport(ABC):
 
     rank: int
     ranks: int
+    chunk_bytes = CHUNK_BYTES
 
     @abstractmethod
     def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
@@ -62,9 +63,9 @@ class Transport(ABC):
         flat = {rank: flattened(parts) for rank, parts in sends.items()}
         got = {rank: np.empty(size, np.uint8) for rank, size in sizes.items()}
         longest = max((x.size for x in (*flat.values(), *got.values())), default=0)
-        for begin in range(0, longest, CHUNK_BYTES):
-            out = {r: [x[begin : begin + CHUNK_BYTES]] for r, x in flat.items() if begin < x.size}
-            now = {r: min(CHUNK_BYTES, x.size - begin) for r, x in got.items() if begin < x.size}
+        for begin in range(0, longest, self.chunk_bytes):
+            out = {r: [x[begin : begin + self.chunk_bytes]] for r, x in flat.items() if begin < x.size}
+            now = {r: min(self.chunk_bytes, x.size - begin) for r, x in got.items() if begin < x.size}
             for rank, data in self.swap(name, out, now).items():
                 got[rank][begin : begin + now[rank]] = data[: now[rank]]
             self.release()
@@ -91,7 +92,7 @@ class Transport(ABC):
         if size * item <= SMALL_BYTES or len(ranks) == 1:
             self._add_all(name, ranks, mine, out)
             return
-        step = CHUNK_BYTES // item
+        step = self.chunk_bytes // item
         for begin in range(0, size, step):
             self._add_pieces(name, ranks, mine, out, begin, min(size, begin + step))
 
