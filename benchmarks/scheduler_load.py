@@ -26,14 +26,14 @@ from typing import Any
 import dask
 import psutil
 from common import LEAST, environment
-from distributed import Client, Worker
+from distributed import Client, Worker, get_worker
 from distributed.utils import silence_logging_cmgr
 
-from rapydli_flow.runtime.backend import same_scalars
+from rapydli_flow.runtime.backend import one_result
 from rapydli_flow.runtime.cluster import Cluster
 from rapydli_flow.runtime.rank import CLOCKS
 from rapydli_flow.runtime.segment import SegmentResult
-from rapydli_flow.runtime.worker import Order, Resident
+from rapydli_flow.runtime.worker import Order, Resident, make_room, of_a_rank
 
 RANKS, STEPS = 64, 10  # steps of a segment
 SEGMENTS = 10  # of a round
@@ -49,8 +49,10 @@ class Idle(Cluster):
     def __init__(self, client: Client, addresses: list[str]) -> None:
         self.client, self.addresses = client, tuple(addresses)
         self.job: Any = SimpleNamespace(run=f"idle-{time.monotonic_ns()}", ranks=len(addresses), timeout_s=LIMIT_S)
-        self.tokens: list[Any] = []
         self.count, self.looked = 0, time.monotonic()
+        self.heard, self.asked = dict.fromkeys(self.addresses, self.looked), {}
+        self.tokens: list[Any] = self.each("prepare", ready, self.job.run)
+        self.results(self.tokens)
 
     def train(self, segments: int) -> float:
         """Seconds of so many segments."""
@@ -60,12 +62,19 @@ class Idle(Cluster):
             self.tokens = self._ordered("segment", idle, Order(first, STEPS, True, dict(CLOCKS)))
             queue.append(self.tokens)
             while len(queue) > self.depth:
-                same_scalars(self.results(queue.popleft()))
+                one_result(self.results(queue.popleft()))
         while queue:
-            same_scalars(self.results(queue.popleft()))
+            one_result(self.results(queue.popleft()))
         return time.perf_counter() - begin
 
 
+def ready(run: str) -> int:
+    """The run has its executor here."""
+    make_room(run, get_worker())
+    return 0
+
+
+@of_a_rank
 def idle(run: str, number: int, order: Order, *before: Any) -> SegmentResult:
     """What a segment gives, without its steps."""
     return SegmentResult(number, order.first, order.steps, {"loss": (0.0,) * order.steps}, 0.0, 0.0)

@@ -21,7 +21,7 @@ from ..spec import Array, Block, even_bounds
 
 TIMEOUT_S = 120.0
 SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
-CHUNK_BYTES = 1 << 22  # larger ones go in such pieces, each summed in parts by all ranks
+CHUNK_BYTES = 1 << 20  # larger ones go in such pieces, each summed in parts by all ranks
 
 
 class Transport(ABC):

@@ -175,6 +175,13 @@ def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
     return len(requests)
 
 
+def make_room(run: str, worker: Any) -> None:
+    """Give a run its executor on a worker."""
+    if executor_of(run) not in worker.executors:
+        worker.executors[executor_of(run)] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
+        _rooms.setdefault(run, []).append(worker)
+
+
 def prepare(job: Job, number: int) -> str:
     """Make the rank's end of the transport; what the others need to reach it.
 
@@ -184,9 +191,7 @@ def prepare(job: Job, number: int) -> str:
     worker = get_worker()
     if job.run in _over or (job.run, number) in _held:
         raise RunLost(f"rank {number} of run {job.run} was here before: another rank is lost; resume the run.")
-    if executor_of(job.run) not in worker.executors:
-        worker.executors[executor_of(job.run)] = ThreadPoolExecutor(1, thread_name_prefix="rapydli")
-        _rooms.setdefault(job.run, []).append(worker)
+    make_room(job.run, worker)
     address = ""
     if job.ranks == 1:
         transport = Alone()
