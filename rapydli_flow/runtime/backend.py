@@ -23,7 +23,7 @@ from .events import SNAPSHOTS
 from .segment import SegmentResult
 
 Pending = Callable[[], Any]
-Held = Mapping[str, Block]  # which block of each leaf a rank has
+Blocks = Mapping[str, Block]  # of a rank, by leaf
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,6 @@ class Recovery:
 
 class Backend(ABC):
     """A training run that can be told what to do next."""
-
-    #: can it go on after a loss, by `recover`?
-    recovers = False
 
     #: orders that may be in the queue before the oldest one's result is waited for
     depth = 1
@@ -71,24 +68,28 @@ class Backend(ABC):
     def state(self) -> dict[str, Array]:
         """Whole parameters and state."""
 
+    @abstractmethod
+    def close(self, *, failed: bool) -> None:
+        """Finish what is being written, and let go of everything."""
+
+
+class Recovering(Backend):
+    """A training run that can go on after a loss of ranks, and with more of them."""
+
+    @abstractmethod
     def recover(self, error: RunLost, pending: Sequence[Pending]) -> Recovery:
         """After a loss: ranks that can go on, and from where. ``pending``: what was ordered and not taken yet.
 
         The error itself where they cannot.
         """
-        raise error
-
-    def may_grow(self) -> bool:
-        """Could the run have more ranks now?"""
-        return False
-
-    def grow(self, step: int) -> Recovery:
-        """Go on with more ranks from this step, up to which everything that was ordered is done."""
-        raise NotImplementedError
 
     @abstractmethod
-    def close(self, *, failed: bool) -> None:
-        """Finish what is being written, and let go of everything."""
+    def may_grow(self) -> bool:
+        """Could the run have more ranks now?"""
+
+    @abstractmethod
+    def grow(self, step: int) -> Recovery:
+        """Go on with more ranks from this step, up to which everything that was ordered is done."""
 
 
 class Writers:
@@ -126,7 +127,7 @@ class Writers:
                 stack.callback(writer.close)
 
 
-def whole_state(graph: Graph, held: Sequence[Held], parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def whole_state(graph: Graph, held: Sequence[Blocks], parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """Whole arrays of parameters and state from the blocks of the first ranks, which together hold everything."""
     out: dict[str, Array] = {}
     for leaf in graph.leaves("param", "state"):
@@ -141,7 +142,7 @@ def whole_state(graph: Graph, held: Sequence[Held], parts: Sequence[Mapping[str,
     return out
 
 
-def holding(graph: Graph, held: Sequence[Held]) -> int:
+def holding(graph: Graph, held: Sequence[Blocks]) -> int:
     """How many ranks, from the first on, hold all parameters and state together: one, or all."""
     leaves = graph.leaves("param", "state")
     return 1 if all(held[0].get(leaf.name) == Block.all(leaf.spec.shape) for leaf in leaves) else len(held)

@@ -3,7 +3,7 @@
     prepare(0) -> prepare(r) -> join(r) -> begin(r) -> segment(0, r) -> segment(1, r) -> ...
                                                         \\-> evaluate(r)   \\-> snapshot(0) -> written(0)
 
-Nothing is asked of the cluster but that it runs: the executor is installed by `register_plugin`.
+Nothing is asked of the cluster but that it runs: what workers and scheduler need is installed by `register_plugin`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ from .events import SNAPSHOTS
 from .segment import SegmentResult
 from .upkeep import begun, over
 from .worker import Job, Order, executor_of
+from .workers import answers
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
-
-
 SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
 BEAT_S = 1.0
 
@@ -248,17 +247,7 @@ class Cluster(Backend):
 
     def kept(self) -> dict[str, dict[int, dict[int, list[tuple[str, Block]]]]]:
         """What ranks on workers that answer have copies of: by address, rank and step."""
-
-        async def ask() -> dict[str, Any]:
-            addresses = [address for address in self.addresses if address in present]
-            asked = [
-                asyncio.wait_for(self.client._run(tasks.kept, self.job.run, workers=[a]), ANSWER_S) for a in addresses
-            ]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
-
-        present = self._present()
-        return dict(self.client.sync(ask))
+        return answers(self.client, self._there(), ANSWER_S, tasks.kept, self.job.run)
 
     def offers(self, known: Mapping[str, Mapping[int, Mapping[int, Any]]], step: int) -> Offers:
         """Have the copies of a step made ready on the workers that have them."""
@@ -267,24 +256,23 @@ class Cluster(Backend):
             for number, steps in ranks.items():
                 if step in steps:
                     found.append((address, tuple(steps[step])))
-                    futures.append(
-                        self.client.submit(
-                            tasks.handed_out,
-                            self.job.run,
-                            number,
-                            step,
-                            key=f"handed_out-{self.job.run}-{number}",
-                            pure=False,
-                            workers=[address],
-                            allow_other_workers=False,
-                            retries=0,
-                        )
-                    )
+                    futures.append(self._on(address, "handed_out", tasks.handed_out, self.job.run, number, step))
         return Offers(tuple(found), tuple(futures))
 
-    def _on_workers(self, function: Callable[[str], None]) -> None:
+    def _on(self, address: str, name: str, function: Callable[..., Any], *arguments: Any) -> Future:
+        """A task on one worker, in Dask's own executor."""
+        self.count += 1
+        key = f"{name}-{self.job.run}-{self.count}"
+        where = {"workers": [address], "allow_other_workers": False, "retries": 0}
+        return self.client.submit(function, *arguments, key=key, pure=False, **where)
+
+    def _there(self) -> list[str]:
+        """The workers of ranks that are there."""
         present = self._present()
-        alive = [address for address in self.addresses if address in present]
+        return [address for address in self.addresses if address in present]
+
+    def _on_workers(self, function: Callable[[str], None]) -> None:
+        alive = self._there()
         if alive:
             told = {"workers": alive, "on_error": "ignore", "callback_timeout": ANSWER_S}
             with suppress(TimeoutError):
@@ -302,17 +290,7 @@ class Cluster(Backend):
         for members in hosts.values():
             for i, address in enumerate(members):
                 share: list[tuple[Request, Choice]] = requests[i :: len(members)]
-                futures.append(
-                    self.client.submit(
-                        tasks.warm,
-                        share,
-                        job.tuning,
-                        key=f"compile_kernels-{self.job.run}-{address}",
-                        pure=False,
-                        workers=[address],
-                        allow_other_workers=False,
-                    )
-                )
+                futures.append(self._on(address, "compile_kernels", tasks.warm, share, job.tuning))
         self.results(futures)
 
     def _scoring(self, job: Job) -> list[Program]:

@@ -20,7 +20,7 @@ from ..scheduler import Program
 from ..spec import Array, Block
 from .rank import Rank
 
-Held = tuple[str, Block]
+NamedBlock = tuple[str, Block]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Piece:
 
 def only_here(programs: Sequence[Program]) -> tuple[tuple[str, ...], ...]:
     """For each rank, the parameters and state of which it holds a block that no other rank holds."""
-    everyone: dict[Held, int] = {}
+    everyone: dict[NamedBlock, int] = {}
     for program in programs:
         for name in program.kind("param", "state"):
             everyone[name, program.layout[name]] = everyone.get((name, program.layout[name]), 0) + 1
@@ -81,14 +81,14 @@ class Copies:
         """All ranks have their copies of a step: those before it are not needed any more."""
         self.steps = {at: pieces for at, pieces in self.steps.items() if at >= step}
 
-    def known(self) -> dict[int, list[Held]]:
+    def known(self) -> dict[int, list[NamedBlock]]:
         """What is kept, by step."""
         return {step: [(piece.name, piece.block) for piece in pieces] for step, pieces in list(self.steps.items())}
 
 
-def common_step(kept: Iterable[Mapping[int, Sequence[Held]]], programs: Sequence[Program]) -> int | None:
+def common_step(kept: Iterable[Mapping[int, Sequence[NamedBlock]]], programs: Sequence[Program]) -> int | None:
     """The last step of which the copies of several ranks together have everything."""
-    found: dict[int, set[Held]] = {}
+    found: dict[int, set[NamedBlock]] = {}
     for each in kept:
         for step, held in each.items():
             found.setdefault(step, set()).update(held)
@@ -96,7 +96,7 @@ def common_step(kept: Iterable[Mapping[int, Sequence[Held]]], programs: Sequence
     return max((step for step, held in found.items() if needed <= held), default=None)
 
 
-def sources(program: Program, offers: Sequence[tuple[str, Sequence[Held]]], address: str) -> list[int]:
+def sources(program: Program, offers: Sequence[tuple[str, Sequence[NamedBlock]]], address: str) -> list[int]:
     """Numbers of the offers, each with the worker that makes it, that a rank on a worker takes its state from.
 
     Its own worker's come first; blocks that nobody has as they are needed are put together of all that have a part.

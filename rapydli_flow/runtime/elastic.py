@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client
 
 from ..data import latest, read_snapshot
-from ..errors import NoWorkers, RunLost
+from ..errors import NoWorkers, RunLost, SettingError, ShapeError
 from ..spec import Array
-from .backend import Backend, Recovery
+from .backend import Recovering, Recovery
 from .cluster import ANSWER_S, Cluster, Offers, PendingSegment
 from .copies import common_step
 from .events import SNAPSHOTS
@@ -53,16 +52,15 @@ Begin = Offers | Mapping[str, Array] | None  # what a generation begins with
 JobOf = Callable[[int], tuple[Job, Mapping[str, Any]]]  # for so many ranks: the job, and what its snapshots say
 
 
-class Elastic(Backend):
+class Elastic(Recovering):
     """Ranks of a run on the workers of a client, whichever there are."""
 
     depth = Cluster.depth
-    recovers = True
 
     def __init__(self, client: Client, job_of: JobOf, ranks: int, policy: Policy, workers: Mapping[str, Any]) -> None:
         self.client, self.job_of, self.ranks, self.policy = client, job_of, ranks, policy
-        self.job, self.meta = job_of(ranks)
-        self.cluster = Cluster(client, self.job, place(workers, ranks), workers)
+        job, self.meta = job_of(ranks)
+        self.cluster = Cluster(client, job, place(workers, ranks), workers)
         self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
         self.initial: Mapping[str, Array] | None = None
         self.first: int | None = None  # the first step of all
@@ -103,7 +101,7 @@ class Elastic(Backend):
         """Place the ranks anew after a loss; the error itself where that cannot be done."""
         begin, old = time.monotonic(), self.cluster
         self._count(error)
-        reason = str(error) if "has not answered" in str(error) else old.lost() or str(error)
+        reason = old.lost() or str(error)
         step = self._again(old, error, lambda: self._gone_back(old, error, pending))
         self.stuck = self.stuck + 1 if step == self.reached else 0
         if self.stuck > STUCK:
@@ -122,8 +120,8 @@ class Elastic(Backend):
         """A new generation from what ``find`` says: the step, and its state. The step."""
         for _ in range(STUCK):
             try:
-                step, begin = find()
-                self._place(begin, error)
+                step, state = find()
+                self._place(state, error)
             except RunLost as other:
                 if other is error:
                     raise
@@ -155,12 +153,12 @@ class Elastic(Backend):
         snapshot = read_snapshot(newest)
         return snapshot.step, snapshot.arrays
 
-    def _place(self, begin: Begin, error: RunLost) -> None:
+    def _place(self, state: Begin, error: RunLost) -> None:
         """A new generation on the workers that answer."""
         workers = self._workers()
         self._make(min(self.ranks, len(workers)), workers, error)
         try:
-            self.cluster.start(begin)
+            self.cluster.start(state)
         except BaseException:
             self.cluster.close(failed=True)
             raise
@@ -168,11 +166,13 @@ class Elastic(Backend):
     def _make(self, ranks: int, workers: Mapping[str, Any], error: Exception) -> None:
         """The largest number of ranks, from ``ranks`` down, for which there is a plan."""
         while ranks >= self.policy.least:
-            with suppress(ValueError):  # of a plan that does not go with so many
-                self.job, self.meta = self.job_of(ranks)
-                self.cluster = Cluster(self.client, self.job, place(workers, ranks), workers)
+            try:
+                job, self.meta = self.job_of(ranks)
+            except (ShapeError, SettingError):  # a plan that does not go with so many
+                ranks -= 1
+            else:
+                self.cluster = Cluster(self.client, job, place(workers, ranks), workers)
                 return
-            ranks -= 1
         raise error
 
     def _workers(self) -> dict[str, dict[str, Any]]:

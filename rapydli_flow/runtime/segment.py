@@ -17,6 +17,8 @@ import numpy as np
 from ..errors import NonFinite, RunLost
 from ..graph import Graph
 from ..scheduler import AllReduce, Plan, Program
+from ..scheduler.collective import TITLES
+from ..scheduler.independent import shares
 from ..spec import Array
 from .copies import Copies
 from .feeding import Given, RankFeed
@@ -24,7 +26,6 @@ from .rank import CLOCKS, Rank
 from .transport import Transport
 
 KEPT = "Snapshots written before are kept."
-MEETINGS = ("all_reduce", "exchange", "assemble")  # titles of what is not a kernel
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SegmentResult:
     @property
     def shares(self) -> tuple[float, float, float]:
         """This rank's seconds of a step in kernels, in meeting others, and in loading."""
-        meeting = sum(time_s for title, time_s in self.ops.items() if title in MEETINGS)
+        meeting = sum(time_s for title, time_s in self.ops.items() if title in TITLES)
         return sum(self.ops.values()) - meeting, meeting, self.feed_s / self.steps
 
     @property
@@ -97,8 +98,8 @@ def average_of(plan: Plan, programs: Sequence[Program], number: int) -> Average 
     if not plan.average_every or plan.ranks == 1:
         return None
     name = programs[0].kind("batch")[0]
-    records = [program.layout[name].shape[0] for program in programs]
-    return Average(plan.average_every, records[number] / sum(records), plan.ranks)
+    share = shares([program.layout[name].shape[0] for program in programs])[number]
+    return Average(plan.average_every, share, plan.ranks)
 
 
 class Trainer:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RunLost
 from ..spec import Array
-from .backend import Backend, Recovery
+from .backend import Backend, Recovering, Recovery
 from .events import (
     RATE_FACTOR,
     SNAPSHOTS,
@@ -85,6 +85,7 @@ class Loop:
         leave: Callable[[], str] = lambda: "",
     ) -> None:
         self.leave = leave
+        self.lasting = backend if isinstance(backend, Recovering) else None
         self.backend, self.schedule, self.callbacks, self.meta = backend, schedule, tuple(callbacks), meta
         self.decides = any(callback.decides for callback in callbacks)
         self.queue: deque[tuple[Callable[[Any], None], Callable[[], Any]]] = deque()
@@ -177,9 +178,9 @@ class Loop:
                 self._advance()
                 return self.backend.state()
             except RunLost as error:
-                if not self.backend.recovers:
+                if self.lasting is None:
                     raise
-                self._go_on(self.backend.recover(error, [pending for _, pending in self.queue]))
+                self._go_on(self.lasting.recover(error, [pending for _, pending in self.queue]))
 
     def _advance(self) -> None:
         """Order everything up to the last step, and take the results."""
@@ -195,9 +196,9 @@ class Loop:
                 self._pause()
             while len(self.queue) > self.backend.depth or (self.step_s is None and self.queue):
                 self._take()
-            if self.backend.recovers and self.backend.may_grow():
+            if self.lasting is not None and self.lasting.may_grow():
                 self._drain()
-                self._go_on(self.backend.grow(self.ordered))
+                self._go_on(self.lasting.grow(self.ordered))
             reason = self.leave()
             if reason and self.stop is None and self.ordered < self.last:
                 self.stop, self.last = Stop(reason), self.ordered
@@ -230,7 +231,7 @@ class Loop:
         if self.schedule.saves(step) or (step == self.last and self.schedule.snapshot_every):
             self._drain()  # a snapshot never runs ahead of the log: a killed run goes on without a gap in it
             self._save(SNAPSHOTS)
-        if self.backend.recovers:  # what a pause asks for is of one state: after a loss it is asked for again
+        if self.lasting is not None:  # what a pause asks for is of one state: after a loss it is asked for again
             self._drain()
         self.paused = step
 

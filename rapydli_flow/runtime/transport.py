@@ -73,11 +73,10 @@ class Transport(ABC):
 
     def share(self, name: str, message: bytes) -> list[bytes]:
         """A message of each rank of the transport, for all of them."""
-        everyone = range(self.ranks)
         lengths = self._shared(name, np.array([len(message)], np.int64), [8] * self.ranks)
         sizes = [int(length.view(np.int64)[0]) for length in lengths]
         texts = self._shared(name, np.frombuffer(message, np.uint8), sizes)
-        return [texts[r].tobytes()[: sizes[r]] for r in everyone]
+        return [text.tobytes()[:size] for text, size in zip(texts, sizes, strict=True)]
 
     def _shared(self, name: str, mine: Array, sizes: Sequence[int]) -> list[Array]:
         others = [r for r in range(self.ranks) if r != self.rank]
@@ -214,15 +213,13 @@ def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
 
 def swap_bytes(program: Program) -> int:
     """No less than what a rank hands over in one swap of its program."""
-    largest = 0
-    for step in program.steps:
-        if isinstance(step, Collective):
-            size = sum(b.spec.size_bytes for b in step.ins)
-            if isinstance(step.op, Exchange):
-                others = sum(rank != step.op.rank for rank in step.op.ranks)
-                size = min(step.op.sent_bytes(), others * CHUNK_BYTES)
-            largest = max(largest, size if isinstance(step.op, Exchange) else min(size, CHUNK_BYTES))
-    return largest
+    sizes = [0]
+    for step in (step for step in program.steps if isinstance(step, Collective)):
+        if isinstance(step.op, Exchange):  # a chunk for each of the others
+            sizes.append(min(step.op.sent_bytes(), (len(step.op.ranks) - 1) * CHUNK_BYTES))
+        else:
+            sizes.append(min(sum(b.spec.size_bytes for b in step.ins), CHUNK_BYTES))
+    return max(sizes)
 
 
 class Alone(Transport):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distributed import Client
@@ -14,16 +14,23 @@ from . import worker as tasks
 from .worker import Resident
 
 
+def answers(
+    client: Client, addresses: Iterable[str], timeout_s: float, function: Callable[..., Any], *arguments: Any
+) -> dict[str, Any]:
+    """What a function gives on each of these workers that answers in time, by address."""
+
+    async def ask() -> dict[str, Any]:
+        asked = [asyncio.wait_for(client._run(function, *arguments, workers=[a]), timeout_s) for a in addresses]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return {address: answer for each in found if isinstance(each, dict) for address, answer in each.items()}
+
+    return dict(client.sync(ask))
+
+
 def answering(client: Client, timeout_s: float) -> dict[str, dict[str, Any]]:
     """What each worker is that answers in time, by address; only those of this version."""
-
-    async def ask() -> dict[str, dict[str, Any]]:
-        addresses = list((await client.scheduler.identity(n_workers=-1))["workers"])
-        asked = [asyncio.wait_for(client._run(tasks.who, workers=[a]), timeout_s) for a in addresses]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return {a: known for answer in answers if isinstance(answer, dict) for a, known in answer.items()}
-
-    found: dict[str, dict[str, Any]] = client.sync(ask)
+    addresses = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    found = answers(client, addresses, timeout_s, tasks.who)
     return {address: worker for address, worker in found.items() if worker["version"] == __version__}
 
 

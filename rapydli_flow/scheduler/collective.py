@@ -16,6 +16,8 @@ import numpy as np
 from ..ops import Op
 from ..spec import Array, Block, Spec
 
+EXCHANGE, ASSEMBLE = "exchange", "assemble"  # titles: between ranks, and of what a rank has in pieces itself
+
 
 class AllReduce(Op):
     """Each output is the sum, in the order of ``ranks``, of that input on all of them."""
@@ -125,7 +127,7 @@ class Exchange(Op):
 
     @property
     def title(self) -> str:
-        return "exchange" if len(self.ranks) > 1 else "assemble"
+        return EXCHANGE if len(self.ranks) > 1 else ASSEMBLE
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         specs = tuple(Spec(self.want[i][1].shape, self.dtype) for i in self.wanted)
@@ -145,6 +147,9 @@ class Exchange(Op):
         """Bytes that this rank sends to others."""
         ends = ((self.have[p.source].rank, self.want[p.target][0], p.region.size) for p in self.pieces)
         return sum(size for a, b, size in ends if a == self.rank != b) * np.dtype(self.dtype).itemsize
+
+
+TITLES = (AllReduce.name, EXCHANGE, ASSEMBLE)  # of all that is no kernel
 
 
 def assemble(op: Exchange, shards: Mapping[int, Array]) -> tuple[Array, ...]:

@@ -83,13 +83,13 @@ def _candidates(known: Known) -> Iterator[Cells]:
 def _on(known: Known, layout: Layout) -> Layout | None:
     """The layout on the ranks that should do the node, one for each rank that has it now; None if they are not as
     many."""
-    places, m = known.places, known.places.micro_batches
+    places = known.places
     holders = sorted({places.rank(p) for p, block in enumerate(layout) if block is not None})
     if len(holders) != len(known.ranks):
         return None
     moved: list[Block | None] = [None] * len(places)
     for old, new in zip(holders, known.ranks, strict=True):
-        moved[new * m : (new + 1) * m] = layout[old * m : (old + 1) * m]
+        moved[places.of(new)] = layout[places.of(old)]
     return tuple(moved)
 
 

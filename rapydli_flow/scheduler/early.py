@@ -13,7 +13,7 @@ from collections import deque
 
 from ..graph import Graph, Node, Value, rewrite
 from ..ops import Leaf
-from .places import homes, owners
+from .homes import homes, owners
 
 
 def update_early(graph: Graph) -> Graph:

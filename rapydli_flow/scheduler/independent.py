@@ -19,11 +19,9 @@ from ..ops import Scale
 from .collective import AllReduce
 
 
-def shares(graphs: Sequence[Graph]) -> list[float]:
-    """For each rank, its part of the records."""
-    (name, *_) = (leaf.name for leaf in graphs[0].leaves("batch"))
-    own = [graph.find(name).shape[0] for graph in graphs]
-    return [size / sum(own) for size in own]
+def shares(records: Sequence[int]) -> list[float]:
+    """Each rank's part of the batch, of the records that ranks have."""
+    return [own / sum(records) for own in records]
 
 
 def independent(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
@@ -36,7 +34,9 @@ def independent(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
                     f"plan: average_every is for data-parallel plans, and {node.name} is none of their sums. Use "
                     "strategy='data' without splits and shards."
                 )
-    return tuple(_alone(graph, share) for graph, share in zip(graphs, shares(graphs), strict=True))
+    fed = graphs[0].leaves("batch")[0].name
+    parts = shares([graph.find(fed).shape[0] for graph in graphs])
+    return tuple(_alone(graph, share) for graph, share in zip(graphs, parts, strict=True))
 
 
 def _alone(graph: Graph, share: float) -> Graph:

@@ -99,6 +99,15 @@ class Places:
         """The name of a node that belongs to a micro-batch."""
         return name if self.micro_batches == 1 else f"{name}{MARK}{self.micro(place)}"
 
+    def of(self, rank: int) -> slice:
+        """The places of a rank."""
+        return slice(rank * self.micro_batches, (rank + 1) * self.micro_batches)
+
+    def same(self, values: Sequence[object]) -> list[bool]:
+        """For each place, whether all micro-batches of its rank have the same value."""
+        each = [values[self.of(rank)] for rank in range(self.ranks)]
+        return [all(v == mine[0] for v in mine) for mine in each for _ in mine]
+
     def spread(self, layout: Layout) -> Layout:
         """The layout of places where all micro-batches of a rank see the same block."""
         return tuple(layout[self.rank(place)] for place in range(len(self)))

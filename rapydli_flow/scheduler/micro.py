@@ -82,7 +82,7 @@ class _Turns:
         best: tuple[float, Ready, int] | None = None
         for rank, ready in enumerate(self.ready):
             if ready:
-                candidate = (self.clock[rank], min(ready, key=lambda each: self.order(rank, each)), rank)
+                candidate = (self.clock[rank], min(ready, key=lambda each: self.precedence(rank, each)), rank)
                 best = candidate if best is None else min(best, candidate)
         for name, here in self.meeting.items():
             rank, i = next(iter(here.items()))
@@ -128,7 +128,7 @@ class _Turns:
     def wake(self, rank: int, i: int) -> None:
         """All inputs of a node are there."""
         node = self.graphs[rank].nodes[i]
-        entry = self.rank_of(node, i)
+        entry = self.entry(node, i)
         micro = micro_batch(node.name)
         if micro is not None and micro >= self.finished(rank) + self.depth[rank]:
             self.held[rank].append(entry)
@@ -137,7 +137,7 @@ class _Turns:
         else:
             self.ready[rank].append(entry)
 
-    def order(self, rank: int, each: Ready) -> tuple[bool, Ready]:
+    def precedence(self, rank: int, each: Ready) -> tuple[bool, Ready]:
         """What a rank has begun it goes on with; then backward, earlier micro-batches, and the order of the graph."""
         return each[:2] != self.now[rank], each
 
@@ -146,7 +146,8 @@ class _Turns:
         return sum(1 for left in self.left[rank].values() if not left)
 
     @staticmethod
-    def rank_of(node: Node, i: int) -> Ready:
+    def entry(node: Node, i: int) -> Ready:
+        """A node as it waits to run."""
         micro = micro_batch(node.name)
         if micro is None:
             return 2, 0, i

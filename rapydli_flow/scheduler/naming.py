@@ -82,8 +82,6 @@ def _has(graph: Graph, node: Node, split: Split, batch: bool) -> bool:
     assert not isinstance(node.op, Leaf)
     index = node.op.indexing(*map(graph.spec, node.inputs))
     letters = {name: letter_of(name, index) for name in split.axes}
-    if not batch and letters.keys() <= {"samples"}:
+    if not batch and (not letters or "samples" in letters):
         return False  # of what has no records only the named axes can be divided
-    if "samples" in letters and not batch:
-        return False
     return all(letter is not None and divisible(letter, index) for letter in letters.values())

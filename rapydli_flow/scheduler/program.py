@@ -16,8 +16,8 @@ from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
+from .homes import homes, owners
 from .join import Part, joins
-from .places import homes, owners
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .collective import Exchange, Shard
 
 
 @dataclass(frozen=True)
-class Held:
+class Summand:
     """A block on a rank, and the parts of the sum that are in it."""
 
     rank: int
@@ -26,7 +26,7 @@ class Held:
     parts: frozenset[int]
 
 
-def groups(held: Sequence[Held]) -> list[tuple[int, ...]] | None:
+def groups(held: Sequence[Summand]) -> list[tuple[int, ...]] | None:
     """Groups of ranks that together hold each part of one block once; None if there are none.
 
     Where parts are on several ranks, the first ones of each form a group, the second ones another.
@@ -41,7 +41,7 @@ def groups(held: Sequence[Held]) -> list[tuple[int, ...]] | None:
     return [tuple(sorted(ranks)) for ranks in zip(*(sorted(by_parts[kind]) for kind in kinds), strict=True)]
 
 
-def exchanges(held: Sequence[Held], want: Sequence[tuple[int, Block]], dtype: str) -> list[Exchange]:
+def exchanges(held: Sequence[Summand], want: Sequence[tuple[int, Block]], dtype: str) -> list[Exchange]:
     """Independent exchanges, as rank -1 sees them, that give everyone what it wants; only shards that are used."""
     kinds = sorted({each.parts for each in held}, key=min)
     shards = tuple(Shard(each.rank, each.block, kinds.index(each.parts)) for each in held)

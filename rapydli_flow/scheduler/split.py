@@ -43,7 +43,7 @@ from .layout import (
 )
 from .naming import GRADIENTS, batched
 from .placed import Placed
-from .reshard import Held, exchanges, groups
+from .reshard import Summand, exchanges, groups
 
 Made = tuple[Tensor, ...]
 T = TypeVar("T")
@@ -124,8 +124,7 @@ class _Splitter:
 
     def place_leaf(self, value: Value, node: Node, layout: Layout) -> None:
         """Put a leaf on ranks: on each the smallest block that holds those of its places."""
-        m = self.places.micro_batches
-        hulls = [hull(layout[r * m : (r + 1) * m]) for r in range(self.places.ranks)]
+        hulls = [hull(layout[self.places.of(rank)]) for rank in range(self.places.ranks)]
         tensors: list[Tensor | None] = []
         for p in range(len(self.places)):
             rank = self.places.rank(p)
@@ -146,7 +145,7 @@ class _Splitter:
             no_empty(node.name, need[j])
             operands.append(self.placed[v].tensors if kept else self.move(v, need[j]))
         made: list[Made | None] = []
-        shared = self.shared(cells, operands)
+        shared = self.places.same([(cell, [x[p] for x in operands]) for p, cell in enumerate(cells)])
         for p, cell in enumerate(cells):
             if cell is None:
                 made.append(None)
@@ -162,12 +161,6 @@ class _Splitter:
             parts = self.placed[node.inputs[0]].parts if kept else _parts(cells, index.partial, k)
             tensors = tuple(None if ys is None else ys[k] for ys in made)
             self.placed[i, k] = Placed(give[k], parts, tensors)
-
-    def shared(self, cells: Cells, operands: Sequence[Sequence[Tensor | None]]) -> list[bool]:
-        """For each place, whether all micro-batches of its rank do the same."""
-        m = self.places.micro_batches
-        does = [(cell, [x[p] for x in operands]) for p, cell in enumerate(cells)]
-        return [all(each == does[p // m * m] for each in does[p // m * m : (p // m + 1) * m]) for p in range(len(does))]
 
     def kept(self, node: Node) -> Cells | None:
         """The cells of an op that can be applied to the parts of sums as they are, and added later."""
@@ -248,19 +241,13 @@ class _Splitter:
 
     def constant(self, node: Node, want: Layout) -> tuple[Tensor | None, ...]:
         """A clock or a constant: every place makes its own."""
-        made = [
-            block
-            and self.add(self.places.rank(p), node.op.local((), (block,)), (), self.constant_name(node, want, p), block)
-            for p, block in enumerate(want)
-        ]
+        made = []
+        for p, (block, shared) in enumerate(zip(want, self.places.same(want), strict=True)):
+            name = node.name if shared else self.places.mark(node.name, p)
+            made.append(block and self.add(self.places.rank(p), node.op.local((), (block,)), (), name, block))
         return tuple(ys[0] if ys else None for ys in made)
 
-    def constant_name(self, node: Node, want: Layout, place: int) -> str:
-        m = self.places.micro_batches
-        same = len(set(want[place // m * m : (place // m + 1) * m])) == 1
-        return node.name if same else self.places.mark(node.name, place)
-
-    def added(self, value: Value, placed: Placed) -> list[tuple[Held, Tensor]]:
+    def added(self, value: Value, placed: Placed) -> list[tuple[Summand, Tensor]]:
         """What ranks have of a value, with the parts of a sum that are on the same rank added up."""
         found: dict[tuple[int, Block], list[tuple[int, Tensor, int]]] = {}
         for p in placed.holders:
@@ -277,7 +264,7 @@ class _Splitter:
             for _, tensor, p in mine[1:]:
                 name = self.places.mark(f"{self.graph.value_name(value)}/added", p)
                 total = self.add(rank, Add(), (tensor, total), name, None)[0]  # fused into what makes the last part
-            out.append((Held(rank, block, frozenset(part for part, *_ in mine)), total))
+            out.append((Summand(rank, block, frozenset(part for part, *_ in mine)), total))
         return out
 
     def summable(self, placed: Placed, want: Layout) -> bool:
@@ -289,14 +276,14 @@ class _Splitter:
             groups([held for held in self.held(placed) if held.block == block]) is not None for block in blocks
         )
 
-    def held(self, placed: Placed) -> list[Held]:
+    def held(self, placed: Placed) -> list[Summand]:
         """What ranks have of a sum, as `added` gives it."""
         found: dict[tuple[int, Block], set[int]] = {}
         for p in placed.holders:
             block = placed.layout[p]
             assert block is not None
             found.setdefault((self.places.rank(p), block), set()).add(placed.parts[p])
-        return [Held(rank, block, frozenset(parts)) for (rank, block), parts in found.items()]
+        return [Summand(rank, block, frozenset(parts)) for (rank, block), parts in found.items()]
 
     def sum(self, value: Value, placed: Placed) -> Placed:
         """The sum, on all that have parts of it."""

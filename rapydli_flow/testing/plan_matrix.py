@@ -66,8 +66,8 @@ def _case(rng: np.random.Generator, title: str, graph: Graph, steps: int) -> Cas
     except (ShapeError, SettingError) as error:
         return Case(title, "", ranks, refused=str(error))
     fed = batches(graph, 3, CLASSES)
-    one = train(graph, programs(graph, Plan()), fed, steps)
-    return Case(title, words, ranks, deviation(train(graph, made, fed, steps), one))
+    one = train(programs(graph, Plan()), fed, steps)
+    return Case(title, words, ranks, deviation(train(made, fed, steps), one))
 
 
 # networks ----------------------------------------------------------------------------------------------

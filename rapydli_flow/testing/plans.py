@@ -14,7 +14,6 @@ import numpy as np
 
 from ..errors import RunLost
 from ..graph import Graph
-from ..runtime.backend import whole_state
 from ..runtime.rank import Rank
 from ..runtime.transport import Threads
 from ..scheduler import Plan, Program, compile_program
@@ -65,7 +64,6 @@ def batches(graph: Graph, count: int, classes: int, seed: int = 0) -> list[dict[
 
 
 def train(
-    graph: Graph,
     made: Sequence[Program],
     fed: Sequence[Mapping[str, Array]],
     steps: int,
@@ -105,13 +103,11 @@ def train(
         assert curve == losses[0], "ranks do not agree on the loss"
         for name, value in outputs.items():
             assert np.array_equal(rank.output(name), value), f"ranks do not agree on {name}"
-    states = [rank.state() for rank in ranks]
-    _agree(made, states)
-    return Trained(np.array(losses[0]), outputs, whole_state(graph, [p.layout for p in made], states))
+    return Trained(np.array(losses[0]), outputs, _whole(made, [rank.state() for rank in ranks]))
 
 
-def _agree(made: Sequence[Program], states: Sequence[Mapping[str, Array]]) -> None:
-    """What is on several ranks has the same bits there, and everything is somewhere."""
+def _whole(made: Sequence[Program], states: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Whole arrays; what is on several ranks has the same bits there, and everything is somewhere."""
     known: dict[str, Array] = {}
     for program, state in zip(made, states, strict=True):
         for name, value in state.items():
@@ -122,6 +118,7 @@ def _agree(made: Sequence[Program], states: Sequence[Mapping[str, Array]]) -> No
             whole[at.slices] = value
     for name, whole in known.items():
         assert not np.isnan(whole).any(), f"a part of {name} is nowhere, or NaN"
+    return known
 
 
 def deviation(run: Trained, want: Trained) -> float:

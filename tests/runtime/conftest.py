@@ -25,6 +25,16 @@ def client():
         yield client
 
 
+@pytest.fixture(scope="module")
+def mortal():
+    """A client of three workers that may be killed; nannies start new ones at new addresses."""
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
 @pytest.fixture(scope="session")
 def step():
     return make_step()

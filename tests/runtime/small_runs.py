@@ -47,6 +47,18 @@ def many(step, ranks):
     return rf.plan(step, ranks=ranks, threads=1)
 
 
+class Once(rf.Callback):
+    """Does something to the run when it has passed a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.at = step, action, None
+
+    def on_event(self, event):
+        if self.at is None and isinstance(event, Stepped) and event.first > self.step:
+            self.at = time.monotonic()
+            self.action()
+
+
 def same_bits(one, other):
     """Have two states the same names, and every array the same bytes?"""
     return one.keys() == other.keys() and all(one[k].tobytes() == other[k].tobytes() for k in one)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import small_runs
 from distributed import Client, LocalCluster
-from small_runs import many, same_bits
+from small_runs import Once, many, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow import nn
@@ -19,7 +19,7 @@ from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import NoWorkers, SettingError
 from rapydli_flow.runtime import worker as tasks
 from rapydli_flow.runtime.copies import common_step, only_here, sources
-from rapydli_flow.runtime.events import Recovered, Stepped, Validated, read_log
+from rapydli_flow.runtime.events import Recovered, read_log
 from rapydli_flow.runtime.workers import place, ready_workers
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.testing.plans import programs
@@ -27,36 +27,22 @@ from rapydli_flow.testing.plans import programs
 STEPS, LONG = 160, 1500  # LONG: several segments where nothing pauses the run
 
 
-class Strike(rf.Callback):
-    """Does something to the workers of a run when it has passed a step; remembers how the run went on."""
+class Strike(Once):
+    """Does something to the workers of a run; remembers how the run went on."""
 
     def __init__(self, step, action):
-        self.step, self.action = step, action
-        self.struck, self.recovered, self.validated = 0.0, [], []
+        super().__init__(step, action)
+        self.recovered = []
 
     def on_event(self, event):
+        super().on_event(event)
         if isinstance(event, Recovered):
             self.recovered.append(event)
-        if isinstance(event, Validated):
-            self.validated.append(event.step)
-        if isinstance(event, Stepped) and event.first >= self.step and not self.struck:
-            self.struck = time.monotonic()
-            self.action()
 
 
 def pids(client, ranks):
     workers = ready_workers(client, ranks, 60.0)
     return [workers[address]["pid"] for address in place(workers, ranks)]
-
-
-@pytest.fixture(scope="module")
-def mortal():
-    """A cluster whose workers may be killed; nannies start new ones at new addresses."""
-    with (
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 @pytest.fixture
@@ -106,7 +92,7 @@ def test_a_worker_that_stands_still_is_replaced(three, data, step):
     strike = Strike(40, lambda: os.kill(victim, signal.SIGSTOP))
     try:
         run = rf.fit(step, data["train"], steps=LONG, plan=many(step, 2), client=three, seed=3, callbacks=[strike])
-        assert time.monotonic() - strike.struck < 25  # it is noticed within 10 s, whatever Dask thinks
+        assert time.monotonic() - strike.at < 25  # it is noticed within 10 s, whatever Dask thinks
     finally:
         os.kill(victim, signal.SIGCONT)
     assert same_bits(run.state, want.state)
@@ -202,7 +188,7 @@ def test_several_fits_at_once_of_two_clients(three, data, step, kill):
     with Client(three.scheduler.address) as other, ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(fit, three, [strike]), pool.submit(fit, other, []), pool.submit(fit, three, [])]
         assert all(same_bits(run.result(timeout=120).state, want.state) for run in runs)
-    assert strike.struck
+    assert strike.at
 
 
 def test_a_killed_client_leaves_nothing(three, data, tmp_path):

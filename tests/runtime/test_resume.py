@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from distributed import Client, LocalCluster
-from small_runs import SNAPSHOT_EVERY, deviation, make_step, many, same_bits
+from small_runs import SNAPSHOT_EVERY, Once, deviation, make_step, many, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
 from rapydli_flow.errors import RunLost, SettingError, SnapshotError
-from rapydli_flow.runtime.events import Stepped, read_log
+from rapydli_flow.runtime.events import read_log
 from rapydli_flow.runtime.workers import place, ready_workers
 
 STEPS = 200
@@ -148,28 +147,6 @@ def test_snapshots_may_be_left_out(data, step, tmp_path):
 
 
 # losing workers -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mortal():
-    """A cluster whose workers may be killed; nannies start new ones at new addresses."""
-    with (
-        LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-class Once(rf.Callback):
-    """Does something to the run when it has passed a step."""
-
-    def __init__(self, step, action):
-        self.step, self.action, self.at = step, action, None
-
-    def on_event(self, event):
-        if self.at is None and isinstance(event, Stepped) and event.first > self.step:
-            self.at = time.monotonic()
-            self.action()
 
 
 @pytest.mark.slow

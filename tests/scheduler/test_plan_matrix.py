@@ -108,7 +108,7 @@ def step(network: str) -> Graph:
 @cache
 def alone(network: str) -> Trained:
     graph = step(network)
-    return train(graph, programs(graph, Plan()), batches(graph, 4, 5), STEPS)
+    return train(programs(graph, Plan()), batches(graph, 4, 5), STEPS)
 
 
 @pytest.mark.parametrize(("name", "network", "ranks"), combinations())
@@ -116,7 +116,7 @@ def test_the_matrix(name: str, network: str, ranks: int) -> None:
     graph, want = step(network), alone(network)
     made = programs(graph, make_plan(graph, ranks, **PLANS[name]))
     assert len(made) == ranks
-    run = train(graph, made, batches(graph, 4, 5), STEPS)
+    run = train(made, batches(graph, 4, 5), STEPS)
     assert deviation(run, want) <= LIMIT
     if ranks > 1:
         assert any(isinstance(s, Collective) and len(s.op.ranks) > 1 for program in made for s in program.steps)  # type: ignore[attr-defined]
@@ -127,10 +127,10 @@ def test_adam_with_clipped_gradients_in_every_strategy() -> None:
     optimizer = optim.clip_norm(optim.adam(0.01, eps=1e-3), 0.5)
     graph = step_of(trace(grouped, X), optimizer)
     fed = batches(graph, 2, 5)
-    want = train(graph, programs(graph, Plan()), fed, 6)
+    want = train(programs(graph, Plan()), fed, 6)
     for name, ranks in (("data", 3), ("rows", 2), ("filters", 2), ("pipeline", 2), ("hybrid", 2), ("sharded state", 3)):
         made = programs(graph, make_plan(graph, ranks, **PLANS[name]))
-        assert deviation(train(graph, made, fed, 6), want) <= LIMIT, name
+        assert deviation(train(made, fed, 6), want) <= LIMIT, name
 
 
 # what plans are made of --------------------------------------------------------------------------------
@@ -297,6 +297,6 @@ def test_plans_are_kept_as_json() -> None:
     assert Plan.from_json(uneven.to_json()) == uneven
     fed = batch(X)
     made = programs(graph, uneven)
-    one = train(graph, programs(graph, Plan()), [fed], 3)
-    assert deviation(train(graph, made, [fed], 3), one) <= LIMIT
+    one = train(programs(graph, Plan()), [fed], 3)
+    assert deviation(train(made, [fed], 3), one) <= LIMIT
     assert Alone().ranks == 1

@@ -3,9 +3,8 @@
 Memory holds NaN at first, so nothing that was not written can be read.
 """
 
-import threading
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,10 @@ from rapydli_flow.errors import RunLost, SettingError
 from rapydli_flow.graph import Graph, trace
 from rapydli_flow.runtime.rank import Rank
 from rapydli_flow.runtime.transport import Threads, swap_bytes
-from rapydli_flow.scheduler import Collective, Plan, Program, compile_program, data_parallel
+from rapydli_flow.scheduler import Collective, Plan, Program, data_parallel
 from rapydli_flow.spec import Array, Block, Spec
+from rapydli_flow.testing import plans
+from rapydli_flow.testing.plans import Trained
 from rapydli_flow.tuner import Tuning
 
 BATCH, SHAPE, CLASSES, SEED = 5, (5, 8, 6, 2), 3, 7
@@ -47,7 +48,7 @@ def step(dtype: str = "float64", dropout: bool = True, gradients: bool = False) 
 @cache
 def programs(plan: str, dtype: str = "float64", dropout: bool = True, gradients: bool = False) -> tuple[Program, ...]:
     graph = step(dtype, dropout, gradients)
-    return tuple(compile_program(part, Tuning(host())) for part in plan_of(plan, graph).rank_graphs(graph))
+    return plans.programs(graph, plan_of(plan, graph), Tuning(host()))
 
 
 def plan_of(name: str, graph: Graph) -> Plan:
@@ -70,78 +71,26 @@ def plan_of(name: str, graph: Graph) -> Plan:
     }[name]
 
 
-class Run(NamedTuple):
-    """What training gave: losses, and the first rank's outputs of the last step; every rank's leaves."""
-
-    losses: Array
-    outputs: dict[str, Array]
-    state: dict[str, Array]
-
-
 @cache
 def data(dtype: str) -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
     return rng.normal(size=(4, *SHAPE)).astype(dtype), rng.integers(0, CLASSES, (4, BATCH))
 
 
-def train(made: tuple[Program, ...], steps: int, order: Any = None, threads: int = 1) -> Run:
-    """Train all ranks of a plan, each in a thread of its own."""
-    dtype = made[0].leaves["x"].spec.dtype
-    xs, labels = data(dtype)
+def train(made: tuple[Program, ...], steps: int, order: Any = None, threads: int = 1) -> Trained:
+    """Train all ranks of a plan with real kernels, each in a thread of its own."""
+    xs, labels = data(made[0].leaves["x"].spec.dtype)
     order = np.arange(BATCH) if order is None else order
-    transports = Threads.of(len(made), timeout_s=30.0)
-    ranks = [
-        Rank(program, host(), threads=threads, transport=transport, poison=True)
-        for program, transport in zip(made, transports, strict=True)
-    ]
-    losses: list[list[float]] = [[] for _ in ranks]
-    errors: list[BaseException] = []
-
-    def work(r: int) -> None:
-        rank = ranks[r]
-        try:
-            rank.start(SEED)
-            for n in range(steps):
-                whole = {"x": xs[n % 4][order], "label": labels[n % 4][order]}
-                rank.feed({name: value[rank.block(name).slices] for name, value in whole.items()})
-                losses[r].append(rank.step(SEED, n)["loss"])
-        except BaseException as error:
-            errors.append(error)
-            rank.close()
-
-    workers = [threading.Thread(target=work, args=(r,)) for r in range(len(ranks))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
-    assert len({tuple(curve) for curve in losses}) == 1  # the same bits on every rank
-    outputs = {name: ranks[0].output(name) for name in made[0].outputs}
-    for rank in ranks[1:]:
-        assert all(np.array_equal(rank.output(name), value) for name, value in outputs.items())
-    return Run(np.array(losses[0]), outputs, whole_state(ranks))
-
-
-def whole_state(ranks: list[Rank]) -> dict[str, Array]:
-    """Parameters and state of all ranks, put together; what is on several ranks is the same there."""
-    out: dict[str, Array] = {}
-    for rank in ranks:
-        for name, value in rank.state().items():
-            at = rank.block(name)
-            whole = out.setdefault(name, np.full(at.whole, np.nan, value.dtype))
-            here = whole[at.slices]
-            assert (np.isnan(here) | (here == value)).all(), name
-            whole[at.slices] = value
-    return out
+    fed = [{"x": x[order], "label": label[order]} for x, label in zip(xs, labels, strict=True)]
+    return plans.train(made, fed, steps, device=host(), threads=threads)
 
 
 @cache
-def alone(dtype: str = "float64", steps: int = 200, dropout: bool = True) -> Run:
+def alone(dtype: str = "float64", steps: int = 200, dropout: bool = True) -> Trained:
     return train(programs("1 rank", dtype, dropout), steps)
 
 
-def assert_same_run(run: Run, want: Run, tolerance: float) -> None:
+def assert_same_run(run: Trained, want: Trained, tolerance: float) -> None:
     n = len(run.losses)
     assert run.losses == pytest.approx(want.losses[:n], rel=tolerance, abs=0)
     if n == len(want.losses):
@@ -202,7 +151,7 @@ def test_float32_losses_deviate_no_more_than_other_orders_of_one_batch() -> None
     steps = 30
     one = alone("float32", steps, False)
 
-    def deviation(run: Run) -> float:
+    def deviation(run: Trained) -> float:
         return float(np.abs(run.losses / one.losses - 1).max())
 
     orders = [np.random.default_rng(i).permutation(BATCH) for i in range(1, 6)]
