@@ -59,6 +59,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
                         "nthreads": threads,
                         "memory_limit": memory,
                         "dashboard_address": None,
+                        "silence_logs": logging.WARNING,
                         "config": MEMORY,
                         "env": _environment(threads, gpus[i % len(gpus)] if gpus else None),
                     },
