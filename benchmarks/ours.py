@@ -20,7 +20,7 @@ from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.rank import Rank
 from rapydli_flow.runtime.transport import Alone, Transport, swap_bytes
 from rapydli_flow.runtime.warm import warm
-from rapydli_flow.scheduler import Program, compile_program
+from rapydli_flow.scheduler import Program
 from rapydli_flow.template import Device
 from rapydli_flow.tuner import Tuning
 from rapydli_flow.zoo import Network
@@ -98,7 +98,7 @@ def training(network: Graph) -> Graph:
 
 def programs(step: Graph, plan: rf.Plan, known: Tuning) -> list[Program]:
     """What each rank of a plan runs."""
-    return [compile_program(graph, known) for graph in plan.rank_graphs(step)]
+    return list(plan.programs(step, known))
 
 
 def halves(network: Graph, known: Tuning) -> list[Program]:

@@ -56,7 +56,7 @@ from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
 from .runtime.workers import ready_workers
-from .scheduler import Plan, Program, compile_program, data_parallel, remade
+from .scheduler import Plan, Program, data_parallel, remade
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -212,9 +212,8 @@ class Fitting:
             ranks = plan.rank_graphs(self.step)
             tuner.autotune(ranks, plan.threads, self.client, budget_s=options.tune_s, known_too=False)
         tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
-        graphs = plan.rank_graphs(self.step)
-        programs = [compile_program(graph, tuning) for graph in graphs]
-        backend = self._backend(plan, graphs, programs, tuning, workers)
+        programs = plan.programs(self.step, tuning)
+        backend = self._backend(plan, programs, tuning, workers)
         started = self._started(plan, tuning)
         for callback in callbacks:
             callback.check(started)
@@ -351,8 +350,7 @@ class Fitting:
     def _backend(
         self,
         plan: Plan,
-        graphs: Sequence[Graph],
-        programs: Sequence[Program],
+        programs: tuple[Program, ...],
         tuning: Tuning,
         workers: Mapping[str, Any],
     ) -> Backend:
@@ -372,18 +370,18 @@ class Fitting:
             raise SettingError(f"fit: average_every is for granularity 'segment', not {options.granularity!r}.")
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
-            return Flow(self.step, plan, graphs, loose, *data, **flow, **where)
+            return Flow(self.step, plan, loose, *data, **flow, **where)
         if self.client is None:
             return Local(self.step, plan, programs, loose, *data, timeout_s=options.timeout_s, **where)
 
         def job_of(ranks: int) -> tuple[Job, dict[str, Any]]:
             """The job for so many ranks, and what its snapshots say of it."""
             use = remade(plan, self.step, ranks)
-            made = programs if use is plan else [compile_program(g, tuning) for g in use.rank_graphs(self.step)]
+            made = programs if use is plan else use.programs(self.step, tuning)
             job = Job(
                 run="run",
                 step=self.step,
-                programs=tuple(made),
+                programs=made,
                 plan=replace(use, graph=None, recipe=None),
                 tuning=loose,
                 threads=use.threads,

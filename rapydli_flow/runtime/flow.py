@@ -42,7 +42,6 @@ class Flow(Backend):
         self,
         step: Graph,
         plan: Plan,
-        graphs: Sequence[Graph],
         tuning: Tuning,
         data: Dataset,
         validation: Dataset | None,
@@ -54,16 +53,18 @@ class Flow(Backend):
         run_dir: Path | None = None,
         keep: int = 3,
     ) -> None:
-        self.graph, self.plan, self.graphs, self.tuning = step, plan, tuple(graphs), tuning
+        self.graph, self.plan, self.graphs, self.tuning = step, plan, plan.rank_graphs(step), tuning
         self.data, self.validation = data, validation
         self.granularity, self.client, self.seed, self.shuffle = granularity, client, seed, shuffle
-        self.leaves: list[dict[str, Ref]] = [{} for _ in graphs]
+        self.leaves: list[dict[str, Ref]] = [{} for _ in self.graphs]
         self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
         self.writers = Writers(run_dir, keep)
         self.clocks: Mapping[str, float] = CLOCKS
         self.token = uuid.uuid4().hex
         self.inputs = {leaf.name for leaf in step.leaves("batch")}
-        self.held = [{x.name: graph.nodes[x.node].at or Block.all(x.shape) for x in graph.leaves()} for graph in graphs]
+        self.held = [
+            {x.name: graph.nodes[x.node].at or Block.all(x.shape) for x in graph.leaves()} for graph in self.graphs
+        ]
         self.readers = []
         for rank, blocks in enumerate(self.held):
             layout = {name: blocks[name] for name in self.inputs if name in blocks}

@@ -27,7 +27,7 @@ from cpu_kernels.compile import host
 from ..config import settings
 from ..errors import NonFinite, RunLost, SettingError
 from ..graph import Graph
-from ..scheduler import Plan, compile_program, data_parallel
+from ..scheduler import Plan, data_parallel
 from ..spec import Array, Block
 from ..tuner import Tuning
 from . import stepping
@@ -130,7 +130,7 @@ def stepper(
     plan = plan or data_parallel(graph, len(workers) or 1, threads=threads)
     if tuning is None:
         tuning = tuner.known(next(iter(workers.values()))["device"] if workers else host())
-    programs = [compile_program(part, tuning) for part in plan.rank_graphs(graph)]
+    programs = plan.programs(graph, tuning)
     ranks: Ranks
     if client is None:
         ranks = Here(Local(graph, plan, programs, tuning, None, None, seed=seed, timeout_s=timeout_s), timeout_s)
@@ -139,7 +139,7 @@ def stepper(
         job = Job(
             run="stepper",
             step=graph,
-            programs=tuple(programs),
+            programs=programs,
             plan=replace(plan, graph=None, recipe=None),
             tuning=tuning,
             threads=plan.threads,

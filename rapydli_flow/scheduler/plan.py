@@ -21,7 +21,7 @@ from .independent import independent
 from .layout import Layout, Split
 from .micro import in_turns
 from .naming import divided_nodes
-from .program import compile_program
+from .program import Program, compile_program
 from .split import split
 
 ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
@@ -70,6 +70,10 @@ class Plan:
             parts = independent(parts)
         parts = fuse_alike(bucket(parts))
         return tuple(checked(update_early)(part) for part in parts)
+
+    def programs(self, graph: Graph, tuning: Tuning) -> tuple[Program, ...]:
+        """What each rank runs for one step."""
+        return tuple(compile_program(part, tuning) for part in self.rank_graphs(graph))
 
     def depths(self, graph: Graph, named: Mapping[str, Split]) -> list[int]:
         """For each rank, the number of stages from its own to the last: micro-batches that are in flight there.

@@ -16,7 +16,7 @@ from ..errors import RunLost
 from ..graph import Graph
 from ..runtime.rank import Rank
 from ..runtime.transport import Threads
-from ..scheduler import Plan, Program, compile_program
+from ..scheduler import Plan, Program
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
@@ -46,7 +46,7 @@ class Trained:
 
 def programs(graph: Graph, plan: Plan, tuning: Tuning = NUMPY) -> tuple[Program, ...]:
     """The programs of all ranks."""
-    return tuple(compile_program(part, tuning) for part in plan.rank_graphs(graph))
+    return plan.programs(graph, tuning)
 
 
 def batches(graph: Graph, count: int, classes: int, seed: int = 0) -> list[dict[str, Array]]:
