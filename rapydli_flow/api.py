@@ -98,6 +98,7 @@ def plan(
     micro_batches: int | None = None,
     shard: str | None = None,
     average_every: int | None = None,
+    staleness: int | None = None,
 ) -> Plan:
     """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
 
@@ -109,6 +110,9 @@ def plan(
     'state' divides optimizer state over ranks, 'parameters' parameters as well. ``average_every``: ranks train by
     themselves on their records, and average parameters and optimizer state every so many steps (local SGD): less to
     send, but no longer the run of one worker.
+    ``staleness``: parameters and optimizer state are divided over ranks, which send each other gradients and new
+    parameters while they train, and may be so many steps ahead of the updates: nobody waits for the slowest in each
+    step, but it is no longer the run of one worker, unless it is 0.
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
@@ -127,6 +131,7 @@ def plan(
         micro_batches=micro_batches,
         shard=shard,
         average_every=average_every,
+        staleness=staleness,
     )
 
 

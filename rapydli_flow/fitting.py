@@ -366,8 +366,11 @@ class Fitting:
         loose = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs, tuning.device))
-        if options.granularity != "segment" and plan.average_every:
-            raise SettingError(f"fit: average_every is for granularity 'segment', not {options.granularity!r}.")
+        if options.granularity != "segment" and plan.apart:
+            raise SettingError(
+                "fit: a plan with average_every or staleness is for granularity 'segment', not "
+                f"{options.granularity!r}."
+            )
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
             return Flow(self.step, plan, loose, *data, **flow, **where)

@@ -66,16 +66,11 @@ class Copies:
         mine, theirs = self.alone[self.number], self.alone[before]
         if ranks == 1 or not (mine or theirs):
             return []
-        specs = [self.programs[before].leaves[name].spec for name in theirs]
         sends = {behind: [state[name] for name in mine]} if mine else {}
-        sizes = {before: sum(spec.size_bytes for spec in specs)} if theirs else {}
-        got = self.rank.transport.swap_large("the copies of a segment", sends, sizes)
-        out, begin = [], 0
-        for name, spec in zip(theirs, specs, strict=True):
-            array = got[before][begin : begin + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
-            begin += spec.size_bytes
-            out.append(Piece(name, self.programs[before].layout[name], array))
-        return out
+        wants = {before: [self.programs[before].leaves[name].spec for name in theirs]} if theirs else {}
+        got = self.rank.transport.swap_arrays("the copies of a segment", sends, wants).get(before, [])
+        layout = self.programs[before].layout
+        return [Piece(name, layout[name], array) for name, array in zip(theirs, got, strict=True)]
 
     def settle(self, step: int) -> None:
         """All ranks have their copies of a step: those before it are not needed any more."""

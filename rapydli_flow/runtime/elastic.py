@@ -133,7 +133,7 @@ class Elastic(Recovering):
     def _recovery(self, step: int, results: tuple[SegmentResult, ...], begin: float, reason: str) -> Recovery:
         """What the run is told of its new ranks."""
         job = self.cluster.job
-        arenas = tuple(program.arena_bytes for program in job.programs)
+        arenas = tuple(program.memory_bytes for program in job.programs)
         seconds = time.monotonic() - begin
         return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas)
 

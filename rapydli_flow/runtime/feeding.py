@@ -60,7 +60,7 @@ def check_fields(graph: Graph, data: Dataset) -> None:
 
 def fed_layout(program: Program) -> dict[str, Block]:
     """The blocks of what a rank's program is fed."""
-    return {name: program.layout[name] for name in program.kind("batch")}
+    return {name: program.trained.layout[name] for name in program.trained.kind("batch")}
 
 
 class RankFeed:

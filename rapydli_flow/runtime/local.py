@@ -19,8 +19,8 @@ from .backend import Backend, Writers, holding, one_result, whole_state
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
-from .rank import Rank
 from .segment import SegmentResult, Trainer, average_of, finite
+from .stale import rank_of
 from .transport import TIMEOUT_S, Alone, Threads, Transport
 from .warm import warm
 
@@ -54,7 +54,7 @@ class Local(Backend):
         warm([pair for program in programs for pair in program.requests], tuning.device)
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
-            rank = Rank(program, tuning.device, threads=plan.threads, transport=transport)
+            rank = rank_of(programs, number, tuning.device, threads=plan.threads, transport=transport)
             feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
             average = average_of(plan, programs, number)
             self.trainers.append(Trainer(rank, feed, seed, step, number=number, average=average))

@@ -121,7 +121,7 @@ def publishing(
         "begun": time.time(),
         "granularity": granularity,
         "addresses": list(addresses),
-        "arena_bytes": [program.arena_bytes for program in programs],
+        "arena_bytes": [program.memory_bytes for program in programs],
         "tasks": [] if granularity == "segment" else _tasks(programs),
     }
     return (Publisher(client, about),)

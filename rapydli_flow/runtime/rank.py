@@ -43,6 +43,8 @@ def memory_of(size: int) -> Array:
 class Rank:
     """A program bound to an arena, and to what `load` lends it. Not thread-safe: one step at a time."""
 
+    together = True  # each step is one of all ranks: they have the same numbers, and meet within it
+
     def __init__(
         self,
         program: Program,
@@ -240,6 +242,9 @@ class Rank:
         results = run_reference(part.request, [self.view(b) for b in (*part.ins, *part.extras)], part.at)
         for buffer, value in zip(part.outs, results, strict=True):
             self.view(buffer)[...] = value
+
+    def finish(self) -> None:
+        """Return when nothing of the steps that were run is under way any more."""
 
     def close(self) -> None:
         """Leave the collectives and let go of the memory."""

@@ -134,6 +134,7 @@ class Trainer:
         self.before = before = self.rank.state()
         if self.copies is not None:
             self.copies.keep(first, before)
+        together = self.average is None and self.rank.together
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
         feed_s, begin = 0.0, time.perf_counter()
@@ -151,11 +152,12 @@ class Trainer:
                 scalars.setdefault(name, []).append(value)
             if self.average is not None and ((step + 1) % self.average.every == 0 or step == first + steps - 1):
                 self.average(self.rank)
-            if step == first and self.copies is not None and self.average is None:
+            if step == first and self.copies is not None and together:
                 self.copies.settle(first)
-            if self.average is None and not np.isfinite(values.get("loss", 0.0)):
+            if together and not np.isfinite(values.get("loss", 0.0)):
                 self._explain(before, range(first, step + 1), values["loss"], clocks)
-        if self.average is not None:
+        if not together:
+            self.rank.finish()
             self._agree(first, scalars.get("loss", []))
             if self.copies is not None:
                 self.copies.settle(first)

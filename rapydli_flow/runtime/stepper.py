@@ -121,8 +121,10 @@ def stepper(
     """
     if graph.network is None:
         raise SettingError("stepper: this graph is not a training step; make one with rf.train_step.")
-    if plan is not None and plan.average_every:
-        raise SettingError("stepper: a plan with average_every is for rf.fit: here every step is one of all ranks.")
+    if plan is not None and plan.apart:
+        raise SettingError(
+            "stepper: a plan with average_every or staleness is for rf.fit: here every step is one of all ranks."
+        )
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
     workers = ready_workers(client, plan.ranks if plan else None, timeout_s) if client is not None else {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import RunLost
 from ..scheduler import AllReduce, Collective, Exchange, Program
-from ..spec import Array, Block, even_bounds
+from ..spec import Array, Block, Spec, even_bounds
 
 TIMEOUT_S = 120.0
 SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
@@ -70,6 +70,13 @@ class Transport(ABC):
                 got[rank][begin : begin + now[rank]] = data[: now[rank]]
             self.release()
         return got
+
+    def swap_arrays(
+        self, name: str, sends: Mapping[int, Sequence[Array]], wants: Mapping[int, Sequence[Spec]]
+    ) -> dict[int, list[Array]]:
+        """A swap of arrays of any size; ``wants``: what comes from whom."""
+        got = self.swap_large(name, sends, {r: sum(spec.size_bytes for spec in specs) for r, specs in wants.items()})
+        return {r: taken_up(got[r], specs) for r, specs in wants.items()}
 
     def share(self, name: str, message: bytes) -> list[bytes]:
         """A message of each rank of the transport, for all of them."""
@@ -211,9 +218,9 @@ def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
     raise AssertionError(f"no view begins at {begin}")
 
 
-def swap_bytes(program: Program) -> int:
-    """No less than what a rank hands over in one swap of its program."""
-    sizes = [0]
+def swap_bytes(program: Program, ranks: int) -> int:
+    """No less than what one of so many ranks hands over in one swap of its program."""
+    sizes = [(ranks - 1) * CHUNK_BYTES if program.gradients is not None else 0]
     for step in (step for step in program.steps if isinstance(step, Collective)):
         if isinstance(step.op, Exchange):  # a chunk for each of the others
             sizes.append(min(step.op.sent_bytes(), (len(step.op.ranks) - 1) * CHUNK_BYTES))
@@ -301,3 +308,12 @@ def lay_down(parts: Sequence[Array], out: Array) -> int:
         out[end : end + x.nbytes].view(x.dtype).reshape(x.shape)[...] = x
         end += x.nbytes
     return end
+
+
+def taken_up(data: Array, specs: Sequence[Spec]) -> list[Array]:
+    """Views of the arrays that lie in bytes one after the other."""
+    out, begin = [], 0
+    for spec in specs:
+        out.append(data[begin : begin + spec.size_bytes].view(spec.dtype).reshape(spec.shape))
+        begin += spec.size_bytes
+    return out

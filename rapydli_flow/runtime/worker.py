@@ -37,9 +37,9 @@ from .copies import Copies, Piece, put_together
 from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
 from .peers import Peers
-from .rank import Rank
 from .segment import SegmentResult, Trainer, average_of
 from .shared import SharedMemory
+from .stale import rank_of
 from .transport import CHUNK_BYTES, Alone, Transport, swap_bytes
 from .upkeep import RELEASE
 from .warm import warm as warm_up
@@ -207,7 +207,8 @@ def prepare(job: Job, number: int) -> str:
 
 
 def _shared(job: Job, number: int) -> SharedMemory:
-    capacity = max(CHUNK_BYTES if job.keeps_copies else 0, *map(swap_bytes, job.programs))
+    sizes = (swap_bytes(program, job.ranks) for program in job.programs)
+    capacity = max(CHUNK_BYTES if job.keeps_copies else 0, *sizes)
     return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
 
 
@@ -220,7 +221,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
     if isinstance(held.transport, Peers):
         held.transport.connect(addresses)
     program = job.programs[number]
-    rank = Rank(program, job.tuning.device, threads=job.threads, transport=held.transport)
+    rank = rank_of(job.programs, number, job.tuning.device, threads=job.threads, transport=held.transport)
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None
     held._trainer = Trainer(

@@ -79,6 +79,14 @@ def bounds_of(what: str, parts: Parts, size: int) -> tuple[int, ...]:
     return parts
 
 
+def along_longest(shape: tuple[int, ...], ranks: int) -> Layout | None:
+    """An array in even parts along its longest axis; None where that is too short, or there is one rank."""
+    axis = max(range(len(shape)), key=shape.__getitem__, default=None)
+    if axis is None or not shape[axis] >= ranks > 1:
+        return None
+    return Block.along(shape, axis, even_bounds(shape[axis], ranks))
+
+
 @dataclass(frozen=True)
 class Places:
     """The places of a plan: number ``rank * micro_batches + m`` is micro-batch m on a rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from .micro import in_turns
 from .naming import divided_nodes
 from .program import Program, compile_program
 from .split import split
+from .stale import halves, sent_bytes
 
 ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
 
@@ -35,8 +36,10 @@ class Plan:
     ``splits``: how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided
     so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
     are computed one after the other. ``average_every``: ranks train by themselves for so many steps, and then average
-    (local SGD); 0: they are one. ``graph`` is what the plan was made for, if it is known; a notebook then shows
-    bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can be made for other ranks.
+    (local SGD); 0: they are one. ``staleness``: steps that a rank may be ahead of the updates of parameters, which are
+    divided over ranks (asynchronous); None: it waits for them in each step. ``graph`` is what the plan was made for,
+    if it is known; a notebook then shows bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can
+    be made for other ranks.
     """
 
     ranks: int = 1
@@ -45,6 +48,7 @@ class Plan:
     splits: Mapping[str, Split] = field(default_factory=dict)
     micro_batches: int = 1
     average_every: int = 0
+    staleness: int | None = None
     graph: Graph | None = field(default=None, repr=False, compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -53,13 +57,25 @@ class Plan:
         """Does one rank do everything at once?"""
         return self.ranks == 1 and self.micro_batches == 1
 
+    @property
+    def asynchronous(self) -> bool:
+        """Do ranks go on before parameters are updated?"""
+        return self.staleness is not None and self.ranks > 1
+
+    @property
+    def apart(self) -> bool:
+        """Does each rank train by itself within a step?"""
+        return self.ranks > 1 and (self.average_every > 0 or self.staleness is not None)
+
     def rank_graphs(self, graph: Graph) -> tuple[Graph, ...]:
         """Equal nodes merged, what a channel shares hoisted, split, then the passes on rank graphs: collectives
-        bucketed, tails fused, updates early.
+        bucketed, tails fused, updates early. Of an asynchronous plan: what comes before the updates.
 
         Nothing is merged after the split: two nodes may be equal on one rank only.
         """
         graph = checked(hoist)(graph)
+        if self.asynchronous:
+            return _passed(halves(graph, self.ranks, self.layouts)[0])
         parts: tuple[Graph, ...] = (graph,)
         named = divided_nodes(graph, self.splits)
         if not self.one:
@@ -68,12 +84,20 @@ class Plan:
             parts = in_turns(parts, self.depths(graph, named), Machine())
         if self.average_every and self.ranks > 1:
             parts = independent(parts)
-        parts = fuse_alike(bucket(parts))
-        return tuple(checked(update_early)(part) for part in parts)
+        return _passed(parts)
+
+    def update_graphs(self, graph: Graph) -> tuple[Graph, ...]:
+        """Of an asynchronous plan, what updates the parameters that each rank owns."""
+        return _passed(halves(checked(hoist)(graph), self.ranks, self.layouts)[1])
 
     def programs(self, graph: Graph, tuning: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step."""
-        return tuple(compile_program(part, tuning) for part in self.rank_graphs(graph))
+        made = tuple(compile_program(part, tuning) for part in self.rank_graphs(graph))
+        if not self.asynchronous:
+            return made
+        updates = (compile_program(part, tuning) for part in self.update_graphs(graph))
+        ahead = self.staleness or 0
+        return tuple(replace(u, gradients=p, ahead=ahead) for p, u in zip(made, updates, strict=True))
 
     def depths(self, graph: Graph, named: Mapping[str, Split]) -> list[int]:
         """For each rank, the number of stages from its own to the last: micro-batches that are in flight there.
@@ -95,8 +119,13 @@ class Plan:
             lines.append(f"  {name}: " + "  ".join(f"rank {r} {block}" for r, block in enumerate(layout)))
         if self.average_every:
             lines.append(f"  averaged every {self.average_every} steps: another run than that of one worker")
+        if self.asynchronous:
+            lines.append(
+                f"  parameters are divided; a rank may be {self.staleness} steps ahead of their updates: "
+                + ("another run than that of one worker" if self.staleness else "it is as if it waited in each step")
+            )
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
-        for rank, needs in enumerate(_needs(self.rank_graphs(graph))):
+        for rank, needs in enumerate(self._needs(graph)):
             lines.append(f"  rank {rank}: {needs}")
         return "\n".join(lines)
 
@@ -122,7 +151,31 @@ class Plan:
     @cached_property
     def _known(self) -> list[Needs]:
         assert self.graph is not None
-        return _needs(self.rank_graphs(self.graph))
+        return self._needs(self.graph)
+
+    def _needs(self, graph: Graph) -> list[Needs]:
+        """What ranks hold, send and need."""
+        graphs = self.rank_graphs(graph)
+        updates = self.update_graphs(graph) if self.asynchronous else ()
+        out = []
+        planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
+        for rank, part in enumerate(graphs):
+            halves = [part, *updates[rank : rank + 1]]
+            inputs = sum(x.spec.size_bytes for x in part.leaves("batch"))
+            parameters, state = (
+                sum(x.spec.size_bytes for half in halves for x in half.leaves(kind)) for kind in ("param", "state")
+            )
+            meetings = [(n.op, [half.spec(v) for v in n.inputs]) for half in halves for n in half if n.op.collective]
+            sent = sum(op.sent_bytes(*ins) for op, ins in meetings if isinstance(op, AllReduce | Exchange))
+            arena = 0
+            for half in halves:
+                key = tuple(str(node.specs) for node in half)
+                if key not in planned:
+                    planned[key] = compile_program(half, Tuning(ANY_CPU)).arena_bytes
+                arena += planned[key]
+            handed = sent_bytes(updates, rank) if updates else 0
+            out.append(Needs((inputs, parameters, state, sent + handed, arena), len(meetings) + 2 * bool(updates)))
+        return out
 
     # on disk ----------------------------------------------------------------------------------------
 
@@ -139,6 +192,7 @@ class Plan:
             "splits": {name: asdict(split) for name, split in self.splits.items()},
             "micro_batches": self.micro_batches,
             "average_every": self.average_every,
+            "staleness": self.staleness,
         }
 
     @classmethod
@@ -152,7 +206,8 @@ class Plan:
             name: Split(**{axis: tuple(v) if isinstance(v, list) else v for axis, v in split.items()})
             for name, split in form["splits"].items()
         }
-        return cls(form["ranks"], form["threads"], layouts, splits, form["micro_batches"], form["average_every"])
+        rest = {name: form[name] for name in ("micro_batches", "average_every", "staleness")}
+        return cls(form["ranks"], form["threads"], layouts, splits, **rest)
 
 
 @dataclass(frozen=True)
@@ -170,18 +225,6 @@ class Needs:
         )
 
 
-def _needs(graphs: Sequence[Graph]) -> list[Needs]:
-    """What ranks hold, send and need."""
-    out = []
-    planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
-    for graph in graphs:
-        inputs, parameters, state = (
-            sum(x.spec.size_bytes for x in graph.leaves(k)) for k in ("batch", "param", "state")
-        )
-        meetings = [(n.op, [graph.spec(v) for v in n.inputs]) for n in graph if isinstance(n.op, AllReduce | Exchange)]
-        sent = sum(op.sent_bytes(*ins) for op, ins in meetings)
-        key = tuple(str(node.specs) for node in graph)
-        if key not in planned:
-            planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
-        out.append(Needs((inputs, parameters, state, sent, planned[key]), len(meetings)))
-    return out
+def _passed(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
+    """The passes on rank graphs."""
+    return tuple(checked(update_early)(part) for part in fuse_alike(bucket(graphs)))

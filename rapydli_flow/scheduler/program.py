@@ -63,7 +63,11 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank runs for one step. ``lent``: leaves that lie outside of the arena, where their owner has them."""
+    """What one rank runs for one step. ``lent``: leaves that lie outside of the arena, where their owner has them.
+
+    Of an asynchronous plan it is the update of what the rank owns; ``gradients`` is what comes before it, which may be
+    ``ahead`` of it by so many steps.
+    """
 
     steps: tuple[Call | Collective, ...]
     leaves: Mapping[str, Buffer]
@@ -76,6 +80,23 @@ class Program:
     copied: int
     largest: tuple[tuple[str, int], ...] = ()
     lent: tuple[str, ...] = ()
+    gradients: Program | None = None
+    ahead: int = 0
+
+    @property
+    def trained(self) -> Program:
+        """The program that is fed batches."""
+        return self.gradients or self
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a rank allocates: its arena, and of an asynchronous plan both, and what is under way between them."""
+        if self.gradients is None:
+            return self.arena_bytes
+        first = self.gradients
+        handed = sum(first.outputs[name].spec.size_bytes for name in self.kind("batch"))
+        fresh = sum(first.leaves[name].spec.size_bytes for name in first.kind("param", "state"))
+        return self.arena_bytes + first.arena_bytes + (self.ahead + 1) * handed + fresh
 
     def kind(self, *kinds: str) -> tuple[str, ...]:
         """Names of the leaves of these kinds, in order."""
@@ -84,16 +105,16 @@ class Program:
     @property
     def requests(self) -> tuple[tuple[Request, Choice], ...]:
         """The distinct kernels of the program."""
-        calls = (s for s in self.steps if isinstance(s, Call))
-        return tuple(dict.fromkeys((c.request, c.choice) for c in calls))
+        steps = (*self.steps, *(self.gradients.steps if self.gradients else ()))
+        return tuple(dict.fromkeys((s.request, s.choice) for s in steps if isinstance(s, Call)))
 
     def check_memory(self, limit_bytes: int, rank: int = 0) -> None:
         """Raise TooLittleMemory, with a table of what takes it, if the arena is larger than the limit."""
-        if self.arena_bytes <= limit_bytes:
+        if self.memory_bytes <= limit_bytes:
             return
-        rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.largest)
+        rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.trained.largest)
         raise TooLittleMemory(
-            f"rank {rank} needs {self.arena_bytes:,} bytes for its arena but {limit_bytes:,} are free. "
+            f"rank {rank} needs {self.memory_bytes:,} bytes for its arena but {limit_bytes:,} are free. "
             f"Use a smaller batch, more ranks or workers with more memory. The largest buffers, in bytes:\n{rows}"
         )
 

@@ -12,7 +12,7 @@ from ..graph import Graph, hoist
 from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, even_bounds
 from .cost import Machine, node_s
-from .layout import Layout, Split, bounds_of
+from .layout import Layout, Split, along_longest, bounds_of
 from .naming import batched, divided_nodes, forward
 from .plan import Plan
 
@@ -32,6 +32,7 @@ def make_plan(
     micro_batches: int | None = None,
     shard: str | None = None,
     average_every: int | None = None,
+    staleness: int | None = None,
 ) -> Plan:
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
     kind = strategy or ("data" if not splits else "splits")
@@ -60,16 +61,21 @@ def make_plan(
         made = Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
     else:
         made = (hybrid if kind == "hybrid" else data_parallel)(graph, ranks, threads=threads)
-    if average_every is not None and (kind != "data" or splits or shard or average_every < 1):
-        raise SettingError(
-            f"plan: average_every={average_every} is 1 step or more, for strategy 'data' without splits and shards."
-        )
+    apart = {"average_every": (average_every, 1), "staleness": (staleness, 0)}
+    for name, (value, least) in apart.items():
+        if value is not None and (kind != "data" or splits or shard or value < least):
+            raise SettingError(
+                f"plan: {name}={value} is not {least} or more steps, for strategy 'data' without splits and shards."
+            )
+    if average_every is not None and staleness is not None:
+        raise SettingError("plan: average_every is for ranks that train by themselves, staleness for ones that do not.")
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
     made = sharded(made, graph, parameters=shard == "parameters") if shard else made
     recipe = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
-    return replace(made, average_every=average_every or 0, recipe={**recipe, "average_every": average_every})
+    recipe |= {"average_every": average_every, "staleness": staleness}
+    return replace(made, average_every=average_every or 0, staleness=staleness, recipe=recipe)
 
 
 def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:
@@ -177,9 +183,9 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
         raise SettingError("plan: state is sharded over ranks that all hold it; plans with splits place it by layers.")
     layouts = dict(plan.layouts)
     for leaf in graph.leaves(*(("state", "param") if parameters else ("state",))):
-        axis = max(range(len(leaf.shape)), key=leaf.shape.__getitem__, default=None)
-        if axis is not None and leaf.shape[axis] >= plan.ranks > 1:
-            layouts[leaf.name] = Block.along(leaf.shape, axis, even_bounds(leaf.shape[axis], plan.ranks))
+        layout = along_longest(leaf.shape, plan.ranks)
+        if layout is not None:
+            layouts[leaf.name] = layout
     return replace(plan, layouts=layouts)
 
 

@@ -6,13 +6,11 @@ import threading
 
 import numpy as np
 import pytest
-import small_runs
 from small_runs import deviation, many, records, same_bits
 
 import rapydli_flow as rf
-from rapydli_flow import nn
 from rapydli_flow.data import Feed
-from rapydli_flow.errors import NonFinite, SettingError
+from rapydli_flow.errors import SettingError
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -139,54 +137,6 @@ def test_a_state_that_does_not_fit_is_refused(step, data, change, message):
 def test_a_state_and_resume_exclude_each_other(step, data, tmp_path):
     with pytest.raises(SettingError, match="give state or resume, not both"):
         rf.fit(step, data["train"], steps=1, state=rf.init(step), resume=True, run_dir=tmp_path)
-
-
-# local SGD ----------------------------------------------------------------------------------------------
-
-
-def plain(x):
-    """No batch norm: its statistics are those of a rank's own records where ranks train by themselves."""
-    return nn.dense(nn.dropout(nn.max_pool(nn.relu(nn.conv(x, 4, 3, padding=1)), 2), 0.25), small_runs.CLASSES)
-
-
-def test_averaging_every_step_is_the_synchronous_run(data):
-    step = small_runs.make_step(net=plain)
-    want = rf.fit(step, data["train"], steps=30, plan=many(step, 3), seed=3)
-    averaged = rf.plan(step, ranks=3, threads=1, average_every=1)
-    run = rf.fit(step, data["train"], steps=30, plan=averaged, seed=3)
-    assert small_runs.deviation(run.state, want.state) < 1e-10
-    assert "averaged every 1 steps: another run than that of one worker" in averaged.explain(step)
-
-
-def test_averaging_now_and_then_is_another_run(data):
-    step = small_runs.make_step(net=plain)
-    want = rf.fit(step, data["train"], steps=40, plan=many(step, 2), validation=data["test"], seed=3)
-    plan = rf.plan(step, ranks=2, threads=1, average_every=4)
-    assert not any(node.op.collective for part in plan.rank_graphs(step) for node in part)
-    runs = [rf.fit(step, data["train"], steps=40, plan=plan, validation=data["test"], seed=3) for _ in range(2)]
-    assert small_runs.same_bits(runs[0].state, runs[1].state)  # whatever the segments were
-    assert runs[0].scalars == runs[1].scalars
-    assert small_runs.deviation(runs[0].state, want.state) > 1e-6
-    assert np.mean(runs[0].scalars["loss"][-7:]) < np.mean(runs[0].scalars["loss"][:7])
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"average_every": 0}, "plan: average_every=0 is 1 step or more, for strategy 'data'"),
-        ({"average_every": 2, "strategy": "spatial"}, "plan: average_every=2 is 1 step or more, for strategy 'data'"),
-        ({"average_every": 2, "shard": "state"}, "plan: average_every=2 is 1 step or more, for strategy 'data'"),
-    ],
-)
-def test_what_cannot_be_averaged(how, message):
-    with pytest.raises(SettingError, match=message):
-        rf.plan(small_runs.make_step(net=plain), ranks=2, **how)
-
-
-def test_ranks_that_train_by_themselves_stop_together(data):
-    step = small_runs.make_step(1e30, net=plain)
-    with pytest.raises(NonFinite, match=r"the loss of rank \d is not finite at step \d"):
-        rf.fit(step, data["train"], steps=40, plan=rf.plan(step, ranks=2, threads=1, average_every=4), seed=3)
 
 
 # leaving ------------------------------------------------------------------------------------------------
