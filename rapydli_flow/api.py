@@ -99,6 +99,8 @@ def plan(
     shard: str | None = None,
     average_every: int | None = None,
     staleness: int | None = None,
+    overlap: bool | None = None,
+    wire: str | None = None,
 ) -> Plan:
     """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
 
@@ -114,10 +116,16 @@ def plan(
     parameters while they train, and may be so many steps ahead of the updates: nobody waits for the slowest in each
     step, but it is no longer the run of one worker, unless it is 0.
 
+    ``overlap``: gradients are summed while the backward pass goes on; by default where workers are on several hosts.
+    ``wire='bfloat16'``: float32 gradients are rounded to that on their way, half the bytes; no longer the run of one
+    worker.
+
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
+    hosts: set[str] = set()
     if client is not None:
         known = ready_workers(client, ranks, 30.0)
+        hosts = {worker["host"] for worker in known.values()}
         ranks = ranks or len(known)
         threads = threads or min(worker["threads"] for worker in known.values())
     return make_plan(
@@ -132,6 +140,8 @@ def plan(
         shard=shard,
         average_every=average_every,
         staleness=staleness,
+        overlap=len(hosts) > 1 if overlap is None else overlap,
+        wire=wire,
     )
 
 

@@ -56,7 +56,7 @@ from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
 from .runtime.workers import ready_workers
-from .scheduler import Plan, Program, data_parallel, remade
+from .scheduler import Plan, Program, make_plan, remade
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -345,7 +345,8 @@ class Fitting:
             return Plan.from_json(self.before.meta["plan"])
         ranks = len(workers) or 1
         threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
-        return data_parallel(self.step, ranks, threads=threads)
+        hosts = {worker["host"] for worker in workers.values()}
+        return make_plan(self.step, ranks, threads=threads, overlap=len(hosts) > 1)
 
     def _backend(
         self,

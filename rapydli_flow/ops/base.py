@@ -85,6 +85,7 @@ class Op(ABC):
     no_gradient: ClassVar[tuple[str, ...]] = ()  # outputs whose cotangent vjp leaves out
     indexed: ClassVar[bool] = False  # reference(..., at=Block): reads where its output lies in the whole array
     collective: ClassVar[bool] = False  # what it gives depends on other ranks
+    behind: ClassVar[bool] = False  # a collective that kernels need not stop for
     view: ClassVar[bool] = False  # the output is the input's memory, under another shape
     takes_tail: ClassVar[bool] = True  # pointwise ops behind it may be fused into its kernels
     by_name: ClassVar[bool] = False  # pickled as a name in its module, of a script too; it has `by_value` as well

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from cpu_kernels.compile import Asked, ask, compile_kernel
 from cpu_kernels.driver import CallList, Kernel, address_of
 
 from ..errors import SettingError
-from ..scheduler import Buffer, Call, Collective, Program
+from ..scheduler import Buffer, Call, Collective, Program, Wait
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request
@@ -60,6 +61,8 @@ class Rank:
         self._base = address_of(self._arena)
         if poison:  # NaN: nothing may read what was not written
             self._arena[:] = 0xFF
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="rapydli-sums") if program.behind else None
+        self._begun: dict[str, Future[None]] = {}
         self._views: dict[Buffer, Array] = {}
         self._lent: tuple[Array, ...] = ()
         if not program.lent:
@@ -212,6 +215,8 @@ class Rank:
 
     def _written(self, part: Call | Collective) -> list[Array]:
         """What a node writes: of a joined array its own channels."""
+        if isinstance(part, Collective) and part.op.behind:
+            return []  # not yet
         outs = [self.view(b) for b in part.outs]
         if isinstance(part, Call) and part.request.epilogue.into:
             first, size = part.request.epilogue.into[0], part.request.outs[0].shape[-1]
@@ -237,11 +242,24 @@ class Rank:
     def _other(self, part: Call | Collective) -> None:
         """A collective, or an op without a template."""
         if isinstance(part, Collective):
-            self.transport.meet(part.name, part.op, [self.view(b) for b in part.ins], [self.view(b) for b in part.outs])
+            self._meet(part)
             return
         results = run_reference(part.request, [self.view(b) for b in (*part.ins, *part.extras)], part.at)
         for buffer, value in zip(part.outs, results, strict=True):
             self.view(buffer)[...] = value
+
+    def _meet(self, part: Collective) -> None:
+        """A collective; where some run behind the kernels, all are carried out by the same thread, in their order."""
+        if isinstance(part.op, Wait):
+            self._begun.pop(part.name).result()
+            return
+        ins, outs = [self.view(b) for b in part.ins], [self.view(b) for b in part.outs]
+        if self._behind is None:
+            self.transport.meet(part.name, part.op, ins, outs)
+            return
+        self._begun[part.name] = self._behind.submit(self.transport.meet, part.name, part.op, ins, outs)
+        if not part.op.behind:
+            self._begun.pop(part.name).result()
 
     def finish(self) -> None:
         """Return when nothing of the steps that were run is under way any more."""
@@ -249,6 +267,8 @@ class Rank:
     def close(self) -> None:
         """Leave the collectives and let go of the memory."""
         self.transport.close()
+        if self._behind is not None:
+            self._behind.shutdown(wait=False, cancel_futures=True)
 
 
 def kernel_of(request: Request, choice: Choice, device: Device) -> Kernel:

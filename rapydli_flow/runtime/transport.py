@@ -17,7 +17,9 @@ import numpy as np
 
 from ..errors import RunLost
 from ..scheduler import AllReduce, Collective, Exchange, Program
+from ..scheduler.collective import wire_bytes
 from ..spec import Array, Block, Spec, even_bounds
+from .wire import coded, decoded
 
 TIMEOUT_S = 120.0
 SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
@@ -52,7 +54,7 @@ class Transport(ABC):
     def meet(self, name: str, op: Any, ins: Sequence[Array], outs: Sequence[Array]) -> None:
         """Carry out a collective of a program on this rank's buffers."""
         if isinstance(op, AllReduce):
-            self._all_reduce(name, op.ranks, _Joined(ins), _Joined(outs))
+            self._all_reduce(name, op, _Joined(ins), _Joined(outs))
         elif isinstance(op, Exchange):
             self._exchange(name, op, ins, outs)
         else:
@@ -93,40 +95,51 @@ class Transport(ABC):
         self.release()
         return out
 
-    def _all_reduce(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined) -> None:
-        size, item = mine.size, mine.dtype.itemsize
-        if size * item <= SMALL_BYTES or len(ranks) == 1:
-            self._add_all(name, ranks, mine, out)
+    def _all_reduce(self, name: str, op: AllReduce, mine: _Joined, out: _Joined) -> None:
+        item = wire_bytes(mine.dtype.name, op.wire)
+        if mine.size * item <= SMALL_BYTES or len(op.ranks) == 1:
+            self._add_all(name, op, mine, out)
             return
         step = self.chunk_bytes // item
-        for begin in range(0, size, step):
-            self._add_pieces(name, ranks, mine, out, begin, min(size, begin + step))
+        for begin in range(0, mine.size, step):
+            self._add_pieces(name, op, mine, out, begin, min(mine.size, begin + step))
 
-    def _add_all(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined) -> None:
+    def _add_all(self, name: str, op: AllReduce, mine: _Joined, out: _Joined) -> None:
         """Everyone gets everything, and adds."""
-        others = [r for r in ranks if r != self.rank]
-        parts = mine.between(0, mine.size)
-        got = self.swap(name, dict.fromkeys(others, parts), dict.fromkeys(others, mine.size * mine.dtype.itemsize))
-        _add(out, 0, mine.size, [parts if r == self.rank else [got[r].view(mine.dtype)] for r in ranks])
+        others = [r for r in op.ranks if r != self.rank]
+        parts = coded(mine.between(0, mine.size), op.wire)
+        size = mine.size * wire_bytes(mine.dtype.name, op.wire)
+        got = self.swap(name, dict.fromkeys(others, parts), dict.fromkeys(others, size))
+        _add(out, 0, mine.size, self._parts(op, mine, 0, mine.size, got))
         self.release()
 
-    def _add_pieces(self, name: str, ranks: Sequence[int], mine: _Joined, out: _Joined, begin: int, end: int) -> None:
+    def _add_pieces(self, name: str, op: AllReduce, mine: _Joined, out: _Joined, begin: int, end: int) -> None:
         """Each adds one piece of a chunk, and hands the sum to the others: reduce-scatter and all-gather."""
-        item, me = mine.dtype.itemsize, ranks.index(self.rank)
-        bounds = [begin + b for b in even_bounds(end - begin, len(ranks))]
-        others = [(i, r) for i, r in enumerate(ranks) if r != self.rank]
+        item, me = wire_bytes(mine.dtype.name, op.wire), op.ranks.index(self.rank)
+        bounds = [begin + b for b in even_bounds(end - begin, len(op.ranks))]
+        others = [(i, r) for i, r in enumerate(op.ranks) if r != self.rank]
         lo, hi = bounds[me], bounds[me + 1]
-        sends = {r: mine.between(bounds[i], bounds[i + 1]) for i, r in others}
+        sends = {r: coded(mine.between(bounds[i], bounds[i + 1]), op.wire) for i, r in others}
         got = self.swap(name, sends, {r: (hi - lo) * item for _, r in others})
-        own = mine.between(lo, hi)
-        _add(out, lo, hi, [own if r == self.rank else [got[r].view(mine.dtype)] for r in ranks])
+        _add(out, lo, hi, self._parts(op, mine, lo, hi, got))
         self.release()
-        summed = out.between(lo, hi)
+        summed = coded(out.between(lo, hi), op.wire)
+        if op.wire:
+            out.write(lo, decoded(summed[0], mine.dtype, op.wire))  # the same bits as the others get
         sizes = {r: (bounds[i + 1] - bounds[i]) * item for i, r in others}
         got = self.swap(name, dict.fromkeys([r for _, r in others], summed), sizes)
         for i, r in others:
-            out.write(bounds[i], got[r].view(mine.dtype))
+            out.write(bounds[i], decoded(got[r], mine.dtype, op.wire))
         self.release()
+
+    def _parts(
+        self, op: AllReduce, mine: _Joined, begin: int, end: int, got: Mapping[int, Array]
+    ) -> list[Sequence[Array]]:
+        """What all ranks have of elements [begin, end), in their order: this one's own as the others would get it."""
+        own: Sequence[Array] = mine.between(begin, end)
+        if op.wire:
+            own = [decoded(coded(own, op.wire)[0], mine.dtype, op.wire)]
+        return [own if r == self.rank else [decoded(got[r], mine.dtype, op.wire)] for r in op.ranks]
 
     def _exchange(self, name: str, op: Exchange, ins: Sequence[Array], outs: Sequence[Array]) -> None:
         held = dict(zip(op.held, ins, strict=True))

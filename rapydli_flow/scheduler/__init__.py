@@ -4,7 +4,7 @@ May import floors 0 to 4. `runtime` carries the decisions out.
 """
 
 from .bucket import bucket
-from .collective import AllReduce, Exchange, Shard
+from .collective import AllReduce, Exchange, Shard, Wait
 from .early import update_early
 from .layout import Layout, Split
 from .meetings import side_by_side
@@ -24,6 +24,7 @@ __all__ = [
     "Program",
     "Shard",
     "Split",
+    "Wait",
     "bucket",
     "compile_program",
     "data_parallel",

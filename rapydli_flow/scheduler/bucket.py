@@ -4,85 +4,161 @@
     after:   bucket(g1, g2, ...)  w1' <- bucket.y0  w2' <- bucket.y1
 
 Each all-reduce is put off until something on some rank reads one; then all of the same ranks whose parts are there go
-together.
+together. Sums that no other collective needs, those of gradients, may instead go behind the kernels that come next, as
+soon as there are enough of them, and are waited for where they are read:
+
+    behind:  ... g9 g8  bucket_1(g9, g8) g7 ... g2  bucket_2(g7, ..., g2)  g1  wait_1  w9' <- ...
+
+Source: Li et al., "PyTorch Distributed: experiences on accelerating data parallel training", 2020.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..graph import Graph, Node, Tensor, Value
-from .collective import AllReduce
+from .collective import AllReduce, Wait
 from .meetings import Step, side_by_side
 
+LEAST_BYTES, MOST_BYTES, BUCKETS = 1 << 20, 25 << 20, 8  # of sums that go behind kernels
 
-def bucket(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
-    """The same rank graphs with fewer all-reduces."""
-    return _Bucket(graphs).run()
+
+def bucket(graphs: Sequence[Graph], *, behind: bool = False, wire: str = "") -> tuple[Graph, ...]:
+    """The same rank graphs with fewer all-reduces. ``behind``, and ``wire`` for float32: how sums of gradients go."""
+    return _Bucket(graphs, behind, wire).run()
+
+
+@dataclass(eq=False)
+class _Sum:
+    """An all-reduce that has not gone yet: its node on each rank, how it shall go, and how many summands it lacks."""
+
+    nodes: Step
+    op: AllReduce
+    dtype: str
+    size_bytes: int
+    lacks: int
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Sums of one kind may go together."""
+        return self.op.ranks, self.dtype, self.op.wire, self.op.behind
 
 
 class _Bucket:
-    def __init__(self, graphs: Sequence[Graph]) -> None:
+    def __init__(self, graphs: Sequence[Graph], behind: bool, wire: str) -> None:
         self.graphs = graphs
         self.new = tuple(Graph(counts=dict(graph.counts)) for graph in graphs)
         self.to: list[dict[Value, Tensor]] = [{} for _ in graphs]
+        self.coming: list[dict[Value, list[tuple[Value, Tensor]]]] = [{} for _ in graphs]  # by each of them, a bucket
         self.steps = list(side_by_side(graphs))
-        self.waiting = [step for step in self.steps if isinstance(self.one(step).op, AllReduce)]
+        self.waiting: list[_Sum] = []
+        self.sums: dict[tuple[int, int], _Sum] = {}  # by rank and node
+        self.readers: dict[tuple[int, Value], list[_Sum]] = {}
+        needed = self.needed()
+        for step in self.steps:
+            node = self.one(step)
+            if isinstance(node.op, AllReduce):
+                last = node.name not in needed and any(spec.shape for spec in node.specs)
+                self.wait_for(step, node, behind and last, wire if last and node.specs[0].dtype == "float32" else "")
+        total = sum(s.size_bytes for s in self.waiting if s.op.behind)
+        self.enough = min(MOST_BYTES, max(LEAST_BYTES, total // BUCKETS))
+        self.ripe: list[_Sum] = []  # sums that may go behind kernels at once
+
+    def needed(self) -> set[str]:
+        """Names of the all-reduces that other collectives need, on some rank."""
+        found: set[str] = set()
+        for graph in self.graphs:
+            feeding: set[int] = set()
+            for i in reversed(range(len(graph.nodes))):
+                node = graph.nodes[i]
+                if i in feeding:
+                    found.add(node.name)
+                if i in feeding or node.op.collective:
+                    feeding.update(j for j, _ in node.inputs)
+        return found
+
+    def wait_for(self, step: Step, node: Node, behind: bool, wire: str) -> None:
+        """Put an all-reduce off."""
+        op: Any = node.op
+        inputs = [(rank, v) for rank, i in step.items() for v in self.graphs[rank].nodes[i].inputs]
+        size = sum(spec.size_bytes for spec in node.specs)
+        each = _Sum(step, replace(op, behind=behind, wire=wire), node.specs[0].dtype, size, len(inputs))
+        self.waiting.append(each)
+        self.sums |= dict.fromkeys(step.items(), each)
+        for key in inputs:
+            self.readers.setdefault(key, []).append(each)
 
     def run(self) -> tuple[Graph, ...]:
         for step in self.steps:
             nodes = {rank: self.graphs[rank].nodes[i] for rank, i in step.items()}
-            for rank, node in nodes.items():
-                while missing := [v for v in node.inputs if v not in self.to[rank]]:
-                    self.flush(next(w for w in self.waiting if w.get(rank) == missing[0][0]))
             if isinstance(self.one(step).op, AllReduce):
                 continue
             for rank, node in nodes.items():
+                for v in node.inputs:
+                    self.need(rank, v)
+            for rank, node in nodes.items():
                 xs = [self.to[rank][v] for v in node.inputs]
                 self.new[rank].where = node.where
-                self.keep(
-                    rank,
-                    [(step[rank], k) for k in range(len(node.specs))],
-                    self.new[rank].copy(self.graphs[rank], node, xs),
-                )
+                made = self.new[rank].copy(self.graphs[rank], node, xs)
+                for k, y in enumerate(made if isinstance(made, tuple) else (made,)):
+                    self.keep(rank, (step[rank], k), y)
+            if sum(s.size_bytes for s in self.ripe) >= self.enough:
+                self.flush(self.ripe[0])
         while self.waiting:
             self.flush(self.waiting[0])
-        for graph, new, to in zip(self.graphs, self.new, self.to, strict=True):
+        for rank, (graph, new, to) in enumerate(zip(self.graphs, self.new, self.to, strict=True)):
+            for v in (*graph.outputs.values(), *graph.updates.values()):
+                self.need(rank, v)
             new.where = None
             new.outputs = {k: to[v].id for k, v in graph.outputs.items()}
             new.updates = {k: to[v].id for k, v in graph.updates.items()}
         return self.new
 
-    def flush(self, wanted: Step) -> None:
-        """Emit the all-reduce that is wanted, with those of the same ranks and dtype whose parts are there."""
-        first = self.one(wanted)
-        together = [w for w in self.waiting if self.alike(self.one(w), first) and self.ready(w)]
-        self.waiting = [w for w in self.waiting if w not in together]
-        more = sum(len(self.one(w).specs) for w in together) - len(first.specs)
-        title = self.one(together[0]).name if not more else f"{self.one(together[0]).name}/and_{more}_more"
-        for rank in wanted:
-            nodes = [self.graphs[rank].nodes[w[rank]] for w in together]
-            values = [(w[rank], k) for w, node in zip(together, nodes, strict=True) for k in range(len(node.specs))]
-            xs = [self.to[rank][v] for node in nodes for v in node.inputs]
-            op: Any = nodes[0].op
+    def need(self, rank: int, value: Value) -> None:
+        """Have a value on a rank, if it has to be summed or waited for."""
+        if value in self.to[rank]:
+            return
+        if value not in self.coming[rank]:
+            self.flush(self.sums[rank, value[0]])
+        for each, y in self.coming[rank].get(value, ()):
             self.new[rank].where = ""
-            self.keep(rank, values, self.new[rank].add(replace(op, parts=len(xs)), xs, title))
+            self.keep(rank, each, self.new[rank].add(Wait(), (y,), f"{y.name}/wait_{y.out}"))
+
+    def flush(self, wanted: _Sum) -> None:
+        """Emit the all-reduce that is wanted, with those of its kind that lack nothing."""
+        for rank, i in wanted.nodes.items():
+            for v in self.graphs[rank].nodes[i].inputs:
+                self.need(rank, v)
+        together = [s for s in self.waiting if s.kind == wanted.kind and not s.lacks]
+        self.waiting = [s for s in self.waiting if s not in together]
+        self.ripe = [s for s in self.ripe if s not in together]
+        title = self.one(together[0].nodes).name
+        more = sum(s.op.parts for s in together) - wanted.op.parts
+        for rank in wanted.nodes:
+            nodes = [self.graphs[rank].nodes[s.nodes[rank]] for s in together]
+            values = [(s.nodes[rank], k) for s in together for k in range(s.op.parts)]
+            xs = [self.to[rank][v] for node in nodes for v in node.inputs]
+            self.new[rank].where = ""
+            op = replace(wanted.op, parts=len(xs))
+            made = self.new[rank].add(op, xs, f"{title}/and_{more}_more" if more else title)
+            ys = list(zip(values, made if isinstance(made, tuple) else (made,), strict=True))
+            for value, y in ys:
+                if op.behind:
+                    self.coming[rank][value] = ys
+                else:
+                    self.keep(rank, value, y)
 
     def one(self, step: Step) -> Node:
         """The node of the first rank."""
         rank, i = next(iter(step.items()))
         return self.graphs[rank].nodes[i]
 
-    def ready(self, step: Step) -> bool:
-        return all(v in self.to[rank] for rank, i in step.items() for v in self.graphs[rank].nodes[i].inputs)
-
-    @staticmethod
-    def alike(a: Node, b: Node) -> bool:
-        keys = [(getattr(node.op, "ranks", ()), node.specs[0].dtype) for node in (a, b)]
-        return keys[0] == keys[1]
-
-    def keep(self, rank: int, values: Sequence[Value], made: Any) -> None:
-        for value, y in zip(values, made if isinstance(made, tuple) else (made,), strict=True):
-            self.to[rank][value] = y
+    def keep(self, rank: int, value: Value, y: Tensor) -> None:
+        """A value is there; sums that lack nothing any more may go."""
+        self.to[rank][value] = y
+        for each in self.readers.get((rank, value), ()):
+            each.lacks -= 1
+            if not each.lacks and each.op.behind:
+                self.ripe.append(each)

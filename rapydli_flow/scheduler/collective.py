@@ -20,10 +20,16 @@ EXCHANGE, ASSEMBLE = "exchange", "assemble"  # titles: between ranks, and of wha
 
 
 class AllReduce(Op):
-    """Each output is the sum, in the order of ``ranks``, of that input on all of them."""
+    """Each output is the sum, in the order of ``ranks``, of that input on all of them.
+
+    ``wire``: what floats are rounded to on their way, 'bfloat16' or '' (not at all). ``behind``: kernels go on
+    meanwhile, up to a `Wait`.
+    """
 
     ranks: tuple[int, ...]
     parts: int = 1
+    wire: str = ""
+    behind: bool = False  # type: ignore[misc]
     collective = True
 
     @property
@@ -46,7 +52,29 @@ class AllReduce(Op):
     def sent_bytes(self, *inputs: Spec) -> int:
         """Bytes that a rank sends to others: its part of the others' pieces, and its piece of the sum."""
         ranks = len(self.ranks)
-        return 2 * (ranks - 1) * sum(x.size_bytes for x in inputs) // ranks
+        sizes = (x.size * wire_bytes(x.dtype, self.wire) for x in inputs)
+        return 2 * (ranks - 1) * sum(sizes) // ranks
+
+
+def wire_bytes(dtype: str, wire: str) -> int:
+    """Bytes that an element takes on its way."""
+    return 2 if wire else np.dtype(dtype).itemsize
+
+
+class Wait(Op):
+    """An output of an all-reduce that runs behind the kernels, once it is done."""
+
+    view = True
+
+    def infer(self, x: Spec) -> Spec:
+        return x
+
+    def index(self, x: Spec) -> str:
+        letters = " ".join("abcdefgh"[: len(x.shape)]) or "()"
+        return f"{letters} -> {letters}"
+
+    def reference(self, x: Array) -> Array:
+        return x
 
 
 @dataclass(frozen=True)
@@ -149,7 +177,7 @@ class Exchange(Op):
         return sum(size for a, b, size in ends if a == self.rank != b) * np.dtype(self.dtype).itemsize
 
 
-TITLES = (AllReduce.name, EXCHANGE, ASSEMBLE)  # of all that is no kernel
+TITLES = (AllReduce.name, Wait.name, EXCHANGE, ASSEMBLE)  # of all that is no kernel
 
 
 def assemble(op: Exchange, shards: Mapping[int, Array]) -> tuple[Array, ...]:

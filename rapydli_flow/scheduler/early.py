@@ -13,6 +13,7 @@ from collections import deque
 
 from ..graph import Graph, Node, Value, rewrite
 from ..ops import Leaf
+from .collective import Wait
 from .homes import homes, owners
 
 
@@ -38,7 +39,7 @@ class _Order:
         home, readers = homes(self.graph), self._readers()
         found: dict[int, set[int]] = {}
         for i, node in enumerate(self.graph.nodes):
-            if node.op.collective or isinstance(node.op, Leaf):
+            if node.op.collective or isinstance(node.op, Leaf | Wait):
                 continue
             old = [home[i, k] for k in range(len(node.specs)) if (i, k) in home]
             at_home = len(old) == len(node.specs) and self._in_place(node, old)

@@ -37,9 +37,10 @@ class Plan:
     so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
     are computed one after the other. ``average_every``: ranks train by themselves for so many steps, and then average
     (local SGD); 0: they are one. ``staleness``: steps that a rank may be ahead of the updates of parameters, which are
-    divided over ranks (asynchronous); None: it waits for them in each step. ``graph`` is what the plan was made for,
-    if it is known; a notebook then shows bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can
-    be made for other ranks.
+    divided over ranks (asynchronous); None: it waits for them in each step. ``overlap``: gradients are summed while the
+    backward pass goes on. ``wire``: what gradients are rounded to on their way, 'bfloat16' or ''. ``graph`` is what the
+    plan was made for, if it is known; a notebook then shows bytes, too. ``recipe``: what `make_plan` was asked for, so
+    that the like can be made for other ranks.
     """
 
     ranks: int = 1
@@ -49,6 +50,8 @@ class Plan:
     micro_batches: int = 1
     average_every: int = 0
     staleness: int | None = None
+    overlap: bool = False
+    wire: str = ""
     graph: Graph | None = field(default=None, repr=False, compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -75,7 +78,7 @@ class Plan:
         """
         graph = checked(hoist)(graph)
         if self.asynchronous:
-            return _passed(halves(graph, self.ranks, self.layouts)[0])
+            return self._passed(halves(graph, self.ranks, self.layouts)[0])
         parts: tuple[Graph, ...] = (graph,)
         named = divided_nodes(graph, self.splits)
         if not self.one:
@@ -84,11 +87,16 @@ class Plan:
             parts = in_turns(parts, self.depths(graph, named), Machine())
         if self.average_every and self.ranks > 1:
             parts = independent(parts)
-        return _passed(parts)
+        return self._passed(parts)
 
     def update_graphs(self, graph: Graph) -> tuple[Graph, ...]:
         """Of an asynchronous plan, what updates the parameters that each rank owns."""
-        return _passed(halves(checked(hoist)(graph), self.ranks, self.layouts)[1])
+        return self._passed(halves(checked(hoist)(graph), self.ranks, self.layouts)[1])
+
+    def _passed(self, parts: Sequence[Graph]) -> tuple[Graph, ...]:
+        """The passes on rank graphs."""
+        parts = fuse_alike(bucket(parts, behind=self.overlap, wire=self.wire))
+        return tuple(checked(update_early)(part) for part in parts)
 
     def programs(self, graph: Graph, tuning: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step."""
@@ -124,6 +132,8 @@ class Plan:
                 f"  parameters are divided; a rank may be {self.staleness} steps ahead of their updates: "
                 + ("another run than that of one worker" if self.staleness else "it is as if it waited in each step")
             )
+        if self.wire:
+            lines.append(f"  gradients are rounded to {self.wire} on their way: another run than that of one worker")
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(self._needs(graph)):
             lines.append(f"  rank {rank}: {needs}")
@@ -193,6 +203,8 @@ class Plan:
             "micro_batches": self.micro_batches,
             "average_every": self.average_every,
             "staleness": self.staleness,
+            "overlap": self.overlap,
+            "wire": self.wire,
         }
 
     @classmethod
@@ -206,7 +218,7 @@ class Plan:
             name: Split(**{axis: tuple(v) if isinstance(v, list) else v for axis, v in split.items()})
             for name, split in form["splits"].items()
         }
-        rest = {name: form[name] for name in ("micro_batches", "average_every", "staleness")}
+        rest = {name: form[name] for name in ("micro_batches", "average_every", "staleness", "overlap", "wire")}
         return cls(form["ranks"], form["threads"], layouts, splits, **rest)
 
 
@@ -223,8 +235,3 @@ class Needs:
             f"{inputs} bytes of inputs, {parameters} of parameters, {state} of state; sends {sent} in "
             f"{self.meetings} collectives a step; needs {arena}"
         )
-
-
-def _passed(graphs: Sequence[Graph]) -> tuple[Graph, ...]:
-    """The passes on rank graphs."""
-    return tuple(checked(update_early)(part) for part in fuse_alike(bucket(graphs)))

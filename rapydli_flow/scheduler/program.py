@@ -7,7 +7,7 @@ reads the old value any more; a part of a concatenation goes straight into its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TooLittleMemory
@@ -16,6 +16,7 @@ from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
+from .collective import Wait
 from .homes import homes, owners
 from .join import Part, joins
 
@@ -84,6 +85,11 @@ class Program:
     ahead: int = 0
 
     @property
+    def behind(self) -> bool:
+        """Do collectives run behind kernels?"""
+        return any(isinstance(step, Collective) and step.op.behind for step in self.steps)
+
+    @property
     def trained(self) -> Program:
         """The program that is fed batches."""
         return self.gradients or self
@@ -136,6 +142,7 @@ class _Planner:
         self.root = owners(graph, {v: part.whole for v, part in self.joined.items()})
         self.last = self._last_reads()
         self.permanent: set[int] = set()
+        self.behind: dict[int, set[Value]] = {}  # what collectives read that are not waited for yet, by node
         self.sizes: dict[str, int] = {}
         self.steps: list[Call | Collective] = []
         self.donated = 0
@@ -193,7 +200,7 @@ class _Planner:
     def place(self, i: int, node: Node) -> None:
         if node.op.view:
             self.buffers[i, 0] = Buffer(self.buffers[node.inputs[0]].offset, node.specs[0])
-            self.release(i, node, set())
+            self.release(i, {self.own(v) for v in node.inputs} | self.wait(node), set())
             return
         if any(v in self.joined and self.joined[v].whole == (i, 0) for v in node.inputs):
             return  # it has all its parts already
@@ -213,10 +220,21 @@ class _Planner:
             self.steps.append(Collective(node.name, node.op, ins, outs))
         else:
             self.steps.append(self.call(node, ins, outs, self.joined.get((i, 0))))
-        for k in range(len(node.specs)):
-            if self.own((i, k)) not in self.last and outs[k].offset not in self.permanent:
-                self.arena.give(outs[k].offset, outs[k].spec.size_bytes)
-        self.release(i, node, taken)
+        read = {self.own(v) for v in node.inputs}
+        if node.op.behind:
+            self.behind[i] = {own for own in read if self.buffers[own].offset not in taken}
+        else:
+            unread = [(i, k) for k in range(len(node.specs)) if self.own((i, k)) not in self.last]
+            self.give(v for v in unread if self.buffers[v].offset not in self.permanent)
+        self.release(i, read, taken)
+
+    def wait(self, node: Node) -> set[Value]:
+        """Wait for the collective that a node is behind of, if it is; what that has read."""
+        source = node.inputs[0][0]
+        if not isinstance(node.op, Wait) or source not in self.behind:
+            return set()
+        self.steps.append(Collective(self.graph.nodes[source].name, node.op, (), ()))
+        return self.behind.pop(source)
 
     def whole(self, value: Value) -> Buffer:
         """The buffer of a value whose first part comes now, or that has some."""
@@ -244,6 +262,8 @@ class _Planner:
         if value in self.home:
             leaf = self.home[value]
             at_last = [j for j, v in enumerate(node.inputs) if self.own(v) == leaf]
+            if self.buffers[leaf].offset in self.pinned:
+                return None
             dead = self.last.get(leaf, -1) < i
             if dead or (self.last[leaf] == i and all(index.in_place(j, k) for j in at_last)):
                 return self.buffers[leaf]
@@ -251,17 +271,25 @@ class _Planner:
         for j, v in enumerate(node.inputs):
             buffer, own = self.buffers[v], self.own(v)
             once = sum(self.own(u) == own for u in node.inputs) == 1
-            free = self.last[own] == i and buffer.offset not in self.permanent and buffer.offset not in taken
+            free = self.last[own] == i and buffer.offset not in self.permanent | self.pinned | taken
             if free and once and buffer.spec == spec and index.in_place(j, k):
                 return buffer
         return None
 
-    def release(self, i: int, node: Node, taken: set[int]) -> None:
+    def release(self, i: int, read: set[Value], taken: set[int]) -> None:
         """Give back what was read for the last time."""
-        for own in {self.own(v) for v in node.inputs}:
-            buffer = self.buffers[own]
-            if self.last[own] == i and buffer.offset not in self.permanent and buffer.offset not in taken:
-                self.arena.give(buffer.offset, buffer.spec.size_bytes)
+        kept = self.permanent | taken | self.pinned
+        self.give(own for own in read if self.last[own] <= i and self.buffers[own].offset not in kept)
+
+    def give(self, values: Iterable[Value]) -> None:
+        """Give memory of values back to the arena."""
+        for value in values:
+            self.arena.give(self.buffers[value].offset, self.buffers[value].spec.size_bytes)
+
+    @property
+    def pinned(self) -> set[int]:
+        """Offsets of what collectives read that are not waited for yet."""
+        return {self.buffers[own].offset for read in self.behind.values() for own in read}
 
     def copy_updates(self, leaves: Mapping[str, Buffer]) -> tuple[dict[str, Buffer], int]:
         """Updates that could not go home while they were made are copied at the end of the step, as if all at once.

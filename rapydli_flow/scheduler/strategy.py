@@ -18,6 +18,7 @@ from .plan import Plan
 
 STRATEGIES = ("data", "spatial", "filters", "channels", "hybrid", "pipeline")
 SHARDS = ("state", "parameters")
+WIRES = ("bfloat16",)
 
 
 def make_plan(
@@ -33,6 +34,8 @@ def make_plan(
     shard: str | None = None,
     average_every: int | None = None,
     staleness: int | None = None,
+    overlap: bool = False,
+    wire: str | None = None,
 ) -> Plan:
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
     kind = strategy or ("data" if not splits else "splits")
@@ -69,13 +72,16 @@ def make_plan(
             )
     if average_every is not None and staleness is not None:
         raise SettingError("plan: average_every is for ranks that train by themselves, staleness for ones that do not.")
+    if wire not in (None, *WIRES):
+        raise SettingError(f"plan: wire={wire!r} is not {' or '.join(map(repr, WIRES))}, or None (as they are).")
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
     made = sharded(made, graph, parameters=shard == "parameters") if shard else made
     recipe = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
-    recipe |= {"average_every": average_every, "staleness": staleness}
-    return replace(made, average_every=average_every or 0, staleness=staleness, recipe=recipe)
+    recipe |= {"average_every": average_every, "staleness": staleness, "overlap": overlap, "wire": wire}
+    made = replace(made, average_every=average_every or 0, staleness=staleness, overlap=overlap, wire=wire or "")
+    return replace(made, recipe=recipe)
 
 
 def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:

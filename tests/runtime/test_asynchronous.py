@@ -2,6 +2,7 @@
 
 import threading
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -64,6 +65,47 @@ def test_ranks_that_train_by_themselves_stop_together(data):
     step = small_runs.make_step(1e30, net=plain)
     with pytest.raises(NonFinite, match=r"the loss of rank \d is not finite at step \d"):
         rf.fit(step, data["train"], steps=40, plan=rf.plan(step, ranks=2, threads=1, average_every=4), seed=3)
+
+
+# gradients rounded on their way, and summed behind kernels -----------------------------------------------
+
+
+def test_rounded_gradients_are_nearly_the_same_run(client, data):
+    step = small_runs.make_step(net=plain, dtype="float32")
+    want = rf.fit(step, data["train"], steps=8, plan=many(step, 2), seed=3)
+    plan = rf.plan(step, ranks=2, threads=1, wire="bfloat16")
+    runs = [rf.fit(step, data["train"], steps=8, plan=plan, seed=3, client=c) for c in (None, client)]
+    assert same_bits(runs[0].state, runs[1].state)
+    assert 1e-6 < deviation(runs[0].state, want.state) < 0.1
+    np.testing.assert_allclose(runs[0].scalars["loss"], want.scalars["loss"], rtol=0.05)
+    assert "gradients are rounded to bfloat16 on their way: another run than that of one worker" in plan.explain(step)
+    sent = [[op for op in meetings(each, step) if op.wire] for each in (plan, many(step, 2))]
+    assert len(sent[0]) == 1
+    assert not sent[1]
+    with pytest.raises(SettingError, match="plan: wire='float16' is not 'bfloat16', or None"):
+        rf.plan(step, ranks=2, wire="float16")
+
+
+def meetings(plan, step):
+    return [node.op for node in plan.rank_graphs(step)[0] if node.op.collective]
+
+
+def test_sums_behind_kernels_give_the_same_bits_however_late_they_are(data, monkeypatch):
+    monkeypatch.setattr(import_module("rapydli_flow.scheduler.bucket"), "LEAST_BYTES", 1)
+    step = small_runs.make_step()
+    want = rf.fit(step, data["train"], steps=10, plan=many(step, 2), seed=3)
+    plan = rf.plan(step, ranks=2, threads=1, overlap=True)
+    assert sum(op.behind for op in meetings(plan, step)) > 1
+    meet = Threads.meet
+
+    def late(self, name, op, ins, outs):
+        time.sleep(0.01 if op.behind else 0.0)
+        meet(self, name, op, ins, outs)
+
+    monkeypatch.setattr(Threads, "meet", late)
+    run = rf.fit(step, data["train"], steps=10, plan=plan, seed=3)
+    assert same_bits(run.state, want.state)
+    assert run.scalars == want.scalars
 
 
 # updates behind the training ----------------------------------------------------------------------------

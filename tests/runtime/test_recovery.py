@@ -105,7 +105,9 @@ def test_a_worker_that_stands_still_is_replaced(three, data, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"strategy": "pipeline", "micro_batches": 2}, {"shard": "parameters"}, {"staleness": 0}])
+@pytest.mark.parametrize(
+    "how", [{"strategy": "pipeline", "micro_batches": 2}, {"shard": "parameters"}, {"staleness": 0}]
+)
 def test_what_only_the_lost_rank_held_is_with_another(three, data, plain_step, how):
     step = plain_step
     plan = make_plan(step, 2, **how)

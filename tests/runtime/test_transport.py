@@ -15,7 +15,8 @@ import rapydli_flow
 from rapydli_flow.errors import RunLost, SettingError
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.shared import SharedMemory, create, folder
-from rapydli_flow.runtime.transport import CHUNK_BYTES, Alone, Threads
+from rapydli_flow.runtime.transport import CHUNK_BYTES, SMALL_BYTES, Alone, Threads
+from rapydli_flow.runtime.wire import coded, decoded
 from rapydli_flow.scheduler import AllReduce, Exchange, Shard
 from rapydli_flow.spec import Block
 
@@ -78,6 +79,26 @@ def check_sums(transport):
     return transport.rank
 
 
+def nearest(x):
+    """The bfloat16 next to numbers: 8 bits of significand."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(fraction * 256) / 256, exponent).astype(np.float32)
+
+
+def check_rounded(transport):
+    """Sums of bfloat16 of all sizes: the same bits for everyone."""
+    ranks = tuple(range(transport.ranks))
+    for size in (1, 5, 50_000, 1_200_000):
+        draw = [np.random.default_rng([size, r]).normal(size=size).astype(np.float32) for r in ranks]
+        mine = [draw[transport.rank].copy(), np.full(3, np.nan, np.float32)]
+        transport.meet("a sum", AllReduce(ranks=ranks, parts=2, wire="bfloat16"), mine, mine)
+        total = sum((nearest(x) for x in draw[1:]), nearest(draw[0]))
+        want = nearest(total) if 2 * (size + 3) > SMALL_BYTES else total  # small sums do not go a second time
+        np.testing.assert_array_equal(mine[0], want)
+        assert np.isnan(mine[1]).all()
+    return transport.rank
+
+
 def on_all(transports, function=check_rounds):
     with ThreadPoolExecutor(len(transports)) as pool:
         return list(pool.map(function, transports))
@@ -91,7 +112,7 @@ def shared(name, ranks, **options):
     return out
 
 
-CHECKS = [check_rounds, check_ahead, check_sums]
+CHECKS = [check_rounds, check_ahead, check_sums, check_rounded]
 MAKES = {"threads": Threads.of, "shared memory": lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks)}
 
 
@@ -110,6 +131,17 @@ def test_one_rank_alone():
 @pytest.mark.parametrize("way", MAKES)
 def test_ranks_tell_each_other(way, ranks, check):
     assert on_all(MAKES[way](ranks), check) == list(range(ranks))
+
+
+def test_bfloat16_is_the_nearest_one():
+    halves = np.array([1.0, 1.00390625, 1.01171875, -3.0e38, 1e-30, 0.0, -0.0, np.inf], np.float32)  # two ties
+    given = np.concatenate([halves, np.random.default_rng(0).normal(size=1000).astype(np.float32)])
+    got = decoded(coded([given[:10], given[10:]], "bfloat16")[0].view(np.uint8), given.dtype, "bfloat16")
+    np.testing.assert_array_equal(got[np.isfinite(given)], nearest(given[np.isfinite(given)]))
+    assert got[7] == np.inf
+    assert np.isinf(decoded(coded([np.float32([3.4e38])], "bfloat16")[0], np.dtype(np.float32), "bfloat16"))
+    quiet = np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(decoded(coded([quiet], "bfloat16")[0], quiet.dtype, "bfloat16")).all()
 
 
 def test_sums_are_taken_in_the_order_of_ranks():

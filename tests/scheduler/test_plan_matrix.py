@@ -5,6 +5,7 @@ compiled. With real kernels: test_promise_in_process.py.
 """
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -78,12 +79,15 @@ PLANS: dict[str, dict[str, Any]] = {
     "samples and filters": {"splits": {"*": Split(samples=2), "conv_*": Split(samples=2, filters=2)}},
     "rows and filters of one layer": {"splits": {"conv_1": Split(height=2, filters=2)}},
     "micro-batches": {"splits": {"*": Split()}, "micro_batches": 4},
+    "data, sums behind kernels": {"overlap": True},
+    "data and pipeline, sums behind": {"strategy": "pipeline", "stages": 2, "micro_batches": 2, "overlap": True},
 }
 RANKS = {"rows and columns": (4,), "data and pipeline": (4,), "samples and filters": (4,), "micro-batches": (1,)}
 RANKS["pipeline"], RANKS["rows and filters of one layer"] = (2, 3), (4,)
-STOPS = {
-    (name, "normal") for name in ("pipeline", "data and pipeline", "micro-batches")
-}  # batch norm needs all micro-batches
+RANKS["data and pipeline, sums behind"] = (4,)
+STOPS = {  # batch norm needs all micro-batches
+    (name, "normal") for name in PLANS if "pipeline" in name or name == "micro-batches"
+}
 FLAT = {("rows and filters of one layer", network) for network in ("branches", "residual")}  # no conv_1 at the top
 
 
@@ -112,14 +116,17 @@ def alone(network: str) -> Trained:
 
 
 @pytest.mark.parametrize(("name", "network", "ranks"), combinations())
-def test_the_matrix(name: str, network: str, ranks: int) -> None:
+def test_the_matrix(name: str, network: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("rapydli_flow.scheduler.bucket"), "LEAST_BYTES", 1)  # several buckets
     graph, want = step(network), alone(network)
     made = programs(graph, make_plan(graph, ranks, **PLANS[name]))
     assert len(made) == ranks
     run = train(made, batches(graph, 4, 5), STEPS)
     assert deviation(run, want) <= LIMIT
     if ranks > 1:
-        assert any(isinstance(s, Collective) and len(s.op.ranks) > 1 for program in made for s in program.steps)  # type: ignore[attr-defined]
+        meetings = [s.op for program in made for s in program.steps if isinstance(s, Collective)]
+        assert any(len(op.ranks) > 1 for op in meetings if isinstance(op, AllReduce | Exchange))
+        assert any(op.behind for op in meetings) == ("behind" in name)
     assert want.losses[-4:].mean() < want.losses[:4].mean()
 
 
