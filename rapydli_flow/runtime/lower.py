@@ -23,7 +23,7 @@ from ..errors import SettingError
 from ..graph import Graph, Node, Value
 from ..ops import Leaf
 from ..scheduler import AllReduce, Exchange, side_by_side
-from ..scheduler.collective import add_in_order, assemble
+from ..scheduler.collective import assemble, halves
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
@@ -96,7 +96,7 @@ def run_collective(op: AllReduce | Exchange, picks: tuple[Any, ...], *sources: A
     """The body of a collective's task: all ranks' parts in, in the order of the ranks, the result out."""
     arguments = [pick(sources[i], item) for i, item in picks]
     if isinstance(op, AllReduce):
-        return tuple(add_in_order(arguments[i :: op.parts]) for i in range(op.parts))
+        return tuple(halves(arguments[i :: op.parts]) for i in range(op.parts))
     return assemble(op, dict(zip((i for r in op.ranks for i in op.held_by(r)), arguments, strict=True)))
 
 

@@ -7,7 +7,9 @@ certificates are the worker's own.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ class Peers(Transport):
         self._comms: dict[int, Any] = {}
         self._inbox: dict[tuple[int, int], asyncio.Future[Array]] = {}
         self._sent, self._taken = [0] * ranks, [0] * ranks
+        self._writes: deque[Future[None]] = deque()  # of what was posted and nothing was taken after
         self._error: Exception | None = None
         self._listener: Any = None
 
@@ -43,10 +46,14 @@ class Peers(Transport):
         """Connect to the other ranks."""
         sync(self._loop, self._connect, list(addresses))
 
-    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+    def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
         flat = {id(parts): flattened(parts) for parts in sends.values()}
+        writes = self._write({r: flat[id(parts)] for r, parts in sends.items()})
+        self._writes.append(asyncio.run_coroutine_threadsafe(writes, self._loop.asyncio_loop))
+
+    def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
         try:
-            return dict(sync(self._loop, self._swap, {r: flat[id(parts)] for r, parts in sends.items()}, list(sizes)))
+            return dict(sync(self._loop, self._read, list(sizes), self._writes.popleft() if self._writes else None))
         except TimeoutError:
             missing = next((r for r in sizes if (r, self._taken[r]) in self._inbox), "?")
             raise RunLost(
@@ -57,7 +64,7 @@ class Peers(Transport):
             raise RunLost(f"rank {self.rank}: the connection to another rank broke in {name} ({error}).") from error
 
     def release(self) -> None:
-        """What a swap gave is this rank's own."""
+        """What was taken is this rank's own."""
 
     def close(self) -> None:
         self._loop.add_callback(self._close)  # not awaited: this may be the loop's own thread
@@ -94,11 +101,8 @@ class Peers(Transport):
                 self._inbox[rank, count].set_exception(self._error)
         return self._inbox[rank, count]
 
-    async def _swap(self, sends: Mapping[int, Array], sources: Sequence[int]) -> dict[int, Array]:
-        expected = {}
-        for source in sources:
-            self._taken[source] += 1
-            expected[source] = self._expect(source, self._taken[source])
+    async def _write(self, sends: Mapping[int, Array]) -> None:
+        """Send each rank its data."""
         writes = []
         for target, data in sends.items():
             self._sent[target] += 1
@@ -106,6 +110,16 @@ class Peers(Transport):
             writes.append(self._comms[target].write(message))
         async with asyncio.timeout(self.timeout_s):
             await asyncio.gather(*writes)
+
+    async def _read(self, sources: Sequence[int], written: Future[None] | None) -> dict[int, Array]:
+        """What each of these ranks sends next, when this one has written what it posted before."""
+        expected = {}
+        for source in sources:
+            self._taken[source] += 1
+            expected[source] = self._expect(source, self._taken[source])
+        async with asyncio.timeout(self.timeout_s):
+            if written is not None:
+                await asyncio.wrap_future(written)
             got = {source: await future for source, future in expected.items()}
         for source in sources:
             del self._inbox[source, self._taken[source]]

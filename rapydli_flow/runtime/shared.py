@@ -6,8 +6,8 @@ left behind whatever happens to them:
     [ for each pair: messages handed over | messages read | where the last two lie ]
     [ slot 0 of rank 0 | slot 1 of rank 0 | slot 0 of rank 1 | ... ]
 
-In its i-th swap a rank writes what it hands over into its slot ``i % 2``, once those who took something from it two
-swaps before have read that, and raises its counters of those it hands something to. They wait for the counter, read,
+What a rank hands over for the i-th time it writes into its slot ``i % 2``, once those who took something from it two
+times before have read that, and raises its counters of those it hands something to. They wait for the counter, read,
 and raise theirs.
 """
 
@@ -96,10 +96,8 @@ class SharedMemory(Transport):
         """The counter of those that have been read."""
         return (self.ranks * self.ranks + source * self.ranks + target) * LINE
 
-    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+    def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
         limit = time.monotonic() + self.timeout_s
-        if sends:
-            self._hand_over(name, sends, limit)
         got = {}
         for source, size in sizes.items():
             self._taken[source] += 1
@@ -110,7 +108,10 @@ class SharedMemory(Transport):
             self._reading.append(source)
         return got
 
-    def _hand_over(self, name: str, sends: Mapping[int, Sequence[Array]], limit: float) -> None:
+    def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
+        if not sends:
+            return
+        limit = time.monotonic() + self.timeout_s
         self._count += 1
         slot = self._count % 2
         for target, count in self._lent[slot].items():

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import RunLost
 from ..scheduler import Program
-from ..scheduler.collective import EXCHANGE, add_in_order
+from ..scheduler.collective import EXCHANGE, halves
 from ..scheduler.stale import HANDED
 from ..spec import Array
 from ..template import Device
@@ -146,7 +146,7 @@ class StaleRank(Rank):
         sends = [[handed[name][each.layout[name].slices] for name in names] for each in self.programs]
         parts = self._swap("the gradients", sends, [self.program] * len(sends), names)
         for name, *summands in zip(names, *parts, strict=True):
-            self.leaf(name)[...] = add_in_order(summands)
+            self.leaf(name)[...] = halves(summands)
         super().step(seed, step, clocks)
         self._publish()
 

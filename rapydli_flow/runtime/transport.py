@@ -1,7 +1,7 @@
 """What ranks tell each other, over any transport: all-reduce and exchange, made of swaps.
 
-In a swap a rank hands bytes to some ranks and takes bytes from some; transports differ in how. Sums are taken in the
-order of the ranks of a group, so all get the same bits, and a run gives the same bits whatever the transport.
+In a swap a rank hands bytes to some ranks and takes bytes from some; transports differ in how. Sums are taken by halves
+of the ranks of a group, so all get the same bits, and a run gives the same bits whatever the transport.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..errors import RunLost
 from ..scheduler import AllReduce, Collective, Exchange, Program
-from ..scheduler.collective import wire_bytes
-from ..spec import Array, Block, Spec, even_bounds
-from .wire import coded, decoded
+from ..scheduler.topology import Topology
+from ..spec import Array, Block, Spec
+from .sums import AllReducing, Joined
 
 TIMEOUT_S = 120.0
-SMALL_BYTES = 1 << 16  # sums up to this size: every rank hands all it has to every other
-CHUNK_BYTES = 1 << 20  # larger ones go in such pieces, each summed in parts by all ranks
+CHUNK_BYTES = 1 << 20  # messages go in such pieces
 
 
 class Transport(ABC):
@@ -33,17 +33,31 @@ class Transport(ABC):
     ranks: int
     chunk_bytes = CHUNK_BYTES
 
+    @cached_property
+    def topology(self) -> Topology:
+        """Where the ranks are; unless it is set, all are on one host."""
+        return Topology((0,) * self.ranks)
+
     @abstractmethod
-    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
-        """Hand arrays to ranks, and take ``sizes[r]`` bytes from each rank r of ``sizes``, as flat uint8 arrays.
+    def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
+        """Hand arrays to ranks; they may change afterwards. At most two are on their way before `take`."""
+
+    @abstractmethod
+    def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
+        """``sizes[r]`` bytes from each rank r of ``sizes``, the oldest not taken yet, as flat uint8 arrays.
 
         What is returned stays as it is until `release`. Raises RunLost when a rank does not come in time, or the run
         was given up; ``name`` is what the message calls it.
         """
 
+    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+        """Hand arrays to ranks, and take bytes from some."""
+        self.post(name, sends)
+        return self.take(name, sizes)
+
     @abstractmethod
     def release(self) -> None:
-        """What the last swap gave has been read."""
+        """What was taken last has been read."""
 
     @abstractmethod
     def close(self) -> None:
@@ -54,7 +68,8 @@ class Transport(ABC):
     def meet(self, name: str, op: Any, ins: Sequence[Array], outs: Sequence[Array]) -> None:
         """Carry out a collective of a program on this rank's buffers."""
         if isinstance(op, AllReduce):
-            self._all_reduce(name, op, _Joined(ins), _Joined(outs))
+            mine = Joined(ins)
+            AllReducing(self, name, mine.dtype, op.wire).run(op.ranks, mine, Joined(outs))
         elif isinstance(op, Exchange):
             self._exchange(name, op, ins, outs)
         else:
@@ -95,52 +110,6 @@ class Transport(ABC):
         self.release()
         return out
 
-    def _all_reduce(self, name: str, op: AllReduce, mine: _Joined, out: _Joined) -> None:
-        item = wire_bytes(mine.dtype.name, op.wire)
-        if mine.size * item <= SMALL_BYTES or len(op.ranks) == 1:
-            self._add_all(name, op, mine, out)
-            return
-        step = self.chunk_bytes // item
-        for begin in range(0, mine.size, step):
-            self._add_pieces(name, op, mine, out, begin, min(mine.size, begin + step))
-
-    def _add_all(self, name: str, op: AllReduce, mine: _Joined, out: _Joined) -> None:
-        """Everyone gets everything, and adds."""
-        others = [r for r in op.ranks if r != self.rank]
-        parts = coded(mine.between(0, mine.size), op.wire)
-        size = mine.size * wire_bytes(mine.dtype.name, op.wire)
-        got = self.swap(name, dict.fromkeys(others, parts), dict.fromkeys(others, size))
-        _add(out, 0, mine.size, self._parts(op, mine, 0, mine.size, got))
-        self.release()
-
-    def _add_pieces(self, name: str, op: AllReduce, mine: _Joined, out: _Joined, begin: int, end: int) -> None:
-        """Each adds one piece of a chunk, and hands the sum to the others: reduce-scatter and all-gather."""
-        item, me = wire_bytes(mine.dtype.name, op.wire), op.ranks.index(self.rank)
-        bounds = [begin + b for b in even_bounds(end - begin, len(op.ranks))]
-        others = [(i, r) for i, r in enumerate(op.ranks) if r != self.rank]
-        lo, hi = bounds[me], bounds[me + 1]
-        sends = {r: coded(mine.between(bounds[i], bounds[i + 1]), op.wire) for i, r in others}
-        got = self.swap(name, sends, {r: (hi - lo) * item for _, r in others})
-        _add(out, lo, hi, self._parts(op, mine, lo, hi, got))
-        self.release()
-        summed = coded(out.between(lo, hi), op.wire)
-        if op.wire:
-            out.write(lo, decoded(summed[0], mine.dtype, op.wire))  # the same bits as the others get
-        sizes = {r: (bounds[i + 1] - bounds[i]) * item for i, r in others}
-        got = self.swap(name, dict.fromkeys([r for _, r in others], summed), sizes)
-        for i, r in others:
-            out.write(bounds[i], decoded(got[r], mine.dtype, op.wire))
-        self.release()
-
-    def _parts(
-        self, op: AllReduce, mine: _Joined, begin: int, end: int, got: Mapping[int, Array]
-    ) -> list[Sequence[Array]]:
-        """What all ranks have of elements [begin, end), in their order: this one's own as the others would get it."""
-        own: Sequence[Array] = mine.between(begin, end)
-        if op.wire:
-            own = [decoded(coded(own, op.wire)[0], mine.dtype, op.wire)]
-        return [own if r == self.rank else [decoded(got[r], mine.dtype, op.wire)] for r in op.ranks]
-
     def _exchange(self, name: str, op: Exchange, ins: Sequence[Array], outs: Sequence[Array]) -> None:
         held = dict(zip(op.held, ins, strict=True))
         wanted = dict(zip(op.wanted, outs, strict=False))
@@ -176,61 +145,6 @@ def _part(array: Array, region: Block, outer: Block) -> Array:
     return array[(..., *region.inside(outer))]  # without the dots, of a scalar, no view
 
 
-class _Joined:
-    """Several arrays of one dtype as if they were one flat one."""
-
-    def __init__(self, arrays: Sequence[Array]) -> None:
-        self.flats = [x.reshape(-1) for x in arrays]
-        self.dtype = self.flats[0].dtype
-        self.size = sum(flat.size for flat in self.flats)
-
-    def between(self, begin: int, end: int) -> list[Array]:
-        """Views of elements [begin, end)."""
-        out, first = [], 0
-        for flat in self.flats:
-            lo, hi = max(begin, first), min(end, first + flat.size)
-            if lo < hi:
-                out.append(flat[lo - first : hi - first])
-            first += flat.size
-        return out
-
-    def write(self, begin: int, values: Array) -> None:
-        """Set elements from ``begin`` on."""
-        first = 0
-        for view in self.between(begin, begin + values.size):
-            view[...] = values[first : first + view.size]
-            first += view.size
-
-
-def _add(out: _Joined, begin: int, end: int, parts: Sequence[Sequence[Array]]) -> None:
-    """Set elements of ``out`` to sums of parts, in order; each part is a list of views, or one array."""
-    first = 0
-    for view in out.between(begin, end):
-        cut = [_cut(part, first, first + view.size) for part in parts]
-        total = view if not any(np.may_share_memory(view, x) for x in cut[2:]) else np.empty_like(view)
-        if len(cut) == 1:
-            total[...] = cut[0]
-        else:
-            np.add(cut[0], cut[1], out=total)
-        for x in cut[2:]:
-            total += x
-        if total is not view:
-            view[...] = total
-        first += view.size
-
-
-def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
-    """Elements of a list of views that was cut where the others are, or of one array."""
-    if len(part) == 1:
-        return part[0][begin:end]
-    first = 0
-    for view in part:
-        if first == begin:
-            return view
-        first += view.size
-    raise AssertionError(f"no view begins at {begin}")
-
-
 def swap_bytes(program: Program, ranks: int) -> int:
     """No less than what one of so many ranks hands over in one swap of its program."""
     sizes = [(ranks - 1) * CHUNK_BYTES if program.gradients is not None else 0]
@@ -247,7 +161,10 @@ class Alone(Transport):
 
     rank, ranks = 0, 1
 
-    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
+    def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
+        """There is nobody."""
+
+    def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
         return {}
 
     def release(self) -> None:
@@ -279,13 +196,16 @@ class Threads(Transport):
         board = _Board()
         return tuple(cls(rank, ranks, board, timeout_s) for rank in range(ranks))
 
-    def swap(self, name: str, sends: Mapping[int, Sequence[Array]], sizes: Mapping[int, int]) -> dict[int, Array]:
-        board, limit = self._board, time.monotonic() + self.timeout_s
+    def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
         flat = {id(parts): flattened(parts) for parts in sends.values()}
-        with board.changed:
+        with self._board.changed:
             for rank, parts in sends.items():
-                board.messages.setdefault((self.rank, rank), deque()).append(flat[id(parts)])
-            board.changed.notify_all()
+                self._board.messages.setdefault((self.rank, rank), deque()).append(flat[id(parts)])
+            self._board.changed.notify_all()
+
+    def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
+        board, limit = self._board, time.monotonic() + self.timeout_s
+        with board.changed:
             got = {}
             for rank in sizes:
                 while not board.messages.get((rank, self.rank)):
@@ -299,7 +219,7 @@ class Threads(Transport):
         return got
 
     def release(self) -> None:
-        """What a swap gave is the receiver's own."""
+        """What was taken is the receiver's own."""
 
     def close(self) -> None:
         with self._board.changed:

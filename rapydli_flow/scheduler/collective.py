@@ -20,7 +20,7 @@ EXCHANGE, ASSEMBLE = "exchange", "assemble"  # titles: between ranks, and of wha
 
 
 class AllReduce(Op):
-    """Each output is the sum, in the order of ``ranks``, of that input on all of them.
+    """Each output is the sum, by halves of ``ranks``, of that input on all of them.
 
     ``wire``: what floats are rounded to on their way, 'bfloat16' or '' (not at all). ``behind``: kernels go on
     meanwhile, up to a `Wait`.
@@ -190,11 +190,12 @@ def assemble(op: Exchange, shards: Mapping[int, Array]) -> tuple[Array, ...]:
     return tuple(outs.values()) or (np.empty(0, op.dtype),)
 
 
-def add_in_order(parts: Sequence[Array]) -> Array:
-    """The sum of all ranks' arrays, added in order so that every rank gets the same bits."""
-    total = parts[0].copy()
-    for x in parts[1:]:
-        total += x
+def halves(parts: Sequence[Array]) -> Array:
+    """The sum of all ranks' arrays, ``((0 + 1) + (2 + 3))``: the same bits for every rank, and every way to take it."""
+    if len(parts) == 1:
+        return parts[0]
+    middle = (len(parts) + 1) // 2
+    total: Array = np.add(halves(parts[:middle]), halves(parts[middle:]))
     return total
 
 
@@ -202,7 +203,7 @@ def meet(asks: Mapping[int, tuple[Any, Sequence[Array]]]) -> dict[int, tuple[Arr
     """The ranks of one collective, by number, at it: their answers. The slow twin of the transports."""
     op = next(iter(asks.values()))[0]
     if isinstance(op, AllReduce):
-        sums = tuple(add_in_order([asks[r][1][i] for r in op.ranks]) for i in range(op.parts))
+        sums = tuple(halves([asks[r][1][i] for r in op.ranks]) for i in range(op.parts))
         return dict.fromkeys(asks, sums)
     shards = {i: x for mine, xs in asks.values() for i, x in zip(mine.held, xs, strict=True)}
     return {rank: assemble(mine, shards) for rank, (mine, _) in asks.items()}

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import rapydli_flow
 from rapydli_flow.errors import RunLost, SettingError
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.shared import SharedMemory, create, folder
-from rapydli_flow.runtime.transport import CHUNK_BYTES, SMALL_BYTES, Alone, Threads
+from rapydli_flow.runtime.transport import CHUNK_BYTES, Alone, Threads
 from rapydli_flow.runtime.wire import coded, decoded
 from rapydli_flow.scheduler import AllReduce, Exchange, Shard
+from rapydli_flow.scheduler.collective import halves
 from rapydli_flow.spec import Block
 
 ROUNDS = 20
@@ -73,7 +75,7 @@ def check_sums(transport):
             mine = [draw[transport.rank][0].copy(), draw[transport.rank][1, :3].copy()]
             outs = mine if size % 2 else [np.empty_like(x) for x in mine]
             transport.meet("a sum", AllReduce(ranks=ranks, parts=2), mine, outs)
-            want = sum((draw[r] for r in ranks[1:]), draw[ranks[0]])
+            want = halves([draw[r] for r in ranks])
             np.testing.assert_array_equal(outs[0], want[0])
             np.testing.assert_array_equal(outs[1], want[1, :3])
     return transport.rank
@@ -92,10 +94,11 @@ def check_rounded(transport):
         draw = [np.random.default_rng([size, r]).normal(size=size).astype(np.float32) for r in ranks]
         mine = [draw[transport.rank].copy(), np.full(3, np.nan, np.float32)]
         transport.meet("a sum", AllReduce(ranks=ranks, parts=2, wire="bfloat16"), mine, mine)
-        total = sum((nearest(x) for x in draw[1:]), nearest(draw[0]))
-        want = nearest(total) if 2 * (size + 3) > SMALL_BYTES else total  # small sums do not go a second time
-        np.testing.assert_array_equal(mine[0], want)
+        exact, sizes = sum(x.astype(np.float64) for x in draw), sum(np.abs(x) for x in draw)
+        assert (np.abs(mine[0] - exact) <= sizes * 2.0**-8 * (1 + len(ranks))).all()
         assert np.isnan(mine[1]).all()
+        digest = sha256(mine[0]).digest()
+        assert transport.share("what they got", digest) == [digest] * transport.ranks
     return transport.rank
 
 
@@ -127,7 +130,7 @@ def test_one_rank_alone():
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("way", MAKES)
 def test_ranks_tell_each_other(way, ranks, check):
     assert on_all(MAKES[way](ranks), check) == list(range(ranks))
@@ -144,17 +147,19 @@ def test_bfloat16_is_the_nearest_one():
     assert np.isnan(decoded(coded([quiet], "bfloat16")[0], quiet.dtype, "bfloat16")).all()
 
 
-def test_sums_are_taken_in_the_order_of_ranks():
-    parts = [np.array([v], np.float32) for v in (1e8, 1.0, -1e8)]
+def test_sums_are_taken_by_halves_of_ranks():
+    parts = [np.array([v], np.float32) for v in (1e8, 1.0, -1e8, 3.0)]
 
     def meet(transport, order):
         out = np.empty(1, np.float32)
         transport.meet("a sum", AllReduce(ranks=order), [parts[transport.rank]], [out])
         return float(out[0])
 
-    for order in ((0, 1, 2), (0, 2, 1)):
-        want = float(((parts[order[0]] + parts[order[1]]) + parts[order[2]])[0])
-        assert on_all(Threads.of(3), lambda t, order=order: meet(t, order)) == [want] * 3
+    for order in ((0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 2, 1, 3)):
+        a, b, c, *d = (parts[r] for r in order)
+        want = float(((a + b) + (c + d[0] if d else c))[0])
+        ranks = len(order)
+        assert on_all(Threads.of(ranks), lambda t, order=order: meet(t, order)) == [want] * ranks
 
 
 @pytest.mark.parametrize("way", MAKES)
