@@ -46,6 +46,7 @@ from .runtime.events import (
 )
 from .runtime.feeding import check_fields
 from .runtime.flow import Flow
+from .runtime.job import Job
 from .runtime.leaving import Leaving
 from .runtime.local import Local
 from .runtime.own import bring, defined_outside
@@ -54,7 +55,6 @@ from .runtime.publish import publishing
 from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
-from .runtime.worker import Job
 from .runtime.workers import ready_workers
 from .scheduler import Plan, Program, make_plan, remade
 from .spec import Array

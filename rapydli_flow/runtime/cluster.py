@@ -25,6 +25,7 @@ from distributed import wait as wait_for
 from ..data import latest
 from ..errors import RunLost, SnapshotError
 from ..scheduler import Program
+from ..scheduler.topology import LOOPBACK, Topology
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
 from . import worker as tasks
@@ -32,9 +33,10 @@ from .backend import Backend, Writers, holding, one_result, whole_state
 from .copies import sources
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
+from .job import Job
 from .segment import SegmentResult
 from .upkeep import begun, over
-from .worker import Job, Order, executor_of
+from .worker import Order, executor_of
 from .workers import answers
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
@@ -75,11 +77,15 @@ class Cluster(Backend):
 
     def __init__(self, client: Client, job: Job, addresses: Sequence[str], workers: Mapping[str, Any]) -> None:
         self.client, self.addresses = client, tuple(addresses)
-        hosts = {workers[address]["host"] for address in addresses}
+        hosts = [workers[address]["host"] for address in addresses]
         transport = job.transport
         if transport == "auto":
-            transport = "shared" if len(hosts) == 1 else "comm"
-        self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport)
+            alone = "comm" if len(set(hosts)) == len(hosts) else "hosts"
+            transport = "shared" if len(set(hosts)) == 1 else alone
+        topology = Topology(tuple(hosts.index(host) for host in hosts))
+        if transport == "comm":
+            topology = replace(topology, near=LOOPBACK)
+        self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport, topology=topology)
         for number, (address, program) in enumerate(zip(addresses, job.programs, strict=True)):
             worker = workers[address]
             if worker["memory_bytes"]:

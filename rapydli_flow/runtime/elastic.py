@@ -27,8 +27,8 @@ from .backend import Recovering, Recovery
 from .cluster import ANSWER_S, Cluster, Offers, PendingSegment
 from .copies import common_step
 from .events import SNAPSHOTS
+from .job import Job
 from .segment import SegmentResult
-from .worker import Job
 from .workers import answering, place
 
 STUCK = 5  # losses in a row without a step between them that a run survives

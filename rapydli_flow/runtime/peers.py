@@ -66,6 +66,9 @@ class Peers(Transport):
     def release(self) -> None:
         """What was taken is this rank's own."""
 
+    def joined(self) -> None:
+        """Addresses stay."""
+
     def close(self) -> None:
         self._loop.add_callback(self._close)  # not awaited: this may be the loop's own thread
 

@@ -55,11 +55,11 @@ class StaleRank(Rank):
         assert program.gradients is not None
         self.front = Rank(program.gradients, device, threads=threads, poison=poison)
         self.programs, self.number = tuple(programs), number
-        self._behind = ThreadPoolExecutor(1, thread_name_prefix="rapydli-update")
+        self._updater = ThreadPoolExecutor(1, thread_name_prefix="rapydli-update")
         self._under_way: deque[Future[None]] = deque()
         self._fresh = {name: np.empty_like(self.front.leaf(name)) for name in program.gradients.kind("param", "state")}
         self._lock = threading.Lock()  # of what is fresh
-        self._changed = self._begun = self._broken = False
+        self._changed = self._known = self._broken = False
 
     # what a rank does ---------------------------------------------------------------------------------
 
@@ -99,19 +99,19 @@ class StaleRank(Rank):
 
     def close(self) -> None:
         super().close()
-        self._behind.shutdown(wait=False, cancel_futures=True)
+        self._updater.shutdown(wait=False, cancel_futures=True)
 
     # this thread --------------------------------------------------------------------------------------
 
     def _renew(self) -> None:
         """Parameters and state were set: all ranks get them from their owners, before the next step."""
-        self._begun = False
-        self._under_way.append(self._behind.submit(self._in_turn, self._publish))
+        self._known = False
+        self._under_way.append(self._updater.submit(self._in_turn, self._publish))
 
     def _begin(self) -> None:
         """Let a step begin: not more than the plan allows before the updates of others."""
-        self._catch_up(self.program.ahead if self._begun else 0)
-        self._begun = True
+        self._catch_up(self.program.ahead if self._known else 0)
+        self._known = True
 
     def _catch_up(self, ahead: int) -> None:
         """Wait until no more than so many updates are under way, and take the parameters that are there."""
@@ -125,7 +125,7 @@ class StaleRank(Rank):
 
     def _hand_over(self, seed: int, step: int, clocks: Mapping[str, float]) -> dict[str, float]:
         handed = {name: self.front.output(name) for name in self.program.kind("batch")}
-        self._under_way.append(self._behind.submit(self._in_turn, self._update, handed, seed, step, clocks))
+        self._under_way.append(self._updater.submit(self._in_turn, self._update, handed, seed, step, clocks))
         return {name: value for name, value in self.front.scalars().items() if not name.startswith(HANDED)}
 
     # the thread behind --------------------------------------------------------------------------------

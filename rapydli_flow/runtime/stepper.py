@@ -36,12 +36,12 @@ from .backend import holding, whole_state
 from .cluster import Cluster
 from .evaluate import complete_state
 from .feeding import fed_arrays
+from .job import Job
 from .local import Local
 from .own import bring, defined_outside
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
-from .worker import Job
 from .workers import place, ready_workers
 
 TRANSPORTS = ("auto", "shared", "comm")

@@ -60,6 +60,10 @@ class Transport(ABC):
         """What was taken last has been read."""
 
     @abstractmethod
+    def joined(self) -> None:
+        """All ranks have their ends: what they found each other by may go."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leave; a swap that waits raises RunLost."""
 
@@ -145,14 +149,14 @@ def _part(array: Array, region: Block, outer: Block) -> Array:
     return array[(..., *region.inside(outer))]  # without the dots, of a scalar, no view
 
 
-def swap_bytes(program: Program, ranks: int) -> int:
-    """No less than what one of so many ranks hands over in one swap of its program."""
-    sizes = [(ranks - 1) * CHUNK_BYTES if program.gradients is not None else 0]
+def swap_bytes(program: Program, ranks: int, chunk_bytes: int) -> int:
+    """No less than what one rank hands over to others in one swap of its program; so many ranks are within reach."""
+    sizes = [(ranks - 1) * chunk_bytes if program.gradients is not None else 0]
     for step in (step for step in program.steps if isinstance(step, Collective)):
         if isinstance(step.op, Exchange):  # a chunk for each of the others
-            sizes.append(min(step.op.sent_bytes(), (len(step.op.ranks) - 1) * CHUNK_BYTES))
+            sizes.append(min(step.op.sent_bytes(), (ranks - 1) * chunk_bytes))
         else:
-            sizes.append(min(sum(b.spec.size_bytes for b in step.ins), CHUNK_BYTES))
+            sizes.append(min(sum(b.spec.size_bytes for b in step.ins), chunk_bytes))
     return max(sizes)
 
 
@@ -169,6 +173,9 @@ class Alone(Transport):
 
     def release(self) -> None:
         """Nothing was lent."""
+
+    def joined(self) -> None:
+        """There is nobody to be found."""
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -220,6 +227,9 @@ class Threads(Transport):
 
     def release(self) -> None:
         """What was taken is the receiver's own."""
+
+    def joined(self) -> None:
+        """They know each other from the start."""
 
     def close(self) -> None:
         with self._board.changed:

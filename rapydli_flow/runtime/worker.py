@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -25,10 +24,7 @@ from distributed.worker_state_machine import SecedeEvent
 
 from cpu_kernels.compile import host
 
-from ..data import Dataset
 from ..errors import RunLost
-from ..graph import Graph
-from ..scheduler import Plan, Program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request, Tuning
 from ..version import __version__
@@ -36,11 +32,11 @@ from .backend import Writers
 from .copies import Copies, Piece, put_together
 from .evaluate import Scorer
 from .feeding import fed_layout, feed_of, label_classes
-from .peers import Peers
+from .job import Job
+from .reach import connected, opened
 from .segment import SegmentResult, Trainer, average_of
-from .shared import SharedMemory
 from .stale import rank_of
-from .transport import CHUNK_BYTES, Alone, Transport, swap_bytes
+from .transport import Transport
 from .upkeep import RELEASE
 from .warm import warm as warm_up
 
@@ -84,38 +80,13 @@ class Resident(WorkerPlugin):  # type: ignore[misc]
         del worker.stream_handlers[RELEASE]
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that the workers of a run need to know."""
-
-    run: str
-    step: Graph
-    programs: tuple[Program, ...]
-    plan: Plan
-    tuning: Tuning
-    threads: int
-    seed: int
-    data: Dataset | None
-    validation: Dataset | None
-    shuffle: bool
-    transport: str
-    timeout_s: float
-    run_dir: Path | None
-    keep: int = 3
-    keeps_copies: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return len(self.programs)
-
-
 @dataclass
 class Held:
     """A rank on this worker, between its tasks."""
 
     job: Job
     number: int
-    transport: Transport
+    transport: Transport  # until the rank has joined, its own end of it
     _trainer: Trainer | None = None
     scorer: Scorer | None = None
     writers: Writers = field(init=False)
@@ -187,39 +158,20 @@ def prepare(job: Job, number: int) -> str:
 
     When a worker dies, Dask runs again what its tasks depended on, here too: that must not begin the run anew.
     """
-    transport: Transport
     worker = get_worker()
     if job.run in _over or (job.run, number) in _held:
         raise RunLost(f"rank {number} of run {job.run} was here before: another rank is lost; resume the run.")
     make_room(job.run, worker)
-    address = ""
-    if job.ranks == 1:
-        transport = Alone()
-    elif job.transport == "comm":
-        transport = Peers(worker, number, job.ranks, timeout_s=job.timeout_s)
-        address = transport.open()
-    else:
-        if number > 0:
-            return ""  # rank 0 makes the memory first
-        transport = _shared(job, number)
+    transport, address = opened(job, number, worker)
     _held[job.run, number] = Held(job, number, transport)
     return address
-
-
-def _shared(job: Job, number: int) -> SharedMemory:
-    sizes = (swap_bytes(program, job.ranks) for program in job.programs)
-    capacity = max(CHUNK_BYTES if job.keeps_copies else 0, *sizes)
-    return SharedMemory(job.run, number, job.ranks, capacity, timeout_s=job.timeout_s)
 
 
 @of_a_rank
 def join(job: Job, number: int, *addresses: str) -> int:
     """Reach the other ranks, and bind the program to memory."""
-    if (job.run, number) not in _held:
-        _held[job.run, number] = Held(job, number, _shared(job, number))
-    held = _held[job.run, number]
-    if isinstance(held.transport, Peers):
-        held.transport.connect(addresses)
+    held = _find(job.run, number)
+    held.transport = connected(job, number, held.transport, addresses)
     program = job.programs[number]
     rank = rank_of(job.programs, number, job.tuning.device, threads=job.threads, transport=held.transport)
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
@@ -234,8 +186,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
 def begin(run: str, number: int, state: Mapping[str, Array] | None, *others: Any) -> int:
     """Set the first state: everyone has joined. Lists of pieces among ``others`` are what a run goes on from."""
     held = _find(run, number)
-    if isinstance(held.transport, SharedMemory):
-        held.transport.joined()
+    held.transport.joined()
     rank = held.trainer.rank
     pieces = [piece for each in others if isinstance(each, list) for piece in each]
     if pieces:

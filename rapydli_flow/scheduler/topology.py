@@ -21,6 +21,7 @@ from math import log2
 from .cost import Machine
 from .links import Link, Links
 
+LOOPBACK = Link(5e-4, 1e9)  # comms between processes of a host
 EVERYONE, DOUBLING, PIECES, BY_HOSTS = "everyone", "doubling", "pieces", "by hosts"
 
 
@@ -66,6 +67,9 @@ class Topology:
         g = len(set(hosts))
         k = len(hosts) // g
         return not g & (g - 1) and hosts == [host for host in dict.fromkeys(hosts) for _ in range(k)]
+
+
+NOWHERE = Topology(())  # no rank is placed yet
 
 
 @lru_cache(maxsize=4096)

@@ -14,12 +14,14 @@ from distributed import Client, LocalCluster
 
 import rapydli_flow
 from rapydli_flow.errors import RunLost, SettingError
+from rapydli_flow.runtime.hosts import Hosts
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.shared import SharedMemory, create, folder
 from rapydli_flow.runtime.transport import CHUNK_BYTES, Alone, Threads
 from rapydli_flow.runtime.wire import coded, decoded
 from rapydli_flow.scheduler import AllReduce, Exchange, Shard
 from rapydli_flow.scheduler.collective import halves
+from rapydli_flow.scheduler.topology import BY_HOSTS, Topology
 from rapydli_flow.spec import Block
 
 ROUNDS = 20
@@ -257,7 +259,7 @@ def test_processes_gather_through_shared_memory(tmp_path):
 def workers():
     with (
         LocalCluster(
-            n_workers=3, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
+            n_workers=4, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
         ) as cluster,
         Client(cluster),
     ):
@@ -274,10 +276,31 @@ def connected(workers, **options):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_peers_tell_each_other(workers, check):
-    peers = connected(workers)
+    peers = connected(workers[:3])
     assert on_all(peers, check) == [0, 1, 2]
     for peer in peers:
         peer.close()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("hosts", [(0, 0, 1, 1), (0, 0, 0, 1)])
+def test_ranks_of_two_hosts_tell_each_other(workers, hosts, check):
+    """Shared memory for those of a host, comms between hosts; sums by hosts where these have as many."""
+    topology = Topology(hosts)
+    assert (topology.choose((0, 1, 2, 3), 4_800_000) == BY_HOSTS) == (hosts == (0, 0, 1, 1))
+    peers = connected(workers)
+    ends = []
+    for rank, peer in enumerate(peers):
+        peer.topology = topology
+        here = [r for r in range(4) if hosts[r] == hosts[rank]]
+        name = f"test-{id(peers)}-{hosts[rank]}"
+        near = SharedMemory(name, here.index(rank), len(here), Hosts.chunk_bytes) if len(here) > 1 else None
+        ends.append(Hosts(peer, here, near))
+    for end in ends:
+        end.joined()
+    assert on_all(ends, check) == [0, 1, 2, 3]
+    for end in ends:
+        end.close()
 
 
 def test_a_peer_that_does_not_come(workers):
@@ -289,7 +312,7 @@ def test_a_peer_that_does_not_come(workers):
 
 
 def test_a_peer_that_leaves(workers):
-    peers = connected(workers)
+    peers = connected(workers[:3])
     threading.Timer(0.2, peers[1].close).start()
     with pytest.raises(RunLost, match="rank 0: another rank closed its connection"):
         peers[0].share("a test", b"")
