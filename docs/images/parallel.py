@@ -272,6 +272,65 @@ def in_flight(graph: Graph) -> int:
     return max(sum(first[m] <= i <= last[m] for m in first) for i in range(len(order)))
 
 
+# ranks that do not wait for each other -----------------------------------------------------------------
+
+TAKES_S = ((1.0, 1.0, 1.0, 1.0, 1.7, 1.0, 1.0, 1.0), (1.0, 1.0, 1.9, 1.0, 1.0, 1.0, 1.0, 1.6))  # steps of two ranks
+MEET_S = 0.3  # what a sum and an update take
+
+
+def apart() -> str:
+    """Two ranks, some of whose steps are slow: in step, averaging now and then, and ahead of updates."""
+    picture, left, row = Picture(), MARGIN + 74, 34
+    ways: tuple[dict[str, int], ...] = ({}, {"average_every": 4}, {"staleness": 2})
+    every = [paced(plan_of(2, **how)[0]) for how in ways]
+    scale = (WIDTH - MARGIN - left) / max(end for runs, meets in every for _, end in (*runs[0], *runs[1], *meets))
+    for n, (how, (runs, meets)) in enumerate(zip(ways, every, strict=True)):
+        words = ", ".join(f"{name}={value}" for name, value in how.items()) or "every step is one of all ranks"
+        picture.height += 14 * (n > 0)
+        picture.text(MARGIN, picture.height + 11, words, bold=True)
+        top = picture.height + 22
+        for rank, spans in enumerate(runs):
+            y = top + rank * row
+            picture.rank(rank, y + 6)
+            picture.rect(left, y, spans[-1][1] * scale, 24, fill=EMPTY)
+            for step, (begin, end) in enumerate(spans):
+                picture.rect(left + begin * scale, y, (end - begin) * scale, 24, fill=FORWARD[0], line=FORWARD[1])
+                picture.text(left + (begin + end) / 2 * scale, y + 16.5, str(step), at="middle")
+        y = top + 2 * row
+        for begin, end in meets:
+            picture.rect(left + begin * scale, y, (end - begin) * scale, 9, fill=BACKWARD[0], line=BACKWARD[1])
+        picture.height = y + 13
+    picture.kinds = {
+        "a step, by its number": (*FORWARD, ""),
+        "sums of gradients and updates, or averages": (*BACKWARD, ""),
+        "waits": (EMPTY, "#d9dee5", ""),
+    }
+    picture.height += 4
+    picture.legend()
+    return picture.svg()
+
+
+Times = list[tuple[float, float]]
+
+
+def paced(plan: rf.Plan) -> tuple[list[Times], Times]:
+    """When the steps of two ranks begin and end, and their meetings, as far as a plan lets them run apart."""
+    runs: list[Times] = [[], []]
+    meets: Times = []
+    for step in range(len(TAKES_S[0])):
+        for rank, takes in enumerate(TAKES_S):
+            begin = runs[rank][-1][1] if step else 0.0
+            if plan.staleness is not None and step > plan.staleness:
+                begin = max(begin, meets[step - 1 - plan.staleness][1])
+            elif plan.staleness is None and meets:
+                begin = max(begin, meets[-1][1])
+            runs[rank].append((begin, begin + takes[step]))
+        if plan.average_every == 0 or (step + 1) % plan.average_every == 0:
+            begin = max(runs[0][-1][1], runs[1][-1][1], meets[-1][1] if meets else 0.0)
+            meets.append((begin, begin + MEET_S))
+    return runs, meets
+
+
 # what a greedy choice weighs ---------------------------------------------------------------------------
 
 
@@ -348,6 +407,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "pipeline": pipeline,
     "layers": layers,
     "shards": shards,
+    "apart": apart,
     "unsaid": unsaid,
 }
 
