@@ -1,13 +1,13 @@
-"""A sum of 25 MB between two Dask workers on a link of 1 and of 10 Gbit/s: which share of the link it fills.
+"""Sums of 25 MB between Dask workers on a link of 1 and of 10 Gbit/s: which share of the link they fill, and ways.
 
     namespace A                                           namespace B
     dask scheduler, dask worker rank-0   == veth pair ==   dask worker rank-1
     10.99.0.1                            tbf, both ways   10.99.0.2
 
-Two network namespaces of this host stand for two hosts. The workers sum over `rapydli_flow.runtime.peers.Peers`, and in
-turns with it one sends the same number of bytes to the other through a plain socket. In a sum of two ranks each sends
-all its bytes: half as pieces, and half as sums of the other pieces. The rate that is set counts headers, which are
-4.5 % of full Ethernet frames. Needs the rights to make namespaces (root).
+Two network namespaces of this host stand for two hosts. The workers sum over `rapydli_flow.runtime.peers.Peers`: each
+sends all its bytes to the other. In turns with it they send as many both ways at once through a plain socket, which is
+what the link and this machine's cores can do. The rate that is set counts headers, which are 4.5 % of full Ethernet
+frames. Then four ranks, two on each end, sum by hosts and by pieces. Needs the rights to make namespaces (root).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import link_ends
 from common import environment
 from distributed import Client
 
+from rapydli_flow.scheduler.topology import BY_HOSTS, PIECES
+
 SIZE = 25_000_000
 RATES = (1, 10)  # Gbit/s
 TARGET = 0.9  # of the link
@@ -37,23 +39,19 @@ LIMIT_S = 180
 
 
 def measure(given: Namespace) -> list[dict[str, Any]]:
-    """A row for each rate. PermissionError where namespaces may not be made."""
-    return [row(rate, given.seconds) for rate in RATES]
+    """Two rows for each rate. PermissionError where namespaces may not be made."""
+    return [row for rate in RATES for row in (of_two(rate, given.seconds), of_four(rate, given.seconds))]
 
 
-def row(gbit_s: int, seconds: float) -> dict[str, Any]:
+def of_two(gbit_s: int, seconds: float) -> dict[str, Any]:
     """Gbit/s of the sum and of the socket, and their shares of the link."""
     rounds = max(3, min(30, int(seconds / (2.2 * SIZE * 8 / (gbit_s * 1e9)))))
-    with link(gbit_s) as names, workers(names):
-        driver = [sys.executable, str(Path(__file__).resolve()), str(rounds)]
-        said = subprocess.run(
-            [*_inside(names[0]), *driver], env=environment(), stdout=subprocess.PIPE, check=True, timeout=LIMIT_S
-        )
-    found = json.loads(said.stdout.splitlines()[-1])
+    found = driven(gbit_s, 1, "two", rounds)
     sums = list(map(max, *(each["sum"] for each in found)))
     ours, plain = (SIZE * 8 / median(times) / 1e9 for times in (sums, found[0]["plain"]))
     return {
         "link_gbit_s": gbit_s,
+        "ranks": 2,
         "sum_ms": median(sums) * 1e3,
         "sum_gbit_s": ours,
         "socket_gbit_s": plain,
@@ -62,6 +60,31 @@ def row(gbit_s: int, seconds: float) -> dict[str, Any]:
         "target": TARGET,
         "rounds": rounds,
     }
+
+
+def of_four(gbit_s: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds of a sum of four ranks, two on each end of the link, by hosts and by pieces."""
+    rounds = max(3, min(20, int(seconds / (4.5 * SIZE * 8 / (gbit_s * 1e9)))))
+    found = driven(gbit_s, 2, "four", rounds)
+    ours, pieces = (list(map(max, *times)) for times in zip(*found, strict=True))
+    return {
+        "link_gbit_s": gbit_s,
+        "ranks": 4,
+        "sum_ms": median(ours) * 1e3,
+        "by_pieces_ms": median(pieces) * 1e3,
+        "of_pieces": median(ours) / median(pieces),
+        "rounds": rounds,
+    }
+
+
+def driven(gbit_s: int, per_host: int, what: str, *arguments: object) -> Any:
+    """What `drive` prints in the first namespace, with so many workers in each."""
+    with link(gbit_s) as names, workers(names, per_host):
+        driver = [sys.executable, str(Path(__file__).resolve()), what, *map(str, arguments)]
+        said = subprocess.run(
+            [*_inside(names[0]), *driver], env=environment(), stdout=subprocess.PIPE, check=True, timeout=LIMIT_S
+        )
+    return json.loads(said.stdout.splitlines()[-1])
 
 
 @contextmanager
@@ -84,14 +107,15 @@ def link(gbit_s: int) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def workers(names: Sequence[str]) -> Iterator[None]:
-    """A scheduler in the first namespace, and a worker of one thread in each."""
-    commands = [["scheduler", "--host", HOSTS[0], "--port", "8786", "--no-dashboard"]]
-    for number, host in enumerate(HOSTS):
+def workers(names: Sequence[str], per_host: int = 1) -> Iterator[None]:
+    """A scheduler in the first namespace, and workers of one thread in each: ranks are numbered host by host."""
+    commands = [(names[0], ["scheduler", "--host", HOSTS[0], "--port", "8786", "--no-dashboard"])]
+    for number in range(per_host * len(HOSTS)):
+        name, host = names[number // per_host], HOSTS[number // per_host]
         how = ["--host", host, "--name", f"rank-{number}", "--nthreads", "1", "--memory-limit", "0"]
-        commands.append(["worker", SCHEDULER, *how, "--no-nanny", "--no-dashboard"])
+        commands.append((name, ["worker", SCHEDULER, *how, "--no-nanny", "--no-dashboard"]))
     with ExitStack() as running:
-        for name, command in zip((names[0], *names), commands, strict=True):
+        for name, command in commands:
             full = [*_inside(name), sys.executable, "-m", "dask", *command]
             process = subprocess.Popen(full, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             running.callback(_end, process)
@@ -127,15 +151,23 @@ def _command(*words: str) -> None:
         )
 
 
-def drive(rounds: int) -> None:
-    """In the first namespace: let the workers measure, and print what both found as a line of JSON."""
+def drive(what: str, rounds: int) -> Any:
+    """In the first namespace: let the workers measure; what they found."""
+    ranks = 2 if what == "two" else 4
     with Client(SCHEDULER, timeout=60) as client:
-        client.wait_for_workers(2, timeout=120)
-        where = [{"workers": [f"rank-{rank}"], "pure": False} for rank in range(2)]
-        addresses = client.gather([client.submit(link_ends.listen, rank, **where[rank]) for rank in range(2)])
-        ends = [client.submit(link_ends.measure, rank, addresses, SIZE, rounds, **where[rank]) for rank in range(2)]
-        print(json.dumps(client.gather(ends)))
+        client.wait_for_workers(ranks, timeout=120)
+        where = [{"workers": [f"rank-{rank}"], "pure": False} for rank in range(ranks)]
+        if what == "two":
+            addresses = client.gather([client.submit(link_ends.listen, rank, **where[rank]) for rank in range(ranks)])
+            given: tuple[Any, ...] = (addresses, SIZE, rounds)
+            ends = [client.submit(link_ends.measure, rank, *given, **where[rank]) for rank in range(ranks)]
+        else:
+            run = f"links-{os.getpid()}"
+            opened = [client.submit(link_ends.open_all, rank, ranks, run, **where[rank]) for rank in range(ranks)]
+            given = (client.gather(opened), run, SIZE, rounds, [BY_HOSTS, PIECES])
+            ends = [client.submit(link_ends.measure_all, rank, *given, **where[rank]) for rank in range(ranks)]
+        return client.gather(ends)
 
 
 if __name__ == "__main__":
-    drive(int(sys.argv[1]))
+    print(json.dumps(drive(sys.argv[1], int(sys.argv[2]))))
