@@ -35,7 +35,7 @@ TARGET = 0.9  # of the link
 HOSTS = ("10.99.0.1", "10.99.0.2")
 SCHEDULER = f"tcp://{HOSTS[0]}:8786"
 BURST, QUEUE = "256kb", "20ms"  # what a link lets through at once, and how long a byte may wait for it
-LIMIT_S = 180
+LIMIT_S = 400
 
 
 def measure(given: Namespace) -> list[dict[str, Any]]:
@@ -46,7 +46,8 @@ def measure(given: Namespace) -> list[dict[str, Any]]:
 def of_two(gbit_s: int, seconds: float) -> dict[str, Any]:
     """Gbit/s of the sum and of the socket, and their shares of the link."""
     rounds = max(3, min(30, int(seconds / (2.2 * SIZE * 8 / (gbit_s * 1e9)))))
-    found = driven(gbit_s, 1, "two", rounds)
+    with link(gbit_s) as names, workers(names):
+        found = inside(names[0], __file__, "two", rounds)
     sums = list(map(max, *(each["sum"] for each in found)))
     ours, plain = (SIZE * 8 / median(times) / 1e9 for times in (sums, found[0]["plain"]))
     return {
@@ -65,7 +66,8 @@ def of_two(gbit_s: int, seconds: float) -> dict[str, Any]:
 def of_four(gbit_s: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a sum of four ranks, two on each end of the link, by hosts and by pieces."""
     rounds = max(3, min(20, int(seconds / (4.5 * SIZE * 8 / (gbit_s * 1e9)))))
-    found = driven(gbit_s, 2, "four", rounds)
+    with link(gbit_s) as names, workers(names, 2):
+        found = inside(names[0], __file__, "four", rounds)
     ours, pieces = (list(map(max, *times)) for times in zip(*found, strict=True))
     return {
         "link_gbit_s": gbit_s,
@@ -77,13 +79,12 @@ def of_four(gbit_s: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def driven(gbit_s: int, per_host: int, what: str, *arguments: object) -> Any:
-    """What `drive` prints in the first namespace, with so many workers in each."""
-    with link(gbit_s) as names, workers(names, per_host):
-        driver = [sys.executable, str(Path(__file__).resolve()), what, *map(str, arguments)]
-        said = subprocess.run(
-            [*_inside(names[0]), *driver], env=environment(), stdout=subprocess.PIPE, check=True, timeout=LIMIT_S
-        )
+def inside(name: str, script: str, *arguments: object) -> Any:
+    """What a script prints in a namespace in its last line, which is JSON."""
+    driver = [sys.executable, str(Path(script).resolve()), *map(str, arguments)]
+    said = subprocess.run(
+        [*_inside(name), *driver], env=environment(), stdout=subprocess.PIPE, check=True, timeout=LIMIT_S
+    )
     return json.loads(said.stdout.splitlines()[-1])
 
 

@@ -1,10 +1,11 @@
 """Ranks at work together: sums, training steps, links, memory, and what Dask adds.
 
-    python benchmarks/runtime.py [allreduce ddp links spatial scheduler dask] [--seconds 30] [--networks alexnet]
+    python benchmarks/runtime.py [section ...] [--seconds 30] [--networks alexnet]
 
-Without names all sections are measured, one after the other. Each prints a table and is merged into
-benchmarks/results/runtime.json with versions and hardware. Figures are ratios of medians of turns, both sides warm,
-on the same threads; results are compared before anything is timed. What a section measures is said where it stands.
+Sections: allreduce, ddp, links, overlap, spatial, scheduler, dask; without names all, one after the other. Each prints
+a table and is merged into benchmarks/results/runtime.json with versions and hardware. Figures are ratios of medians of
+turns, both sides warm, on the same threads; results are compared before anything is timed. What a section measures is
+said where it stands.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ SECTIONS = {  # the module of each; imported when wanted: workers and processes 
     "allreduce": "sums",
     "ddp": "ddp",
     "links": "links",
+    "overlap": "overlap",
     "spatial": "spatial",
     "scheduler": "scheduler_load",
     "dask": "dask_step",

@@ -1,0 +1,55 @@
+"""Training through a link of 1 Gbit/s: gradients summed after the backward pass, behind it, and behind it in bfloat16.
+
+Two workers with one thread each, in two network namespaces of this host that stand for two hosts, as in links.py. Runs
+of a few steps take turns; a row has the median of their milliseconds a step. Losses are compared first: the same bits
+behind the backward pass and after it. Needs the rights to make namespaces (root).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+import links
+from distributed import Client
+from through_dask import in_turns, medians, records, training_step
+
+import rapydli_flow as rf
+from rapydli_flow.zoo import find
+
+NETWORK, BATCH, STEPS, CHECKED = "resnet18", 16, 10, 3
+AFTER, BEHIND = "after", "behind"
+WAYS: dict[str, dict[str, Any]] = {
+    AFTER: {"overlap": False},
+    BEHIND: {"overlap": True},
+    "behind, bfloat16": {"overlap": True, "wire": "bfloat16"},
+}
+
+
+def measure(given: Namespace) -> list[dict[str, Any]]:
+    """A row for each way."""
+    with links.link(1) as names, links.workers(names):
+        found = links.inside(names[0], __file__, max(3, int(given.seconds / 8)))
+    return [
+        {"network": NETWORK, "batch": BATCH, "gradients": way, "step_ms": ms, "of_after": ms / found[AFTER]}
+        for way, ms in found.items()
+    ]
+
+
+def drive(rounds: int) -> dict[str, float]:
+    """In the first namespace: milliseconds of a step, each way."""
+    case = find(NETWORK)
+    step = training_step(case, BATCH)
+    with Client(links.SCHEDULER, timeout=60) as client, records(case, count=8 * BATCH) as data:
+        plans = {way: rf.plan(step, client, threads=1, **how) for way, how in WAYS.items()}
+        runs = {way: {"plan": plan, "client": client, "transport": "comm"} for way, plan in plans.items()}
+        losses = [rf.fit(step, data, steps=CHECKED, **runs[way]).scalars["loss"] for way in (AFTER, BEHIND)]
+        if losses[0] != losses[1]:
+            raise ValueError("gradients that are summed behind the backward pass have other sums")
+        return medians(in_turns(step, data, STEPS, rounds, runs))
+
+
+if __name__ == "__main__":
+    print(json.dumps(drive(int(sys.argv[1]))))
