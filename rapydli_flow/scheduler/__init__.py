@@ -12,6 +12,7 @@ from .plan import Plan
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
 from .strategy import data_parallel, hybrid, make_plan, model_parallel, pipeline, remade, sharded, spatial
+from .traffic import traffic
 
 __all__ = [
     "AllReduce",
@@ -36,5 +37,6 @@ __all__ = [
     "side_by_side",
     "spatial",
     "split",
+    "traffic",
     "update_early",
 ]

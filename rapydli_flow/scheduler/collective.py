@@ -48,6 +48,11 @@ class AllReduce(Op):
         ranks = len(self.ranks)
         return 2 * (ranks - 1) * sum(x.size_bytes for x in inputs) // ranks
 
+    def sends(self, rank: int, *inputs: Spec) -> dict[int, int]:
+        """Bytes that a rank sends to each of the others."""
+        each = 2 * sum(x.size_bytes for x in inputs) // len(self.ranks)
+        return {other: each for other in self.ranks if other != rank}
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -145,8 +150,16 @@ class Exchange(Op):
 
     def sent_bytes(self, *inputs: Spec) -> int:
         """Bytes that this rank sends to others."""
-        ends = ((self.have[p.source].rank, self.want[p.target][0], p.region.size) for p in self.pieces)
-        return sum(size for a, b, size in ends if a == self.rank != b) * np.dtype(self.dtype).itemsize
+        return sum(self.sends(self.rank).values())
+
+    def sends(self, rank: int, *inputs: Spec) -> dict[int, int]:
+        """Bytes that a rank sends to each of the others that want something of it."""
+        item, out = np.dtype(self.dtype).itemsize, dict[int, int]()
+        for source, target, region in self.pieces:
+            other = self.want[target][0]
+            if self.have[source].rank == rank != other:
+                out[other] = out.get(other, 0) + region.size * item
+        return out
 
 
 TITLES = (AllReduce.name, EXCHANGE, ASSEMBLE)  # of all that is no kernel
