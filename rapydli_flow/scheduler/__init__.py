@@ -7,7 +7,9 @@ from .bucket import bucket
 from .collective import AllReduce, Exchange, Shard
 from .early import update_early
 from .layout import Layout, Split
+from .links import Link, Links
 from .meetings import side_by_side
+from .placement import Placement, Slot, check_room, place
 from .plan import Plan
 from .program import Buffer, Call, Collective, Program, compile_program
 from .split import split
@@ -21,17 +23,23 @@ __all__ = [
     "Collective",
     "Exchange",
     "Layout",
+    "Link",
+    "Links",
+    "Placement",
     "Plan",
     "Program",
     "Shard",
+    "Slot",
     "Split",
     "bucket",
+    "check_room",
     "compile_program",
     "data_parallel",
     "hybrid",
     "make_plan",
     "model_parallel",
     "pipeline",
+    "place",
     "remade",
     "sharded",
     "side_by_side",
