@@ -56,7 +56,7 @@ from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.worker import Job
 from .runtime.workers import ready_workers
-from .scheduler import Plan, Program, compile_program, data_parallel, remade
+from .scheduler import Placement, Plan, Program, compile_program, data_parallel, remade
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -215,7 +215,7 @@ class Fitting:
         graphs = plan.rank_graphs(self.step)
         programs = [compile_program(graph, tuning) for graph in graphs]
         backend = self._backend(plan, graphs, programs, tuning, workers)
-        started = self._started(plan, tuning)
+        started = self._started(plan, tuning, backend.placement if isinstance(backend, Elastic) else None)
         for callback in callbacks:
             callback.check(started)
         folder = self._folder()  # last: an older run is only replaced by one that can begin
@@ -239,7 +239,7 @@ class Fitting:
                 log.close()
         return run
 
-    def _started(self, plan: Plan, tuning: Tuning) -> Started:
+    def _started(self, plan: Plan, tuning: Tuning, placement: Placement | None) -> Started:
         """What a run says of itself when it begins."""
         options, names = self.options, self._network.outputs
         clocks = {name: value for name, value in CLOCKS.items() if name in self.step}
@@ -253,7 +253,7 @@ class Fitting:
             ranks=plan.ranks,
             threads=plan.threads,
             granularity=options.granularity,
-            explanation=plan.explain(self.step),
+            explanation=plan.explain(self.step, placement),
             seed=options.seed,
             metrics=tuple(k for k, v in names.items() if self._network.spec(v).shape == ()) if self.validation else (),
             clocks=clocks,

@@ -80,10 +80,6 @@ class Cluster(Backend):
         if transport == "auto":
             transport = "shared" if len(hosts) == 1 else "comm"
         self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport)
-        for number, (address, program) in enumerate(zip(addresses, job.programs, strict=True)):
-            worker = workers[address]
-            if worker["memory_bytes"]:
-                program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
         self.holding = holding(job.step, [program.layout for program in job.programs])
         self.tokens: list[Future] = []
         self.count = 0

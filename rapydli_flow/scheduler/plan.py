@@ -21,6 +21,7 @@ from .independent import independent
 from .layout import Layout, Split
 from .micro import in_turns
 from .naming import divided_nodes
+from .placement import Placement
 from .program import compile_program
 from .split import split
 
@@ -83,8 +84,9 @@ class Plan:
                 found[rank] = max(found[rank], len(stages) - i)
         return found
 
-    def explain(self, graph: Graph) -> str:
-        """How fed inputs and layers are divided, and what each rank holds, sends and needs for a step."""
+    def explain(self, graph: Graph, placement: Placement | None = None) -> str:
+        """How fed inputs and layers are divided, and what each rank holds, sends and needs for a step; also where the
+        ranks are, if they are placed."""
         many = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}, {self.threads} thread(s) each"
         lines = [many + (f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else "")]
         for name, layout in self.layouts.items():
@@ -94,7 +96,7 @@ class Plan:
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(_needs(self.rank_graphs(graph))):
             lines.append(f"  rank {rank}: {needs}")
-        return "\n".join(lines)
+        return "\n".join([*lines, placement.explain()] if placement is not None else lines)
 
     def _repr_html_(self) -> str:
         """A row for each rank: its blocks, and what it holds and needs."""
