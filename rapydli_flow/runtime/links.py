@@ -28,6 +28,7 @@ from .peers import Peers
 
 SMALL_BYTES, LARGE_BYTES = 64, 8_000_000
 SMALL_ROUNDS, LARGE_ROUNDS = 20, 5
+KEPT = 10_000  # links that are remembered: names of containers never come again
 
 Pair = tuple[str, str]  # hosts, in the order of their names
 _open: dict[tuple[str, int], Peers] = {}
@@ -168,5 +169,5 @@ def _remember(found: Mapping[Pair, Link], protocol: str) -> None:
     file = _file()
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps(rows[-KEPT:], indent=1), encoding="utf-8")
     partial.replace(file)

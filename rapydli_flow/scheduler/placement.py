@@ -4,14 +4,14 @@
     in turn            a   b   a   b   a   b         5 borders go from host to host
     placed             a   a   a   b   b   b         1
 
-A graph partitioned over hosts (Kernighan and Lin, "An efficient heuristic procedure for partitioning graphs", 1970):
-from several first placements the two ranks change places that gain most, until no change gains anything. What is
-minimised are seconds that messages and reads of a step take, added over all ranks.
+A graph partitioned over hosts by exchanges (after Kernighan and Lin, "An efficient heuristic procedure for partitioning
+graphs", 1970): from several first placements the two ranks change places that gain most, until no change gains
+anything. What is minimised are seconds that messages and reads of a step take, added over all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..spec import Array
 from .links import Links
 from .program import Program
 
-STARTS = 4  # hosts from which a placement is grown, and places by which ranks are shifted
+GROWN, SHIFTED = 4, 8  # first placements: hosts from which one is grown, places by which the slots are shifted
 EVEN = 1e-9  # of the whole: what is nearer is a tie
 
 Traffic = Sequence[Sequence[int]]  # bytes a step, from each rank to each other; see `traffic`
@@ -120,14 +120,11 @@ def place(
     if (first < 0).any():
         raise NoWorkers(costs.nowhere(int(np.argmin(first))))
     in_order, in_turn = np.arange(len(slots)), _in_turn(costs.host)
-    grown = (_grown(costs, allowed, host) for host in range(min(STARTS, costs.hosts)))
-    shifted = (np.roll(first, places) for places in range(1, 1 + STARTS))
-    starts = (at for at in (first, in_turn, *grown, *shifted) if at is not None and costs.may(allowed, at))
-    best = min((_swapped(costs, allowed, at) for at in starts), key=costs.total)
+    best = min((_swapped(costs, allowed, at) for at in _starts(costs, allowed)), key=costs.total)
     if costs.total(first) <= costs.total(best) * (1 + EVEN):
         best = first
     best = _in_order(costs, allowed, best)
-    others = (("in order of addresses", in_order), ("in turn over hosts", in_turn))
+    others = (("host after host", in_order), ("in turn over hosts", in_turn))
     return Placement(
         tuple(ordered[i] for i in best[:ranks]),
         tuple(map(tuple, traffic)),
@@ -158,12 +155,13 @@ class _Costs:
         idle = (0, len(slots) - len(traffic))
         self.sends = np.pad(np.array(traffic, np.int64), idle)
         self.bytes = (self.sends + self.sends.T).astype(np.float64)
-        self.messages = (self.sends > 0).astype(np.float64) + (self.sends.T > 0)
+        messages = (self.sends > 0).astype(np.float64) + (self.sends.T > 0)
         names = list(dict.fromkeys(slot.host for slot in slots))
         self.hosts = len(names)
         self.host = np.array([names.index(slot.host) for slot in slots])
-        self.latency_s = np.array([[links.link(a, b).latency_s for b in names] for a in names])
-        self.byte_s = np.array([[1 / links.link(a, b).bytes_s for b in names] for a in names])
+        byte_s = np.array([[1 / links.link(a, b).bytes_s for b in names] for a in names])
+        latency_s = np.array([[links.link(a, b).latency_s for b in names] for a in names])
+        self.kinds = ((self.bytes, byte_s), (messages, latency_s))  # amounts by pair of ranks, rates by pair of hosts
         self.reads = np.pad(np.array(reads), idle)
         self.missing = np.multiply.outer(self.reads, [1.0 - slot.held for slot in slots])
         self.reads_s = self.missing / links.between.bytes_s
@@ -172,19 +170,18 @@ class _Costs:
         self.fits = (np.pad(np.array(needs), idle)[:, None] <= room) & (reached | (self.reads[:, None] == 0))
 
     def may(self, allowed: Array, at: Array) -> bool:
-        """May all ranks be where a placement has them?"""
-        return bool(allowed[np.arange(len(at)), at].all())
+        """Has a placement all ranks (none at -1), and may they be where it has them?"""
+        return bool((at >= 0).all() and allowed[np.arange(len(at)), at].all())
 
-    def each(self, at: Array) -> Array:
-        """Seconds of each rank in each slot, while the others are where they are."""
-        hosts = self.host[at]
-        told_s = self.bytes @ self.byte_s[hosts] + self.messages @ self.latency_s[hosts]
-        return np.asarray(told_s[:, self.host] + self.reads_s)
+    def told_s(self, at: Array) -> Array:
+        """Seconds of what each rank and the others tell each other, by the host that it would be on."""
+        return np.asarray(sum(amounts @ rates[self.host[at]] for amounts, rates in self.kinds))
 
     def total(self, at: Array) -> float:
         """Seconds of all ranks."""
         everyone = np.arange(len(at))
-        return float(self.each(at)[everyone, at].sum() + self.reads_s[everyone, at].sum()) / 2  # pairs are there twice
+        told_s = self.told_s(at)[everyone, self.host[at]].sum() / 2  # each pair is in it twice
+        return float(told_s + self.reads_s[everyone, at].sum())
 
     def moved(self, at: Array) -> Moved:
         """What a placement moves."""
@@ -237,9 +234,21 @@ def _in_turn(host: Array) -> Array:
     return np.lexsort((host, turn))
 
 
-def _grown(costs: _Costs, allowed: Array, host: int) -> Array | None:
+def _starts(costs: _Costs, allowed: Array) -> Iterator[Array]:
+    """First placements: slots in order and backwards, shifted (less often where they are many), in turn over hosts;
+    grown on hosts."""
+    slots = len(allowed)
+    for places in range(min(SHIFTED, slots, 1 + 256 // slots)):
+        for order in (np.arange(slots), np.arange(slots)[::-1]):
+            shifted = np.roll(order, -places)
+            yield shifted[_matched(allowed[:, shifted])]
+    grown = (_grown(costs, allowed, host) for host in range(min(GROWN, costs.hosts)))
+    yield from (at for at in (_in_turn(costs.host), *grown) if costs.may(allowed, at))
+
+
+def _grown(costs: _Costs, allowed: Array, host: int) -> Array:
     """From the rank that tells most, on a host, to those that tell most to the ranks that are placed, each where that
-    is done soonest; None where one has nowhere to go."""
+    is done soonest; -1 where one has nowhere to go."""
     at = np.full(len(allowed), -1)
     spent_s = costs.reads_s.copy()  # of each rank in each slot, with those that are placed
     open_to = allowed.copy()
@@ -250,10 +259,10 @@ def _grown(costs: _Costs, allowed: Array, host: int) -> Array | None:
         rank = left[np.argmax(told[left])] if count < costs.ranks else left[0]
         slots = np.flatnonzero(first[rank] if count == 0 else open_to[rank])
         if not len(slots):
-            return None
+            break
         at[rank] = slot = slots[np.argmin(spent_s[rank, slots])]
         open_to[:, slot] = False
-        for amounts, rates in ((costs.bytes, costs.byte_s), (costs.messages, costs.latency_s)):
+        for amounts, rates in costs.kinds:
             spent_s += np.outer(amounts[rank], rates[costs.host[slot]][costs.host])
         told = costs.bytes[rank] + (told if count else 0.0)
     return at
@@ -262,26 +271,30 @@ def _grown(costs: _Costs, allowed: Array, host: int) -> Array | None:
 def _swapped(costs: _Costs, allowed: Array, at: Array) -> Array:
     """The two ranks change places, or one goes to a slot that is free, that gain most; until nothing gains."""
     ranks, at = costs.ranks, at.copy()
+    told_s = costs.told_s(at)
     while True:
-        each, hosts = costs.each(at), costs.host[at]
+        each, hosts = told_s[:, costs.host] + costs.reads_s, costs.host[at]
         own = each[np.arange(len(at)), at]
         more_s = each[:ranks, at] + each[:, at[:ranks]].T - own[:ranks, None] - own
-        for amounts, rates in ((costs.bytes, costs.byte_s), (costs.messages, costs.latency_s)):
+        for amounts, rates in costs.kinds:
             within = rates.diagonal()[hosts]  # what two ranks tell each other stays what it was if they change places
             more_s += amounts[:ranks] * (2 * rates[np.ix_(hosts[:ranks], hosts)] - within[:ranks, None] - within)
         more_s[~(allowed[:ranks, at] & allowed[:, at[:ranks]].T)] = np.inf
         a, b = divmod(int(np.argmin(more_s)), len(at))
         if more_s[a, b] >= -EVEN * own.sum():
             return at
+        for amounts, rates in costs.kinds:
+            told_s += np.outer(amounts[a] - amounts[b], rates[hosts[b]] - rates[hosts[a]])
         at[a], at[b] = at[b], at[a]
 
 
 def _in_order(costs: _Costs, allowed: Array, at: Array) -> Array:
-    """Ranks of a host in the order of its slots, where that is as good."""
+    """Ranks of a host in the order of its slots, where they may be so, and no more has to be read."""
     for host in range(costs.hosts):
         members = np.flatnonzero(costs.host[at] == host)
-        sorted_ = at.copy()
-        sorted_[members] = np.sort(at[members])
-        if costs.may(allowed, sorted_) and costs.total(sorted_) <= costs.total(at) * (1 + EVEN):
-            at = sorted_
+        slots = np.sort(at[members])
+        read_s, before_s = costs.reads_s[members, slots].sum(), costs.reads_s[members, at[members]].sum()
+        if allowed[members, slots].all() and read_s <= before_s * (1 + EVEN):
+            at = at.copy()
+            at[members] = slots
     return at

@@ -43,50 +43,46 @@ def fit(slots, needs, reads):
     return all(room) and all(slot.reaches or not r for r, slot in zip(reads, slots, strict=True))
 
 
-@st.composite
-def clusters(draw):
-    """Up to six ranks on up to three hosts: traffic, slots, links, needs, reads."""
-    ranks = draw(st.integers(1, 6))
-    amount = st.sampled_from([0, 0, 1, 10_000, 1_000_000, 3_000_000])
-    sent = [[0 if a == b else draw(amount) for b in range(ranks)] for a in range(ranks)]
-    hosts = draw(st.lists(st.sampled_from("abc"), min_size=ranks, max_size=7))
-    room, held = st.sampled_from([None, 3, 5]), st.sampled_from([0.0, 0.0, 0.5, 1.0])
+def cluster(pick, ranks):
+    """Some ranks on up to three hosts, not all of which have memory for all, or see the data: traffic, slots, links,
+    needs, reads. ``pick`` takes one of several values."""
+    sent = [[0 if a == b else pick([0, 0, 1, 10_000, 3_000_000]) for b in range(ranks)] for a in range(ranks)]
     slots = [
-        Slot(f"tcp://{i}", h, draw(room), held=draw(held), reaches=draw(st.booleans())) for i, h in enumerate(hosts)
+        Slot(f"tcp://{i}", pick("abc"), pick([None, 3, 5]), held=pick([0, 0, 0.5, 1]), reaches=pick([True, False]))
+        for i in range(ranks + pick([0, 1]))
     ]
-    rates = st.sampled_from([1e7, 1e8, 1e9])
-    links = Links({pair: Link(draw(st.sampled_from([1e-4, 1e-2])), draw(rates)) for pair in combinations("abc", 2)})
-    needs = [draw(st.sampled_from([1, 4])) for _ in range(ranks)]
-    return sent, slots, links, needs, [draw(st.sampled_from([0, 0, 50_000])) for _ in range(ranks)]
+    links = Links({pair: Link(pick([1e-4, 1e-2]), pick([1e7, 1e8, 1e9])) for pair in combinations("abc", 2)})
+    return sent, slots, links, [pick([1, 4]) for _ in range(ranks)], [pick([0, 0, 50_000]) for _ in range(ranks)]
 
 
-@given(clusters())
-@settings(max_examples=150, deadline=None)
-def test_beside_all_placements(cluster):
-    sent, slots, links, needs, reads = cluster
-    every = [seconds(sent, p, links, reads) for p in permutations(slots, len(sent)) if fit(p, needs, reads)]
-    if not every:
+def every(sent, slots, links, needs, reads):
+    """Seconds of all placements that fit."""
+    return [seconds(sent, p, links, reads) for p in permutations(slots, len(sent)) if fit(p, needs, reads)]
+
+
+@given(st.data(), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_a_placement_fits_and_is_found_if_there_is_one(data, ranks):
+    sent, slots, links, needs, reads = made = cluster(lambda values: data.draw(st.sampled_from(values)), ranks)
+    if not every(*made):
         with pytest.raises(NoWorkers, match=r"no worker is left for rank \d"):
             place(sent, slots, links, needs=needs, reads=reads)
         return
     found = place(sent, slots, links, needs=needs, reads=reads)
-    assert len(set(found.addresses)) == len(sent)
+    assert len(set(found.addresses)) == ranks
     assert fit(found.slots, needs, reads)
     assert found.moved.seconds == pytest.approx(seconds(sent, found.slots, links, reads))
-    assert found.moved.seconds <= 1.2 * min(every) + 1e-12  # swaps end in a local minimum
     assert all(other is None or found.moved.seconds <= other.seconds * (1 + 1e-9) for _, other in found.others)
 
 
-def test_most_small_clusters_are_placed_as_well_as_can_be():
-    rng = np.random.default_rng(0)
-    best = 0
-    for _ in range(200):
-        sent = (rng.integers(0, 10, (5, 5)) * 100_000 * (1 - np.eye(5, dtype=int))).tolist()
-        slots = slots_on(*rng.choice(list("abc"), 6))
-        links = Links({pair: Link(1e-3, 1e8 * rng.integers(1, 20)) for pair in combinations("abc", 2)})
-        least = min(seconds(sent, p, links, [0] * 5) for p in permutations(slots, 5))
-        best += place(sent, slots, links).moved.seconds <= least * (1 + 1e-9)
-    assert best >= 196
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
+def test_small_clusters_are_placed_as_well_as_can_be(ranks):
+    rng = np.random.default_rng(ranks)
+    for _ in range(80):
+        sent, slots, links, needs, reads = made = cluster(lambda values: values[rng.integers(len(values))], ranks)
+        if times := every(*made):
+            found = place(sent, slots, links, needs=needs, reads=reads)
+            assert found.moved.seconds <= min(times) * (1 + 1e-9)
 
 
 def test_an_even_cluster_is_filled_host_by_host():
@@ -104,7 +100,7 @@ def test_neighbours_share_a_host():
         [("a", 0), ("a", 1), ("a", 3), ("b", 2), ("b", 4), ("b", 5)],
         [("a", 2), ("a", 4), ("a", 5), ("b", 0), ("b", 1), ("b", 3)],
     )
-    assert [name for name, _ in found.others] == ["in order of addresses", "in turn over hosts"]
+    assert [name for name, _ in found.others] == ["host after host", "in turn over hosts"]
     assert found.others[0][1].between_bytes == 10_000_000
 
 
@@ -178,9 +174,9 @@ def test_what_it_says():
             "Placement: 2 ranks on 2 hosts; 2,000,000 bytes between hosts a step",
             "  rank 0: tcp://1 on b, sends 1,000,000 bytes to other hosts a step",
             "  rank 1: tcp://0 on a, sends 1,000,000 bytes to other hosts a step",
-            "  placed so              2,000,000 bytes between hosts, 40 read, 18.67 ms",
-            "  in order of addresses  does not fit",
-            "  in turn over hosts     does not fit",
+            "  placed so           2,000,000 bytes between hosts, 40 read, 18.67 ms",
+            "  host after host     does not fit",
+            "  in turn over hosts  does not fit",
         ]
     )
     links = Links({("a", "b"): Link(2e-4, 1.1e9)})
