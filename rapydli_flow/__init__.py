@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .api import gradients as gradients
     from .api import init as init
     from .api import load_model as load_model
+    from .api import measure_links as measure_links
+    from .api import placement as placement
     from .api import plan as plan
     from .api import predict as predict
     from .api import probe as probe
@@ -79,6 +81,8 @@ _HOMES = {
         "gradients",
         "init",
         "load_model",
+        "measure_links",
+        "placement",
         "plan",
         "predict",
         "probe",

@@ -26,6 +26,8 @@ from .runtime.collection import compile_graph as compile
 from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
+from .runtime.links import known_links, measured_links
+from .runtime.placing import placed
 from .runtime.predict import predict
 from .runtime.probe import gradients, probe
 from .runtime.session import Progress
@@ -34,7 +36,7 @@ from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
 from .runtime.workers import ready_workers
-from .scheduler import Plan, Split, data_parallel, make_plan
+from .scheduler import Links, Placement, Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block
 from .tuner import Tuning
@@ -43,7 +45,9 @@ __all__ = [
     "GRANULARITIES",
     "Compiled",
     "ConfusionMatrix",
+    "Links",
     "Model",
+    "Placement",
     "Plan",
     "Run",
     "State",
@@ -58,6 +62,8 @@ __all__ = [
     "init",
     "load",
     "load_model",
+    "measure_links",
+    "placement",
     "plan",
     "predict",
     "probe",
@@ -143,6 +149,42 @@ def plan(
         overlap=len(hosts) > 1 if overlap is None else overlap,
         wire=wire,
     )
+
+
+def placement(
+    step: Graph,
+    client: Client,
+    *,
+    plan: Plan | None = None,
+    data: Dataset | None = None,
+    tuning: Tuning | None = None,
+    timeout_s: float = 30.0,
+) -> Placement:
+    """Where `fit` would place the ranks of a plan on the workers that are there now, and why; nothing runs.
+
+    ``plan``: by default samples, one rank a worker. ``data``: ranks that read it go where it is. Print ``explain()``:
+    the worker of each rank, and the bytes that this and other placements move in a step. Links between hosts that are
+    needed and were never measured are measured: see `measure_links`.
+
+    Raises NoWorkers, TooLittleMemory or VersionMismatch as `fit` does.
+    """
+    workers = ready_workers(client, plan.ranks if plan else None, timeout_s)
+    plan = plan or data_parallel(step, len(workers), threads=min(worker["threads"] for worker in workers.values()))
+    device = next(iter(workers.values()))["device"]
+    tuning = tuner.known(device) if tuning is None else tuning
+    programs = plan.programs(step, tuning)
+    links = known_links(client, workers, plan.ranks, timeout_s)
+    return placed(client, programs, plan, workers, device=device, links=links, data=data)
+
+
+def measure_links(client: Client, *, timeout_s: float = 60.0) -> Links:
+    """Measure latency and bandwidth between the hosts of a client's workers, and remember them on this disk.
+
+    One worker of each host is asked, a fraction of a second for each pair; with one host nothing is measured. Runs
+    measure by themselves what they need and do not know yet: call this when the network has changed. RunLost where two
+    hosts do not reach each other within ``timeout_s`` seconds.
+    """
+    return measured_links(client, ready_workers(client, None, timeout_s), timeout_s)
 
 
 def init(graph: Graph, *, seed: int = 0) -> dict[str, Array]:

@@ -56,7 +56,7 @@ from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.workers import ready_workers
-from .scheduler import Plan, Program, make_plan, remade
+from .scheduler import Placement, Plan, Program, make_plan, remade
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -214,7 +214,7 @@ class Fitting:
         tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
         programs = plan.programs(self.step, tuning)
         backend = self._backend(plan, programs, tuning, workers)
-        started = self._started(plan, tuning)
+        started = self._started(plan, tuning, backend.placement if isinstance(backend, Elastic) else None)
         for callback in callbacks:
             callback.check(started)
         folder = self._folder()  # last: an older run is only replaced by one that can begin
@@ -238,7 +238,7 @@ class Fitting:
                 log.close()
         return run
 
-    def _started(self, plan: Plan, tuning: Tuning) -> Started:
+    def _started(self, plan: Plan, tuning: Tuning, placement: Placement | None) -> Started:
         """What a run says of itself when it begins."""
         options, names = self.options, self._network.outputs
         clocks = {name: value for name, value in CLOCKS.items() if name in self.step}
@@ -252,7 +252,7 @@ class Fitting:
             ranks=plan.ranks,
             threads=plan.threads,
             granularity=options.granularity,
-            explanation=plan.explain(self.step),
+            explanation=plan.explain(self.step, placement),
             seed=options.seed,
             metrics=tuple(k for k, v in names.items() if self._network.spec(v).shape == ()) if self.validation else (),
             clocks=clocks,

@@ -21,9 +21,10 @@ from .snapshot import (
     write_block,
 )
 from .snapshot_writer import SnapshotWriter
-from .store import open_group
+from .store import EVERYWHERE, open_group
 
 __all__ = [
+    "EVERYWHERE",
     "Dataset",
     "Feed",
     "Snapshot",

@@ -66,6 +66,20 @@ class ChunkCache:
             return sum(whole.records.nbytes for whole in self._whole.values())
         return self._held
 
+    def share(self, rows: Array) -> float:
+        """The part of the bytes of records ``rows`` (int64) that is in memory, from 0 to 1."""
+        held_bytes = all_bytes = 0
+        for name, reader in self._readers.items():
+            numbers, counts = np.unique(rows // reader.chunk_records, return_counts=True)
+            here = self._whole[name].here[numbers] if self._whole else self._here(name, numbers)
+            held_bytes += reader.record_bytes * int(counts[here].sum())
+            all_bytes += reader.record_bytes * len(rows)
+        return held_bytes / all_bytes if all_bytes else 0.0
+
+    def _here(self, name: str, numbers: Array) -> Array:
+        with self._lock:
+            return np.array([(name, int(number)) in self._recent for number in numbers], np.bool_)
+
     def gather(self, rows: Array) -> dict[str, Array]:
         """The records ``rows`` (int64, in this order) of every array, in new memory."""
         if self._whole:

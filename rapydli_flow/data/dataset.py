@@ -26,7 +26,7 @@ from ..errors import DatasetError, DTypeError
 from ..spec import Array, Spec
 from .chunks import ChunkReader, checked_rows, gather
 from .split import split_positions
-from .store import Url, full_url, open_group
+from .store import Url, full_url, open_group, where
 
 MARKER = "rapydli_flow"  # attribute of a group that `ingest` wrote: {"format": 1, "complete": bool}
 FORMAT = 1
@@ -118,6 +118,15 @@ class Dataset:
             f"{self.address}: there is no split '{key}'. Splits here: {', '.join(self.splits) or 'none'}; "
             f"fields: {', '.join(self.contents.readers) or 'none'}."
         )
+
+    def where(self) -> dict[str, int]:
+        """Bytes of the records, decoded, by host that has them, as this process sees it.
+
+        A dataset at a path is on this host; at a URL it is '*', everywhere alike; where there is nothing, nowhere.
+        """
+        hosts = where(self.url)
+        size_bytes = len(self) * sum(reader.record_bytes for reader in self.readers.values()) if hosts else 0
+        return dict.fromkeys(hosts, size_bytes)
 
     def read(self, indices: Any = None, fields: Iterable[str] | None = None) -> dict[str, Array]:
         """The records ``indices`` (0..len-1, any order, repeats allowed; all, if none are given), one array a field.

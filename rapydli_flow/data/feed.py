@@ -34,7 +34,8 @@ class Feed:
     """Batches of a dataset by step. Safe to call from several threads; pickles as its description.
 
     ``shuffle`` mixes chunks, and records within ``window`` chunks. ``ahead`` steps are read ahead (0: none).
-    ``fields`` are the fields of a batch (None: all). ``cache_bytes`` bounds the decoded chunks in memory.
+    ``fields`` are the fields of a batch (None: all). ``cache_bytes`` bounds the decoded chunks in memory. ``like``: a
+    feed of the same records whose chunks in memory are used, if it has the same fields.
     Raises DatasetError for a dataset smaller than one batch, SettingError for sizes out of range.
     """
 
@@ -49,6 +50,7 @@ class Feed:
         ahead: int = 2,
         fields: Iterable[str] | None = None,
         cache_bytes: int = CACHE_BYTES,
+        like: Feed | None = None,
     ) -> None:
         for name, value, least in (("batch", batch, 1), ("window", window, 1), ("ahead", ahead, 0)):
             if value < least:
@@ -61,7 +63,8 @@ class Feed:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch, seed, shuffle
         self.window, self.ahead, self.cache_bytes = window, ahead, cache_bytes
         self.fields = dataset.fields if fields is None else tuple(fields)
-        self.cache = ChunkCache(dataset.readers_of(self.fields), cache_bytes)
+        lent = like._lent(self.fields, cache_bytes) if like is not None else None
+        self.cache = lent or ChunkCache(dataset.readers_of(self.fields), cache_bytes)
         self._record_bytes = sum(reader.record_bytes for reader in dataset.readers_of(self.fields).values())
         self._lock = threading.Lock()
         self._orders: OrderedDict[int, Array] = OrderedDict()
@@ -151,6 +154,11 @@ class Feed:
     def __repr__(self) -> str:
         how = f"shuffled by seed {self.seed} in windows of {self.window} chunks" if self.shuffle else "in stored order"
         return f"Feed({self.dataset!r}, batch={self.batch_size}, {self.steps_per_epoch} steps an epoch, {how})"
+
+    def _lent(self, fields: tuple[str, ...], cache_bytes: int) -> ChunkCache | None:
+        """The chunks in memory, for a feed of these fields and this size; None if this one differs or is closed."""
+        cache = self.cache  # taken first: a feed that is open after that has not put an empty one in its place
+        return cache if (fields, cache_bytes) == (self.fields, self.cache_bytes) and not self._closed else None
 
     def _read(self, step: int, lo: int, hi: int) -> dict[str, Array]:
         rows = self.rows(step)[lo:hi]

@@ -9,6 +9,7 @@ package that is not installed, `SettingError` for an unknown scheme.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from ..errors import DatasetError, DatasetNotFound, MissingDependency, SettingEr
 
 Url = str | os.PathLike[str]
 Mode = Literal["r", "w"]
+EVERYWHERE = "*"  # in the place of a host's name: all reach it alike, as far as the store says
 
 
 def full_url(url: Url) -> str:
@@ -55,6 +57,17 @@ def is_vacant(url: Url) -> bool:
             return not os.listdir(url)
         return not os.path.exists(url)
     return bool(sync(_store(url, read_only=True).is_empty("")))
+
+
+def where(url: Url) -> tuple[str, ...]:
+    """The hosts that have what is stored at ``url``, as this process sees it; none where there is nothing.
+
+    A path is on this host, whether it is a disk or mounted: others must be asked there. Other stores do not say.
+    """
+    url = full_url(url)
+    if not _is_local(url):
+        return (EVERYWHERE,)
+    return () if is_vacant(url) else (socket.gethostname(),)
 
 
 def chunk_exists(array: zarr.Array, key: str) -> bool:

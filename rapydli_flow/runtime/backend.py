@@ -38,6 +38,7 @@ class Recovery:
     meta: Mapping[str, Any]
     addresses: tuple[str, ...] = ()
     arena_bytes: tuple[int, ...] = ()
+    explanation: str = ""
 
 
 class Backend(ABC):

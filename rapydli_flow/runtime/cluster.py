@@ -24,7 +24,7 @@ from distributed import wait as wait_for
 
 from ..data import latest
 from ..errors import RunLost, SnapshotError
-from ..scheduler import Program
+from ..scheduler import Links, Program
 from ..scheduler.topology import LOOPBACK, Topology
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
@@ -75,21 +75,19 @@ class Cluster(Backend):
 
     depth = 3
 
-    def __init__(self, client: Client, job: Job, addresses: Sequence[str], workers: Mapping[str, Any]) -> None:
+    def __init__(
+        self, client: Client, job: Job, addresses: Sequence[str], workers: Mapping[str, Any], links: Links
+    ) -> None:
         self.client, self.addresses = client, tuple(addresses)
         hosts = [workers[address]["host"] for address in addresses]
         transport = job.transport
         if transport == "auto":
             alone = "comm" if len(set(hosts)) == len(hosts) else "hosts"
             transport = "shared" if len(set(hosts)) == 1 else alone
-        topology = Topology(tuple(hosts.index(host) for host in hosts))
+        topology = Topology.of(hosts, links)
         if transport == "comm":
             topology = replace(topology, near=LOOPBACK)
         self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport, topology=topology)
-        for number, (address, program) in enumerate(zip(addresses, job.programs, strict=True)):
-            worker = workers[address]
-            if worker["memory_bytes"]:
-                program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
         self.holding = holding(job.step, [program.layout for program in job.programs])
         self.tokens: list[Future] = []
         self.count = 0

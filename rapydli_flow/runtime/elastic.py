@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Client
 
 from ..data import latest, read_snapshot
 from ..errors import NoWorkers, RunLost, SettingError, ShapeError
+from ..scheduler import Links
 from ..spec import Array
 from .backend import Recovering, Recovery
 from .cluster import ANSWER_S, Cluster, Offers, PendingSegment
 from .copies import common_step
 from .events import SNAPSHOTS
 from .job import Job
+from .links import known_links, remembered
+from .placing import placed
 from .segment import SegmentResult
-from .workers import answering, place
+from .workers import answering
 
 STUCK = 5  # losses in a row without a step between them that a run survives
 GROW_S = 5.0  # how often a run with fewer ranks than it could have looks for workers
@@ -60,7 +63,7 @@ class Elastic(Recovering):
     def __init__(self, client: Client, job_of: JobOf, ranks: int, policy: Policy, workers: Mapping[str, Any]) -> None:
         self.client, self.job_of, self.ranks, self.policy = client, job_of, ranks, policy
         job, self.meta = job_of(ranks)
-        self.cluster = Cluster(client, job, place(workers, ranks), workers)
+        self.cluster = self._placed(job, workers, known_links(client, workers, ranks, job.timeout_s))
         self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
         self.initial: Mapping[str, Array] | None = None
         self.first: int | None = None  # the first step of all
@@ -68,6 +71,12 @@ class Elastic(Recovering):
     @property
     def addresses(self) -> tuple[str, ...]:
         return self.cluster.addresses
+
+    def _placed(self, job: Job, workers: Mapping[str, Any], links: Links) -> Cluster:
+        """A job's ranks, on workers that suit them."""
+        how: dict[str, Any] = {"device": job.tuning.device, "data": job.data, "before": job.before}
+        self.placement = placed(self.client, job.programs, job.plan, workers, links=links, **how)
+        return Cluster(self.client, job, self.placement.addresses, workers, links)
 
     # orders -----------------------------------------------------------------------------------------
 
@@ -121,7 +130,7 @@ class Elastic(Recovering):
         for _ in range(STUCK):
             try:
                 step, state = find()
-                self._place(state, error)
+                self._place(old, state, error)
             except RunLost as other:
                 if other is error:
                     raise
@@ -135,7 +144,8 @@ class Elastic(Recovering):
         job = self.cluster.job
         arenas = tuple(program.memory_bytes for program in job.programs)
         seconds = time.monotonic() - begin
-        return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas)
+        told = self.placement.explain()
+        return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas, told)
 
     def _gone_back(self, old: Cluster, error: RunLost, pending: Sequence[Callable[[], Any]]) -> tuple[int, Begin]:
         """The step to go back to, and its state: copies on workers, the beginning, or the last snapshot."""
@@ -153,25 +163,25 @@ class Elastic(Recovering):
         snapshot = read_snapshot(newest)
         return snapshot.step, snapshot.arrays
 
-    def _place(self, state: Begin, error: RunLost) -> None:
+    def _place(self, old: Cluster, state: Begin, error: RunLost) -> None:
         """A new generation on the workers that answer."""
         workers = self._workers()
-        self._make(min(self.ranks, len(workers)), workers, error)
+        self._make(old, min(self.ranks, len(workers)), workers, error)
         try:
             self.cluster.start(state)
         except BaseException:
             self.cluster.close(failed=True)
             raise
 
-    def _make(self, ranks: int, workers: Mapping[str, Any], error: Exception) -> None:
-        """The largest number of ranks, from ``ranks`` down, for which there is a plan."""
+    def _make(self, old: Cluster, ranks: int, workers: Mapping[str, Any], error: Exception) -> None:
+        """The largest number of ranks, from ``ranks`` down, for which there is a plan; links are not measured now."""
         while ranks >= self.policy.least:
             try:
                 job, self.meta = self.job_of(ranks)
             except (ShapeError, SettingError):  # a plan that does not go with so many
                 ranks -= 1
             else:
-                self.cluster = Cluster(self.client, job, place(workers, ranks), workers)
+                self.cluster = self._placed(replace(job, before=old.job.run), workers, remembered(workers))
                 return
         raise error
 
@@ -207,7 +217,7 @@ class Elastic(Recovering):
         begin, old = time.monotonic(), self.cluster
         state = old.state()
         workers = answering(self.client, ANSWER_S)
-        self._make(min(self.ranks, len(workers)), workers, RunLost("the workers that came are gone again"))
+        self._make(old, min(self.ranks, len(workers)), workers, RunLost("the workers that came are gone again"))
         self.cluster.start(state)
         old.let_go()
         return self._recovery(step, (), begin, f"{self.cluster.job.ranks - old.job.ranks} worker(s) came")

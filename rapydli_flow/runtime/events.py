@@ -76,7 +76,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Recovered:
-    """Workers were lost, or came: the run goes on from ``step`` with so many ranks, ``seconds`` later."""
+    """Workers were lost, or came: the run goes on from ``step`` with so many ranks, ``seconds`` later.
+
+    ``explanation``: where they are placed now.
+    """
 
     step: int
     ranks: int
@@ -84,6 +87,7 @@ class Recovered:
     reason: str
     addresses: tuple[str, ...] = ()
     arena_bytes: tuple[int, ...] = ()
+    explanation: str = ""
 
 
 @dataclass(frozen=True)

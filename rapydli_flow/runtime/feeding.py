@@ -63,12 +63,23 @@ def fed_layout(program: Program) -> dict[str, Block]:
     return {name: program.trained.layout[name] for name in program.trained.kind("batch")}
 
 
+def fed_rows(layout: Mapping[str, Block]) -> set[tuple[int, int]]:
+    """Which rows of a batch a rank reads for its blocks: whole records, from one to before another."""
+    return {(block.lo[0], block.hi[0]) for block in layout.values()}
+
+
+def read_bytes(data: Dataset, layout: Mapping[str, Block]) -> int:
+    """Bytes of records that a rank with these blocks reads for a step."""
+    record_bytes = sum(reader.record_bytes for reader in data.readers_of(layout).values())
+    return record_bytes * sum(hi - lo for lo, hi in fed_rows(layout))
+
+
 class RankFeed:
     """The part of every batch that one rank holds."""
 
     def __init__(self, feed: Feed, layout: Mapping[str, Block], classes: Mapping[str, int]) -> None:
         self.feed, self.layout, self.classes = feed, dict(layout), dict(classes)
-        self._rows = {(block.lo[0], block.hi[0]) for block in self.layout.values()}
+        self._rows = fed_rows(layout)
 
     @classmethod
     def of(
@@ -79,10 +90,12 @@ class RankFeed:
         *,
         seed: int,
         shuffle: bool = True,
+        like: Feed | None = None,
     ) -> RankFeed:
-        """``layout`` is the rank's block of everything that is fed; ``classes`` are those of its labels."""
+        """``layout`` is the rank's block of everything that is fed; ``classes`` are those of its labels; ``like``: a
+        feed whose chunks in memory are used."""
         batch = next(iter(layout.values())).whole[0]
-        return cls(Feed(data, batch, seed=seed, shuffle=shuffle, fields=list(layout)), layout, classes)
+        return cls(Feed(data, batch, seed=seed, shuffle=shuffle, fields=list(layout), like=like), layout, classes)
 
     def batch(self, step: int) -> dict[str, Array]:
         """This rank's arrays for a step; DatasetError where a label is out of range."""
@@ -116,10 +129,18 @@ class Given:
 
 
 def feed_of(
-    data: Dataset | None, layout: Mapping[str, Block], classes: Mapping[str, int], *, seed: int, shuffle: bool
+    data: Dataset | None,
+    layout: Mapping[str, Block],
+    classes: Mapping[str, int],
+    *,
+    seed: int,
+    shuffle: bool,
+    like: Feed | None = None,
 ) -> RankFeed | Given:
     """The feed of a rank. Without data its batches are handed to it, and one that is fed nothing needs no data."""
-    return Given() if data is None or not layout else RankFeed.of(data, layout, classes, seed=seed, shuffle=shuffle)
+    if data is None or not layout:
+        return Given()
+    return RankFeed.of(data, layout, classes, seed=seed, shuffle=shuffle, like=like)
 
 
 def fed_arrays(what: str, graph: Graph, given: Any, needed: Container[str] | None = None) -> dict[str, Array]:

@@ -36,6 +36,7 @@ class Job:
     keep: int = 3
     keeps_copies: bool = False
     topology: Topology = NOWHERE
+    before: str = ""  # the generation before this one, whose chunks in memory are used
 
     @property
     def ranks(self) -> int:

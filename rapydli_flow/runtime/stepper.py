@@ -37,12 +37,14 @@ from .cluster import Cluster
 from .evaluate import complete_state
 from .feeding import fed_arrays
 from .job import Job
+from .links import known_links
 from .local import Local
 from .own import bring, defined_outside
+from .placing import placed
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
-from .workers import place, ready_workers
+from .workers import ready_workers
 
 TRANSPORTS = ("auto", "shared", "comm")
 
@@ -153,7 +155,9 @@ def stepper(
             timeout_s=timeout_s,
             run_dir=None,
         )
-        ranks = There(Cluster(client, job, place(workers, plan.ranks), workers))
+        links = known_links(client, workers, plan.ranks, timeout_s)
+        where = placed(client, programs, plan, workers, device=tuning.device, links=links)
+        ranks = There(Cluster(client, job, where.addresses, workers, links))
     return Stepper(graph, plan, ranks, [program.layout for program in programs], seed=seed)
 
 

@@ -213,7 +213,8 @@ class Loop:
             self._stepped(result)
         self.queue.clear()
         self.ordered, self.meta, self.step_s = again.step, {**self.meta, **again.meta}, None
-        self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason, again.addresses, again.arena_bytes))
+        where = again.addresses, again.arena_bytes, again.explanation
+        self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason, *where))
 
     def _pause(self) -> None:
         """Validate, decide and save, as far as that is to be done at this step."""

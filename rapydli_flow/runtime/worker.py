@@ -7,6 +7,7 @@ task that waits for the other ranks must not keep back a task of another run tha
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import socket
@@ -24,6 +25,7 @@ from distributed.worker_state_machine import SecedeEvent
 
 from cpu_kernels.compile import host
 
+from ..data import EVERYWHERE, Dataset, Feed
 from ..errors import RunLost
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request, Tuning
@@ -31,7 +33,7 @@ from ..version import __version__
 from .backend import Writers
 from .copies import Copies, Piece, put_together
 from .evaluate import Scorer
-from .feeding import fed_layout, feed_of, label_classes
+from .feeding import RankFeed, fed_layout, feed_of, label_classes
 from .job import Job
 from .reach import connected, opened
 from .segment import SegmentResult, Trainer, average_of
@@ -135,6 +137,23 @@ def who(dask_worker: Any) -> dict[str, Any]:
     }
 
 
+def _feed_before(run: str) -> Feed | None:
+    """A feed of a rank of a run that is, or was, on this worker."""
+    trainers = [held._trainer for (name, _), held in list(_held.items()) if name == run]
+    return next((t.feed.feed for t in trainers if t is not None and isinstance(t.feed, RankFeed)), None)
+
+
+async def at_hand(data: Dataset, before: str) -> tuple[bool, float]:
+    """Does this worker reach a dataset, and what share of its records has it in memory, of a run before?"""
+
+    def look() -> tuple[bool, float]:
+        feed = _feed_before(before)
+        reached = not {socket.gethostname(), EVERYWHERE}.isdisjoint(data.where())
+        return reached, feed.cache.share(data.records) if feed is not None else 0.0
+
+    return await asyncio.to_thread(look)  # a file system may take its time
+
+
 def beat() -> int:
     """A sign of life."""
     return os.getpid()
@@ -174,7 +193,8 @@ def join(job: Job, number: int, *addresses: str) -> int:
     held.transport = connected(job, number, held.transport, addresses)
     program = job.programs[number]
     rank = rank_of(job.programs, number, job.tuning.device, threads=job.threads, transport=held.transport)
-    feed = feed_of(job.data, fed_layout(program), label_classes(job.step), seed=job.seed, shuffle=job.shuffle)
+    how: dict[str, Any] = {"seed": job.seed, "shuffle": job.shuffle, "like": _feed_before(job.before)}
+    feed = feed_of(job.data, fed_layout(program), label_classes(job.step), **how)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None
     held._trainer = Trainer(
         rank, feed, job.seed, job.step, number=number, copies=copies, average=average_of(job.plan, job.programs, number)

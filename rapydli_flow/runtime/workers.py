@@ -1,9 +1,9 @@
-"""Which workers a cluster has, what they are, and which of them ranks are placed on."""
+"""Which workers a cluster has, and what they are."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from distributed import Client
@@ -61,11 +61,3 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             )
     client.register_plugin(Resident())
     return known
-
-
-def place(workers: Mapping[str, Mapping[str, Any]], ranks: int) -> tuple[str, ...]:
-    """A worker for each rank: hosts are filled one after the other, so that neighbours share memory."""
-    ordered = sorted(workers, key=lambda address: (workers[address]["host"], address))
-    if len(ordered) < ranks:
-        raise NoWorkers(f"the plan needs {ranks} workers but the cluster has {len(ordered)}.")
-    return tuple(ordered[:ranks])

@@ -51,9 +51,12 @@ class AllReduce(Op):
 
     def sent_bytes(self, *inputs: Spec) -> int:
         """Bytes that a rank sends to others: its part of the others' pieces, and its piece of the sum."""
-        ranks = len(self.ranks)
-        sizes = (x.size * wire_bytes(x.dtype, self.wire) for x in inputs)
-        return 2 * (ranks - 1) * sum(sizes) // ranks
+        return sum(self.sends(self.ranks[0], *inputs).values())
+
+    def sends(self, rank: int, *inputs: Spec) -> dict[int, int]:
+        """Bytes that a rank sends to each of the others."""
+        each = 2 * sum(x.size * wire_bytes(x.dtype, self.wire) for x in inputs) // len(self.ranks)
+        return {other: each for other in self.ranks if other != rank}
 
 
 def wire_bytes(dtype: str, wire: str) -> int:
@@ -173,8 +176,16 @@ class Exchange(Op):
 
     def sent_bytes(self, *inputs: Spec) -> int:
         """Bytes that this rank sends to others."""
-        ends = ((self.have[p.source].rank, self.want[p.target][0], p.region.size) for p in self.pieces)
-        return sum(size for a, b, size in ends if a == self.rank != b) * np.dtype(self.dtype).itemsize
+        return sum(self.sends(self.rank).values())
+
+    def sends(self, rank: int, *inputs: Spec) -> dict[int, int]:
+        """Bytes that a rank sends to each of the others that want something of it."""
+        item, out = np.dtype(self.dtype).itemsize, dict[int, int]()
+        for source, target, region in self.pieces:
+            other = self.want[target][0]
+            if self.have[source].rank == rank != other:
+                out[other] = out.get(other, 0) + region.size * item
+        return out
 
 
 TITLES = (AllReduce.name, Wait.name, EXCHANGE, ASSEMBLE)  # of all that is no kernel

@@ -21,9 +21,10 @@ from .independent import independent
 from .layout import Layout, Split
 from .micro import in_turns
 from .naming import divided_nodes
+from .placement import Placement
 from .program import Program, compile_program
 from .split import split
-from .stale import halves, sent_bytes
+from .stale import halves, sends
 
 ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
 
@@ -119,8 +120,9 @@ class Plan:
                 found[rank] = max(found[rank], len(stages) - i)
         return found
 
-    def explain(self, graph: Graph) -> str:
-        """How fed inputs and layers are divided, and what each rank holds, sends and needs for a step."""
+    def explain(self, graph: Graph, placement: Placement | None = None) -> str:
+        """How fed inputs and layers are divided, and what each rank holds, sends and needs for a step; also where the
+        ranks are, if they are placed."""
         many = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}, {self.threads} thread(s) each"
         lines = [many + (f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else "")]
         for name, layout in self.layouts.items():
@@ -137,7 +139,7 @@ class Plan:
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(self._needs(graph)):
             lines.append(f"  rank {rank}: {needs}")
-        return "\n".join(lines)
+        return "\n".join([*lines, placement.explain()] if placement is not None else lines)
 
     def _repr_html_(self) -> str:
         """A row for each rank: its blocks, and what it holds and needs."""
@@ -167,6 +169,10 @@ class Plan:
         """What ranks hold, send and need."""
         graphs = self.rank_graphs(graph)
         updates = self.update_graphs(graph) if self.asynchronous else ()
+        handed, owned = (
+            [sum(x.spec.size_bytes for x in update.leaves(*kinds)) for update in updates]
+            for kinds in (("batch",), ("param", "state"))
+        )
         out = []
         planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
         for rank, part in enumerate(graphs):
@@ -183,8 +189,8 @@ class Plan:
                 if key not in planned:
                     planned[key] = compile_program(half, Tuning(ANY_CPU)).arena_bytes
                 arena += planned[key]
-            handed = sent_bytes(updates, rank) if updates else 0
-            out.append(Needs((inputs, parameters, state, sent + handed, arena), len(meetings) + 2 * bool(updates)))
+            sent += sum(sends(handed, owned, rank).values())
+            out.append(Needs((inputs, parameters, state, sent, arena), len(meetings) + 2 * bool(updates)))
         return out
 
     # on disk ----------------------------------------------------------------------------------------

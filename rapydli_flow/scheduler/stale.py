@@ -36,12 +36,12 @@ def halves(step: Graph, ranks: int, layouts: Mapping[str, Layout]) -> tuple[tupl
     return tuple(map(_summands, alone, shares(records))), parts
 
 
-def sent_bytes(updates: Sequence[Graph], rank: int) -> int:
-    """Bytes that a rank sends to others in a step: of gradients what they own, of its own parts all."""
-    others = [graph for r, graph in enumerate(updates) if r != rank]
-    handed = sum(leaf.spec.size_bytes for graph in others for leaf in graph.leaves("batch"))
-    own = sum(leaf.spec.size_bytes for leaf in updates[rank].leaves("param", "state"))
-    return handed + len(others) * own
+def sends(handed: Sequence[int], owned: Sequence[int], rank: int) -> dict[int, int]:
+    """Bytes that a rank sends to each of the others in a step: of gradients what they own, of its own parts all.
+
+    ``handed``, ``owned``: for each rank, bytes of gradients that come to it, and of parameters and state that it has.
+    """
+    return {other: size + owned[rank] for other, size in enumerate(handed) if other != rank}
 
 
 def _handed(step: Graph) -> dict[Value, str]:

@@ -14,14 +14,17 @@ Jia et al., "Highly scalable deep learning training system with mixed-precision"
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from math import log2
 
 from .cost import Machine
 from .links import Link, Links
 
 LOOPBACK = Link(5e-4, 1e9)  # comms between processes of a host
+MEANT_BYTES = 1 << 20  # of the message by which links are compared
 EVERYONE, DOUBLING, PIECES, BY_HOSTS = "everyone", "doubling", "pieces", "by hosts"
 
 
@@ -32,6 +35,15 @@ class Topology:
     hosts: tuple[int, ...]
     near: Link = Links().within
     far: Link = Links().between
+
+    @classmethod
+    def of(cls, hosts: Sequence[str], links: Links) -> Topology:
+        """Of ranks on these hosts, by name; of several links the slowest counts."""
+        names = list(dict.fromkeys(hosts))
+        near = [links.link(host, host) for host in names]
+        far = [links.link(*pair) for pair in combinations(names, 2)] or [links.between]
+        slowest = (max(each, key=lambda link: link.move_s(MEANT_BYTES)) for each in (near, far))
+        return cls(tuple(names.index(host) for host in hosts), *slowest)
 
     def choose(self, ranks: tuple[int, ...], size_bytes: int) -> str:
         """The way that takes least time for a sum of so many bytes over some ranks."""

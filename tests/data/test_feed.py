@@ -143,6 +143,39 @@ def test_large_batches_in_memory_still_come_from_the_thread(data, monkeypatch):
         assert feed.cache.complete
 
 
+@pytest.mark.parametrize("cache_bytes", [TINY, 2**28])
+def test_the_share_that_is_in_memory(data, cache_bytes):
+    part = data.take(np.arange(100, 200))
+    with Feed(part, 10, shuffle=False, ahead=0, cache_bytes=cache_bytes) as feed:
+        assert feed.cache.share(part.records) == 0.0
+        feed.batch(0)
+        feed.batch(1)
+        assert feed.cache.share(part.records) == pytest.approx(0.2)  # 20 of 100 records, in two chunks
+        assert feed.cache.share(part.records[:10]) == 1.0
+        assert feed.cache.share(data.records[:100]) == 0.0
+        for step in range(2, 10):
+            feed.batch(step)
+        share = feed.cache.share(part.records)
+        assert share == 1.0 if cache_bytes > TINY else 0.3 < share < 0.7  # six chunks or fewer
+
+
+def test_a_feed_after_another_uses_its_chunks(data):
+    with Feed(data, 10, ahead=0) as feed:
+        for step in range(20):
+            feed.batch(step)
+        with Feed(data, 20, seed=1, ahead=0, like=feed) as heir, Feed(data, 20, seed=1, ahead=0) as fresh:
+            assert heir.cache.complete
+            assert fresh.cache.held_bytes
+            assert not fresh.cache.complete
+            for name, array in fresh.batch(3).items():
+                np.testing.assert_array_equal(heir.batch(3)[name], array)
+            feed.close()
+            assert heir.batch(4)["x"].shape == (20, 6)
+            with Feed(data, 10, like=feed) as late, Feed(data, 10, fields=["x"], like=heir) as other:
+                assert not late.cache.complete  # that one is closed
+                assert list(other.batch(0)) == ["x"]
+
+
 def test_many_threads_share_a_feed(data, monkeypatch):
     monkeypatch.setattr(feed_module, "STREAMS", 2)
     with Feed(data, 40, seed=1, cache_bytes=TINY) as feed:

@@ -10,7 +10,7 @@ import rapydli_flow as rf
 from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import SettingError
 from rapydli_flow.runtime import worker as tasks
-from rapydli_flow.runtime.workers import place, ready_workers
+from rapydli_flow.runtime.workers import ready_workers
 
 
 def held_ranks():
@@ -88,11 +88,6 @@ def test_snapshots_of_workers_are_those_of_threads(client, step, data, tmp_path)
     for one, other in zip(*pairs, strict=True):
         assert same_bits(read_snapshot(one).arrays, read_snapshot(other).arrays)
     assert same_bits(read_snapshot(pairs[0][-1]).arrays, run.state)
-
-
-def test_ranks_fill_one_host_after_the_other():
-    workers = {"tcp://c:1": {"host": "b"}, "tcp://a:1": {"host": "b"}, "tcp://b:1": {"host": "a"}}
-    assert place(workers, 3) == ("tcp://b:1", "tcp://a:1", "tcp://c:1")
 
 
 def test_workers_say_what_they_are(client):

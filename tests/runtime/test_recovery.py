@@ -1,6 +1,7 @@
 """Runs that outlive their workers: SIGKILL, SIGSTOP, fewer and more workers, a dead client; the same bits."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rapydli_flow.errors import NoWorkers, SettingError
 from rapydli_flow.runtime import worker as tasks
 from rapydli_flow.runtime.copies import common_step, only_here, sources
 from rapydli_flow.runtime.events import Recovered, read_log
-from rapydli_flow.runtime.workers import place, ready_workers
+from rapydli_flow.runtime.workers import ready_workers
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.testing.plans import programs
 
@@ -30,19 +31,31 @@ STEPS, LONG = 160, 1500  # LONG: several segments where nothing pauses the run
 class Strike(Once):
     """Does something to the workers of a run; remembers how the run went on."""
 
-    def __init__(self, step, action):
+    def __init__(self, step, action, client=None):
         super().__init__(step, action)
-        self.recovered = []
+        self.recovered, self.client = [], client
 
     def on_event(self, event):
         super().on_event(event)
         if isinstance(event, Recovered):
             self.recovered.append(event)
+            if self.client is not None:
+                self.warm = [each for ranks in self.client.run(warm).values() for each in ranks]
+
+
+def warm():
+    """For each rank on a worker, whether its records are in memory."""
+    return [held.trainer.feed.feed.cache.complete for held in tasks._held.values()]
 
 
 def pids(client, ranks):
     workers = ready_workers(client, ranks, 60.0)
-    return [workers[address]["pid"] for address in place(workers, ranks)]
+    return [workers[address]["pid"] for address in sorted(workers)[:ranks]]
+
+
+def read_a_step(explanation):
+    """Bytes of records that ranks have to read, as a placement says."""
+    return int(re.search(r"placed so .* hosts, ([\d,]+) read", explanation)[1].replace(",", ""))
 
 
 @pytest.fixture
@@ -71,7 +84,7 @@ def plain_step():
 def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, victim):
     want = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), validation=data["test"], seed=3)
     victims = pids(three, 2)
-    strike = Strike(40, lambda: os.kill(victims[victim], signal.SIGKILL))
+    strike = Strike(40, lambda: os.kill(victims[victim], signal.SIGKILL), three)
     how = {"run_dir": tmp_path / "run", "snapshot_every": 20, "validation": data["test"], "transport": transport}
     run = rf.fit(step, data["train"], steps=STEPS, plan=many(step, 2), client=three, seed=3, callbacks=[strike], **how)
     assert same_bits(run.state, want.state)
@@ -80,6 +93,8 @@ def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, vic
     (again,) = strike.recovered
     assert again.ranks == 2
     assert again.reason.startswith(f"rank {victim} is lost")
+    assert read_a_step(again.explanation) * 2 == read_a_step(run.started.explanation)  # the survivor has its chunks
+    assert sorted(strike.warm) == [False, True]
     log = read_log(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in log if line["kind"] == "recovered"] == [again.step]
     assert all(read_snapshot(path).step % 20 == 0 for path in list_snapshots(tmp_path / "run" / "snapshots"))

@@ -15,7 +15,7 @@ import rapydli_flow as rf
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
 from rapydli_flow.errors import RunLost, SettingError, SnapshotError
 from rapydli_flow.runtime.events import read_log
-from rapydli_flow.runtime.workers import place, ready_workers
+from rapydli_flow.runtime.workers import ready_workers
 
 STEPS = 200
 
@@ -152,7 +152,7 @@ def test_snapshots_may_be_left_out(data, step, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("transport", "victim"), [("shared", 1), ("shared", 0), ("comm", 1)])
 def test_a_killed_worker_is_named_and_the_run_goes_on(mortal, data, step, whole, tmp_path, transport, victim):
-    address = place(ready_workers(mortal, 3, 60.0), 2)[victim]
+    address = sorted(ready_workers(mortal, 3, 60.0))[:2][victim]
     pid = mortal.run(os.getpid)[address]
     death = Once(40, lambda: os.kill(pid, signal.SIGKILL))
     how = {
@@ -179,7 +179,7 @@ def test_a_killed_worker_is_named_and_the_run_goes_on(mortal, data, step, whole,
 
 
 def test_a_worker_that_stands_still_is_noticed(mortal, data, step, tmp_path):
-    addresses = place(ready_workers(mortal, 3, 60.0), 2)
+    addresses = sorted(ready_workers(mortal, 3, 60.0))[:2]
     pid = mortal.run(os.getpid)[addresses[1]]
     halt = Once(20, lambda: os.kill(pid, signal.SIGSTOP))
     try:
