@@ -35,8 +35,7 @@ def placed(
     seen = answers(client, workers, LOOK_S, tasks.at_hand, data, before) if data is not None else {}
     slots = [_slot(address, worker, *seen.get(address, (True, 0.0))) for address, worker in workers.items()]
     layouts = [fed_layout(program) for program in programs]
-    if len(slots) >= len(programs):
-        check_room(programs, slots)
+    check_room(programs, slots)
     return place(
         traffic(programs, average_every=plan.average_every),
         slots,
