@@ -118,7 +118,7 @@ def test_who_reads_goes_where_the_records_are(hosts, hidden, data):
     there = rf.ingest(data["train"].read(), hidden / "there.zarr")
     step = make_step(net=deep)
     plan = make_plan(step, 3, strategy="pipeline", micro_batches=2)
-    assert rf.placement(step, hosts, plan=plan).hosts.count("a") == 2
+    assert rf.placement(step, hosts, plan=plan).hosts != ("b", "a", "b")
     found = rf.placement(step, hosts, plan=plan, data=there)
     assert found.hosts == ("b", "a", "b")  # pictures are read by the first stage, labels by the last
     run = rf.fit(step, there, steps=3, client=hosts, plan=plan)
