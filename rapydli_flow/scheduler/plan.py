@@ -13,6 +13,7 @@ from ..spec import Block
 from ..template import Device
 from ..tuner import Tuning
 from .alike import fuse_alike
+from .border import borders
 from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .cost import Machine
@@ -169,14 +170,14 @@ class Needs:
 def _needs(graphs: Sequence[Graph]) -> list[Needs]:
     """What ranks hold, send and need."""
     out = []
-    planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
+    planned: dict[tuple[Any, ...], int] = {}  # ranks with equal arrays, alike within each other, need equal memory
     for graph in graphs:
         inputs, parameters, state = (
             sum(x.spec.size_bytes for x in graph.leaves(k)) for k in ("batch", "param", "state")
         )
         meetings = [(n.op, [graph.spec(v) for v in n.inputs]) for n in graph if isinstance(n.op, AllReduce | Exchange)]
         sent = sum(op.sent_bytes(*ins) for op, ins in meetings)
-        key = tuple(str(node.specs) for node in graph)
+        key = (*(str(node.specs) for node in graph), *borders(graph).items())
         if key not in planned:
             planned[key] = compile_program(graph, Tuning(ANY_CPU)).arena_bytes
         out.append(Needs((inputs, parameters, state, sent, planned[key]), len(meetings)))
