@@ -11,9 +11,11 @@ from ..graph import Graph, Value
 def owners(graph: Graph, parts: Mapping[Value, Value]) -> dict[Value, Value]:
     """For each value without memory of its own, the one that it lies in: views, and ``parts``, given with theirs."""
     found = dict(parts)
-    for i, node in enumerate(graph.nodes):
-        if node.op.view:
-            found[i, 0] = found.get(node.inputs[0], node.inputs[0])
+    found |= {(i, 0): node.inputs[0] for i, node in enumerate(graph.nodes) if node.op.view}
+    for value, owner in found.items():
+        while owner in found:
+            owner = found[owner]
+        found[value] = owner
     return found
 
 

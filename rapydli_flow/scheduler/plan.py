@@ -13,6 +13,7 @@ from ..spec import Block
 from ..template import Device
 from ..tuner import Tuning
 from .alike import fuse_alike
+from .border import borders
 from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .cost import Machine
@@ -174,7 +175,7 @@ class Plan:
             for kinds in (("batch",), ("param", "state"))
         )
         out = []
-        planned: dict[tuple[str, ...], int] = {}  # ranks with equal arrays need equal memory
+        planned: dict[tuple[Any, ...], int] = {}  # ranks with equal arrays, alike within each other, need equal memory
         for rank, part in enumerate(graphs):
             halves = [part, *updates[rank : rank + 1]]
             inputs = sum(x.spec.size_bytes for x in part.leaves("batch"))
@@ -185,7 +186,7 @@ class Plan:
             sent = sum(op.sent_bytes(*ins) for op, ins in meetings if isinstance(op, AllReduce | Exchange))
             arena = 0
             for half in halves:
-                key = tuple(str(node.specs) for node in half)
+                key = (*(str(node.specs) for node in half), *borders(half).items())
                 if key not in planned:
                     planned[key] = compile_program(half, Tuning(ANY_CPU)).arena_bytes
                 arena += planned[key]

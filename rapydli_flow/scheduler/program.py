@@ -2,7 +2,8 @@
 
 An output takes the buffer of an input that dies at this node and is read only where the output is
 written (the index formula says so); the update of a leaf goes straight into the leaf once nothing
-reads the old value any more; a part of a concatenation goes straight into its place there.
+reads the old value any more; a part of a concatenation goes straight into its place there, and what gets a
+border from other ranks goes where that will be around it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
+from .border import borders
 from .collective import Wait
 from .homes import homes, owners
 from .join import Part, joins
@@ -139,7 +141,9 @@ class _Planner:
         self.arena = Arena()
         self.buffers: dict[Value, Buffer] = {}
         self.joined = joins(graph, tuning)
-        self.root = owners(graph, {v: part.whole for v, part in self.joined.items()})
+        self.bordered = borders(graph)
+        parts = {v: part.whole for v, part in self.joined.items()}
+        self.root = owners(graph, parts | {v: inner.whole for v, inner in self.bordered.items()})
         self.last = self._last_reads()
         self.permanent: set[int] = set()
         self.behind: dict[int, set[Value]] = {}  # what collectives read that are not waited for yet, by node
@@ -209,6 +213,9 @@ class _Planner:
             if (i, k) in self.joined:
                 self.buffers[i, k] = self.whole(self.joined[i, k].whole)
                 continue
+            if (i, k) in self.bordered or (i, k) in self.buffers:  # in a border, or the border of what is there
+                self.buffers[i, k] = self.whole((i, k))
+                continue
             old = self.donor(i, node, k, taken)
             if old is not None:
                 self.donated += 1
@@ -237,10 +244,13 @@ class _Planner:
         return self.behind.pop(source)
 
     def whole(self, value: Value) -> Buffer:
-        """The buffer of a value whose first part comes now, or that has some."""
+        """The buffer of a value whose first part comes now, or that has some, or that gets a border."""
         if value not in self.buffers:
-            node = self.graph.nodes[value[0]]
-            self.buffers[value] = self.take(node.name, node.specs[0])
+            spec, inner = self.graph.spec(value), self.bordered.get(value)
+            if inner is None:
+                self.buffers[value] = self.take(self.graph.nodes[value[0]].name, spec)
+            else:
+                self.buffers[value] = Buffer(self.whole(inner.whole).offset + inner.first, spec)
         return self.buffers[value]
 
     def call(self, node: Node, ins: tuple[Buffer, ...], outs: tuple[Buffer, ...], part: Part | None) -> Call:
@@ -272,7 +282,8 @@ class _Planner:
             buffer, own = self.buffers[v], self.own(v)
             once = sum(self.own(u) == own for u in node.inputs) == 1
             free = self.last[own] == i and buffer.offset not in self.permanent | self.pinned | taken
-            if free and once and buffer.spec == spec and index.in_place(j, k):
+            alone = buffer.spec.size_bytes == self.buffers[own].spec.size_bytes  # no border around it
+            if free and once and alone and buffer.spec == spec and index.in_place(j, k):
                 return buffer
         return None
 
