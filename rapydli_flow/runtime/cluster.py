@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -144,11 +144,18 @@ class Cluster(Backend):
             except TimeoutError:
                 done = set()
             pending -= set(done)
+            self._heard(done)
             failed = [future for future in done if future.status == "error"]
             if failed:
                 self._raise(futures, failed)
             self._look()
         return self._gathered(futures)
+
+    def _heard(self, done: Iterable[Future]) -> None:
+        """A task that a rank has done is a sign of life: while segments come, workers need not be asked."""
+        for key in (future.key for future in done if future.status == "finished"):
+            if isinstance(key, tuple):  # of `each`
+                self.heard[self.addresses[key[2]]] = time.monotonic()
 
     def _gathered(self, futures: Sequence[Future]) -> list[Any]:
         """Results of tasks that are done; those of a worker that died since then would never come."""
@@ -201,9 +208,9 @@ class Cluster(Backend):
             asked = self.asked.get(address)
             if asked is not None and asked[0].done():
                 if asked[0].exception() is None:
-                    self.heard[address] = asked[1]
+                    self.heard[address] = max(self.heard[address], asked[1])
                 asked = self.asked.pop(address)
-            if address not in self.asked and now - (asked[1] if asked else 0.0) > BEAT_S:
+            if address not in self.asked and now - max(self.heard[address], asked[1] if asked else 0.0) > BEAT_S:
                 beat = self.client._run(tasks.beat, workers=[address], on_error="raise")
                 self.asked[address] = asyncio.run_coroutine_threadsafe(beat, self.client.loop.asyncio_loop), now
             if now - self.heard[address] > SILENT_S:

@@ -1,5 +1,7 @@
 """Training on Dask workers: the same run as in this process, whatever carries bytes between ranks."""
 
+import time
+
 import numpy as np
 import pytest
 from dask.base import key_split
@@ -9,7 +11,10 @@ from small_runs import deviation, make_step, many, records, same_bits
 import rapydli_flow as rf
 from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import SettingError
+from rapydli_flow.runtime import train
 from rapydli_flow.runtime import worker as tasks
+from rapydli_flow.runtime.cluster import BEAT_S
+from rapydli_flow.runtime.events import Stepped
 from rapydli_flow.runtime.workers import ready_workers
 
 
@@ -133,3 +138,30 @@ def test_workers_in_one_process(threads_client, data, tmp_path, transport):
 def test_a_transport_that_is_not_there(client, step, data):
     with pytest.raises(SettingError, match="transport='pigeon' is not one of auto, shared, comm"):
         rf.fit(step, data["train"], steps=1, client=client, transport="pigeon")
+
+
+class Slow(rf.Callback):
+    """Takes its time over each segment, and knows when the first one came."""
+
+    first_s = 0.0
+
+    def on_event(self, event):
+        if isinstance(event, Stepped):
+            self.first_s = self.first_s or time.monotonic()
+            time.sleep(0.1)
+
+
+def test_workers_whose_segments_come_are_not_asked_for_signs_of_life(client, step, data, monkeypatch):
+    beats, run_on, slow = [], Client._run, Slow()
+
+    def counted(self, function, *arguments, **options):
+        if function is tasks.beat:
+            beats.append(time.monotonic())
+        return run_on(self, function, *arguments, **options)
+
+    monkeypatch.setattr(Client, "_run", counted)
+    monkeypatch.setattr(train, "SEGMENT_S", 0.0)  # a step each
+    run = rf.fit(step, data["train"], steps=30, plan=many(step, 2), client=client, callbacks=[slow])
+    assert len(run.segments) == 30
+    assert time.monotonic() - slow.first_s > 2 * BEAT_S
+    assert not [beat for beat in beats if beat > slow.first_s]
