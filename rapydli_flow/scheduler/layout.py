@@ -161,13 +161,13 @@ def cells_along(layout: Layout, operand: Operand, index: Index, sizes: Mapping[s
             continue
         bounds, at = cut
         letter = form.letter
+        if bounds[0] != 0:
+            continue
         if letter is None:
             letter = leading(form, index)
             if letter is None or sizes[letter] < len(bounds) - 1:
                 continue
             bounds = scaled(bounds, sizes[letter])
-        elif bounds[0] != 0:
-            continue
         if not divisible(letter, index) or any(letter in cell for cell in cells if cell is not None):
             continue
         for cell, i in zip(cells, at, strict=True):
