@@ -33,7 +33,7 @@ from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
-from .runtime.workers import ready_workers
+from .runtime.workers import workers_for
 from .scheduler import Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block
@@ -113,7 +113,7 @@ def plan(
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
     if client is not None:
-        known = ready_workers(client, ranks, 30.0)
+        known = workers_for(client, ranks, 30.0)
         ranks = ranks or len(known)
         threads = threads or min(worker["threads"] for worker in known.values())
     return make_plan(

@@ -23,7 +23,7 @@ from distributed import Client, Future
 from distributed import wait as wait_for
 
 from ..data import latest
-from ..errors import RunLost, SnapshotError
+from ..errors import RunLost, SettingError, SnapshotError
 from ..scheduler import Program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
@@ -79,11 +79,15 @@ class Cluster(Backend):
         transport = job.transport
         if transport == "auto":
             transport = "shared" if len(hosts) == 1 else "comm"
+        if transport == "shared" and len(hosts) > 1:
+            raise SettingError(
+                f"transport='shared' is for ranks of one host, but these are on {len(hosts)}: "
+                f"{', '.join(sorted(hosts))}. Use transport='auto' or 'comm'."
+            )
         self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport)
         for number, (address, program) in enumerate(zip(addresses, job.programs, strict=True)):
-            worker = workers[address]
-            if worker["memory_bytes"]:
-                program.check_memory(max(0, worker["memory_bytes"] - worker["used_bytes"]), number)
+            free = max(0, workers[address]["memory_bytes"] - workers[address]["used_bytes"])
+            program.check_memory(free, number, where=f"on worker {address}")
         self.holding = holding(job.step, [program.layout for program in job.programs])
         self.tokens: list[Future] = []
         self.count = 0

@@ -87,14 +87,22 @@ class Program:
         calls = (s for s in self.steps if isinstance(s, Call))
         return tuple(dict.fromkeys((c.request, c.choice) for c in calls))
 
-    def check_memory(self, limit_bytes: int, rank: int = 0) -> None:
-        """Raise TooLittleMemory, with a table of what takes it, if the arena is larger than the limit."""
+    def check_memory(self, limit_bytes: int, rank: int = 0, *, where: str = "in this process") -> None:
+        """Raise TooLittleMemory, with what would help and what takes it, if the arena is larger than the limit."""
         if self.arena_bytes <= limit_bytes:
             return
+        held = sum(self.leaves[name].spec.size_bytes for name in self.kind("param", "state"))
+        helps = "Use a smaller batch, or more workers: for fewer records each, or strategy='spatial' for parts of them"
+        if held > limit_bytes:
+            helps = (
+                f"Parameters and optimizer state alone take {held:,}, whatever the batch: divide them over more "
+                "workers with strategy='filters' or 'pipeline', or shard='parameters'"
+            )
         rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.largest)
         raise TooLittleMemory(
-            f"rank {rank} needs {self.arena_bytes:,} bytes for its arena but {limit_bytes:,} are free. "
-            f"Use a smaller batch, more ranks or workers with more memory. The largest buffers, in bytes:\n{rows}"
+            f"rank {rank} needs {self.arena_bytes:,} bytes for its arena but {limit_bytes:,} are free {where}: "
+            f"{self.arena_bytes - limit_bytes:,} are missing. {helps}; or give it more memory. The largest buffers, in "
+            f"bytes:\n{rows}"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from distributed import Client, LocalCluster
+from distributed import Client
 from small_runs import Once, many, same_bits
 
 import rapydli_flow as rf
@@ -115,25 +115,6 @@ def test_what_only_the_lost_rank_held_is_with_another(three, data, plain_step, h
     run = rf.fit(step, data["train"], steps=LONG, plan=plan, client=three, seed=3, callbacks=[strike])
     assert strike.recovered
     assert same_bits(run.state, want.state)
-
-
-@pytest.fixture
-def loose():
-    """A cluster, and what starts workers without nannies: those that are killed stay away."""
-    path = os.pathsep.join([str(Path(small_runs.__file__).parent), str(Path(rf.__file__).parents[1])])
-    started = []
-    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
-
-        def start(count):
-            command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address]
-            command += ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
-            env = {**os.environ, "PYTHONPATH": path}
-            started.extend(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(count))
-
-        yield client, start
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.slow
