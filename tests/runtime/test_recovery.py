@@ -22,6 +22,7 @@ from rapydli_flow.runtime.copies import common_step, only_here, sources
 from rapydli_flow.runtime.events import Recovered, read_log
 from rapydli_flow.runtime.workers import place, ready_workers
 from rapydli_flow.scheduler import make_plan
+from rapydli_flow.testing.chaos import survive
 from rapydli_flow.testing.plans import programs
 
 STEPS, LONG = 160, 1500  # LONG: several segments where nothing pauses the run
@@ -83,6 +84,14 @@ def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, vic
     log = read_log(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in log if line["kind"] == "recovered"] == [again.step]
     assert all(read_snapshot(path).step % 20 == 0 for path in list_snapshots(tmp_path / "run" / "snapshots"))
+
+
+def test_faults_at_random(three):
+    """The short form of `make chaos`. A fault may hit the worker that has no rank."""
+    outcome = survive(three, ["kill", "stop"], ranks=2, seed=3)
+    assert outcome.good, outcome
+    assert outcome.same_bits
+    assert [fault.kind for fault in outcome.faults] == ["kill", "stop"]
 
 
 @pytest.mark.slow
