@@ -1,6 +1,7 @@
 # make demo       set up an environment of its own and train on real data
 # make test       the test suite, in the same environment; COVERAGE=yes also holds each floor to 90 %
 # make test-slow  run the pages of the manual and the notebook, and kernel templates at random configs
+# make chaos     train while workers are killed, stopped, slowed down and, where this user may, cut off
 # make papers     train the networks of three papers, examples/papers, on small data
 # make peers      compare operators, losses and optimizers with PyTorch, in an environment with it
 # make bench      measure training steps and predictions beside PyTorch, alone and in parallel, and the cost of Dask
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONWARNINGS =
 
-.PHONY: demo test test-slow test-exhaustive papers lint types floors bench bench-tuner cubins peers gpu-check docs wheel clean
+.PHONY: demo test test-slow test-exhaustive chaos papers lint types floors bench bench-tuner cubins peers gpu-check docs wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,10 @@ test-slow: $(VENV)/.installed
 
 test-exhaustive: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -m exhaustive
+
+chaos: $(VENV)/.installed
+	$(BIN)/python benchmarks/chaos.py --faults 30 \
+		$$(ip netns add rapydli-try 2>/dev/null && ip netns del rapydli-try && echo --cut)
 
 papers: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m papers tests/test_papers.py

@@ -35,7 +35,7 @@ from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
-from .runtime.workers import ready_workers
+from .runtime.workers import workers_for
 from .scheduler import Links, Placement, Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block
@@ -130,7 +130,7 @@ def plan(
     """
     hosts: set[str] = set()
     if client is not None:
-        known = ready_workers(client, ranks, 30.0)
+        known = workers_for(client, ranks, 30.0)
         hosts = {worker["host"] for worker in known.values()}
         ranks = ranks or len(known)
         threads = threads or min(worker["threads"] for worker in known.values())
@@ -168,7 +168,7 @@ def placement(
 
     Raises NoWorkers, TooLittleMemory or VersionMismatch as `fit` does.
     """
-    workers = ready_workers(client, plan.ranks if plan else None, timeout_s)
+    workers = workers_for(client, plan.ranks if plan else None, timeout_s)
     plan = plan or data_parallel(step, len(workers), threads=min(worker["threads"] for worker in workers.values()))
     device = next(iter(workers.values()))["device"]
     tuning = tuner.known(device) if tuning is None else tuning
@@ -184,7 +184,7 @@ def measure_links(client: Client, *, timeout_s: float = 60.0) -> Links:
     measure by themselves what they need and do not know yet: call this when the network has changed. RunLost where two
     hosts do not reach each other within ``timeout_s`` seconds.
     """
-    return measured_links(client, ready_workers(client, None, timeout_s), timeout_s)
+    return measured_links(client, workers_for(client, None, timeout_s), timeout_s)
 
 
 def init(graph: Graph, *, seed: int = 0) -> dict[str, Array]:

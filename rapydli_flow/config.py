@@ -6,6 +6,8 @@ RAPYDLI_KNOWN_DIR   a folder of exported tuning results that count where nothing
 RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
 RAPYDLI_COMPILERS   processes that compile kernels at once where several are missing when a run begins (default: the
                     cores this process may use); 1: this process alone, no others are started
+RAPYDLI_PEER_PORTS  the ports on which ranks listen for those of other hosts, such as 40000:40063, where a firewall lets
+                    only some through; every rank of a host takes one (default: any that are free)
 RAPYDLI_LANES       force the number of float32 lanes of CPU kernels (4, 8 or 16)
 RAPYDLI_VERIFY      1: verify every graph after every pass
 RAPYDLI_TUNING      on: use what tuning found; off: defaults only; offline: use it, but do not tune;
@@ -37,6 +39,7 @@ class Settings:
     tuning: str = "on"
     known_dir: Path = SHIPPED
     compilers: int = 1
+    peer_ports: range = range(1)  # 0: the system chooses
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -58,7 +61,8 @@ class Settings:
         known = Path(environ.get("RAPYDLI_KNOWN_DIR") or SHIPPED)
         if not known.is_dir():
             raise SettingError(f"RAPYDLI_KNOWN_DIR={str(known)!r} is not a folder.")
-        return cls(Path(folder), threads, lanes or None, verify, tuning, known, compilers)
+        ports = _ports(environ.get("RAPYDLI_PEER_PORTS") or "0")
+        return cls(Path(folder), threads, lanes or None, verify, tuning, known, compilers, ports)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -67,6 +71,14 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError:
         raise SettingError(f"{name}={text!r} is not a whole number.") from None
+
+
+def _ports(text: str) -> range:
+    """A port, or the first and the last of several."""
+    first, _, last = text.partition(":")
+    if first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < 1 << 16:
+        return range(int(first), int(last or first) + 1)
+    raise SettingError(f"RAPYDLI_PEER_PORTS={text!r} is not a port or a range of them such as 40000:40063.")
 
 
 @cache

@@ -85,7 +85,11 @@ class NoWorkers(RapydliError, TimeoutError):
 
 
 class VersionMismatch(RapydliError, RuntimeError):
-    """A worker runs another version of the package than the client."""
+    """A worker runs another version than the client: of the package, or of what kernels are made with."""
+
+
+class DeviceMismatch(RapydliError, RuntimeError):
+    """The workers of a run have different kinds of processors."""
 
 
 class RunLost(RapydliError, RuntimeError):

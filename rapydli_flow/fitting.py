@@ -55,7 +55,7 @@ from .runtime.publish import publishing
 from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
-from .runtime.workers import ready_workers
+from .runtime.workers import workers_for
 from .scheduler import Placement, Plan, Program, make_plan, remade
 from .spec import Array
 from .tuner import Choice, Tuning
@@ -337,7 +337,7 @@ class Fitting:
         if self.client is None:
             return {}
         ranks = plan.ranks if plan else self.before.meta["plan"]["ranks"] if self.before else None
-        return ready_workers(self.client, ranks, self.options.timeout_s)
+        return workers_for(self.client, ranks, self.options.timeout_s)
 
     def _plan(self, workers: Mapping[str, Any]) -> Plan:
         """As the snapshot says, else samples over all workers, else one rank here."""

@@ -19,8 +19,10 @@ def test_defaults() -> None:
 
 def test_everything_can_be_set() -> None:
     environ = {"RAPYDLI_CACHE_DIR": "/c", "RAPYDLI_THREADS": "3", "RAPYDLI_LANES": "8", "RAPYDLI_VERIFY": "1"}
-    environ["RAPYDLI_COMPILERS"] = "4"
-    assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True, compilers=4)
+    environ |= {"RAPYDLI_COMPILERS": "4", "RAPYDLI_PEER_PORTS": "40000:40063"}
+    ports = range(40000, 40064)
+    assert Settings.read(environ) == Settings(Path("/c"), 3, 8, True, compilers=4, peer_ports=ports)
+    assert Settings.read({"RAPYDLI_PEER_PORTS": "40000"}).peer_ports == range(40000, 40001)
     assert Settings.read({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/rapydli_flow")
     assert Settings.read({"RAPYDLI_TUNING": "strict"}).tuning == "strict"
     assert not Settings.read({"RAPYDLI_VERIFY": "0"}).verify
@@ -34,6 +36,11 @@ def test_everything_can_be_set() -> None:
         ({"RAPYDLI_THREADS": "0"}, "RAPYDLI_THREADS=0: a rank has 1 thread or more"),
         ({"RAPYDLI_TUNING": "maybe"}, "RAPYDLI_TUNING='maybe' is not one of on, off, offline, strict"),
         ({"RAPYDLI_KNOWN_DIR": "/not/there"}, "RAPYDLI_KNOWN_DIR='/not/there' is not a folder"),
+        (
+            {"RAPYDLI_PEER_PORTS": "40063:40000"},
+            "RAPYDLI_PEER_PORTS='40063:40000' is not a port or a range",
+        ),
+        ({"RAPYDLI_PEER_PORTS": "70000"}, "RAPYDLI_PEER_PORTS='70000' is not a port"),
         ({"RAPYDLI_THREADS": "many"}, "RAPYDLI_THREADS='many' is not a whole number"),
     ],
 )

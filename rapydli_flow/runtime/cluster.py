@@ -23,7 +23,7 @@ from distributed import Client, Future
 from distributed import wait as wait_for
 
 from ..data import latest
-from ..errors import RunLost, SnapshotError
+from ..errors import RunLost, SettingError, SnapshotError
 from ..scheduler import Links, Program
 from ..scheduler.topology import LOOPBACK, Topology
 from ..spec import Array, Block, even_bounds
@@ -84,6 +84,11 @@ class Cluster(Backend):
         if transport == "auto":
             alone = "comm" if len(set(hosts)) == len(hosts) else "hosts"
             transport = "shared" if len(set(hosts)) == 1 else alone
+        if transport == "shared" and len(set(hosts)) > 1:
+            raise SettingError(
+                f"transport='shared' is for ranks of one host, but these are on {len(set(hosts))}: "
+                f"{', '.join(sorted(set(hosts)))}. Use transport='auto' or 'comm'."
+            )
         topology = Topology.of(hosts, links)
         if transport == "comm":
             topology = replace(topology, near=LOOPBACK)

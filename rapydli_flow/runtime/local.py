@@ -48,7 +48,8 @@ class Local(Backend):
         self.graph, self.plan, self.tuning, self.validation = step, plan, tuning, validation
         free = int(psutil.virtual_memory().available)
         for number, program in enumerate(programs):
-            program.check_memory(free // plan.ranks, number)
+            program.check_memory(free, number)
+            free -= program.memory_bytes
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
         warm([pair for program in programs for pair in program.requests], tuning.device)

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import dask.config
 import numpy as np
+from dask.utils import parse_timedelta
 from distributed.comm import CommClosedError, connect, listen
 from distributed.comm.addressing import get_address_host, parse_address
 from distributed.protocol import to_serialize
 from distributed.utils import sync
 
-from ..errors import RunLost
+from ..config import settings
+from ..errors import RunLost, SettingError
 from ..spec import Array
 from .transport import TIMEOUT_S, Transport, flattened
 
@@ -43,7 +46,7 @@ class Peers(Transport):
         return str(sync(self._loop, self._listen))
 
     def connect(self, addresses: Sequence[str]) -> None:
-        """Connect to the other ranks."""
+        """Connect to the other ranks; RunLost, with the address that was tried, where one cannot be reached."""
         sync(self._loop, self._connect, list(addresses))
 
     def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
@@ -76,14 +79,36 @@ class Peers(Transport):
         protocol, _ = parse_address(self._worker.address)
         host = get_address_host(self._worker.address)
         arguments = self._worker.security.get_listen_args("worker")
-        self._listener = await listen(f"{protocol}://{host}:0", self._accept, **arguments)
-        return str(self._listener.contact_address)
+        ports = settings().peer_ports
+        for port in ports:
+            try:
+                self._listener = await listen(f"{protocol}://{host}:{port}", self._accept, **arguments)
+            except OSError as error:
+                refused = error
+            else:
+                return str(self._listener.contact_address)
+        raise SettingError(
+            f"rank {self.rank} cannot listen on {host}, ports {ports[0]} to {ports[-1]} ({refused}). Let "
+            "RAPYDLI_PEER_PORTS have a free port for every rank on this host."
+        )
 
     async def _connect(self, addresses: list[str]) -> None:
         arguments = self._worker.security.get_connection_args("worker")
+        patience_s = min(self.timeout_s, parse_timedelta(dask.config.get("distributed.comm.timeouts.connect")))
         for rank, address in enumerate(addresses):
-            if rank != self.rank:
-                self._comms[rank] = await connect(address, timeout=self.timeout_s, **arguments)
+            if rank == self.rank:
+                continue
+            try:
+                async with asyncio.timeout(patience_s):  # once connected, it waits for the other's first word for ever
+                    self._comms[rank] = await connect(address, timeout=patience_s / 2, **arguments)
+            except OSError as error:
+                reason = str(error.__cause__ or error) or "no answer"
+                raise RunLost(
+                    f"rank {self.rank} on worker {self._worker.address} cannot reach rank {rank} at {address} in "
+                    f"{patience_s:g} s ({reason}). Is its worker there, and does a firewall between "
+                    "them let this port through? Every rank listens on a port of its own; RAPYDLI_PEER_PORTS, set on "
+                    "the workers, says which it may be."
+                ) from error
 
     async def _accept(self, comm: Any) -> None:
         """Read what one other rank sends, until it leaves."""

@@ -44,7 +44,7 @@ from .placing import placed
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
-from .workers import ready_workers
+from .workers import workers_for
 
 TRANSPORTS = ("auto", "shared", "comm")
 
@@ -129,7 +129,7 @@ def stepper(
         )
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
-    workers = ready_workers(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
+    workers = workers_for(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
     threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
     plan = plan or data_parallel(graph, len(workers) or 1, threads=threads)
     if tuning is None:

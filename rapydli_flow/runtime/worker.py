@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
-import numba
+import numpy as np
 from distributed import WorkerPlugin, get_worker
+from distributed.system import MEMORY_LIMIT
 from distributed.worker import thread_state
 from distributed.worker_state_machine import SecedeEvent
 
@@ -28,7 +28,7 @@ from cpu_kernels.compile import host
 from ..data import EVERYWHERE, Dataset, Feed
 from ..errors import RunLost
 from ..spec import Array, Block, even_bounds
-from ..tuner import Choice, Request, Tuning
+from ..tuner import Choice, Request, Tuning, compilers
 from ..version import __version__
 from .backend import Writers
 from .copies import Copies, Piece, put_together
@@ -120,19 +120,23 @@ _rooms: dict[str, list[Any]] = {}  # workers of this process on which a run has 
 _over: set[str] = set()  # runs that were given up or released here
 
 
+def libraries() -> str:
+    """The versions beside the package's own that the bits of a run depend on."""
+    return f"{compilers('cpu')}, numpy {np.__version__}"
+
+
 def who(dask_worker: Any) -> dict[str, Any]:
-    """What this worker is."""
+    """What this worker is. ``memory_bytes``: its limit, or all that the machine or container has."""
     worker = dask_worker
     limit = getattr(worker.memory_manager, "memory_limit", None)
     return {
         "version": __version__,
-        "python": platform.python_version(),
-        "numba": numba.__version__,
+        "libraries": libraries(),
         "device": host(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "threads": worker.state.nthreads,
-        "memory_bytes": int(limit) if limit else 0,
+        "memory_bytes": int(limit or MEMORY_LIMIT),
         "used_bytes": int(worker.monitor.get_process_memory()),
     }
 

@@ -1,14 +1,20 @@
-"""Which workers a cluster has, and what they are."""
+"""Which workers a cluster has, what they are, and whether they will do.
+
+Client and workers must run the same version of the package (plans and programs are pickled), of Python, and of the
+libraries that make the kernels or compute in their place: each host compiles for itself, and what several ranks hold
+must have the same bits on all of them. For the same reason the workers of a run have one kind of processor.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distributed import Client
 
-from ..errors import NoWorkers, VersionMismatch
+from ..errors import DeviceMismatch, NoWorkers, VersionMismatch
+from ..template import Device
 from ..version import __version__
 from . import worker as tasks
 from .worker import Resident
@@ -27,11 +33,53 @@ def answers(
     return dict(client.sync(ask))
 
 
-def answering(client: Client, timeout_s: float) -> dict[str, dict[str, Any]]:
-    """What each worker is that answers in time, by address; only those of this version."""
+def answering(client: Client, timeout_s: float, device: Device | None = None) -> dict[str, dict[str, Any]]:
+    """What each worker is that answers in time, by address; only those of this version, and of this kind of device."""
     addresses = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     found = answers(client, addresses, timeout_s, tasks.who)
-    return {address: worker for address, worker in found.items() if worker["version"] == __version__}
+    same = {address: worker for address, worker in found.items() if not mismatch(address, worker)}
+    return {a: worker for a, worker in same.items() if device is None or worker["device"].key == device.key}
+
+
+def mismatch(address: str, worker: Mapping[str, Any]) -> str:
+    """What a worker has in another version than this process, in words; '' if nothing."""
+    if worker["version"] != __version__:
+        return (
+            f"worker {address} runs rapydli_flow {worker['version']} but this client runs {__version__}. "
+            "Install the same version everywhere: kernels and plans are exchanged between them."
+        )
+    if worker["libraries"] != tasks.libraries():
+        return (
+            f"worker {address} has {worker['libraries']} but this client has {tasks.libraries()}. Install the same "
+            "versions everywhere: each host compiles its own kernels, and all must compute the same bits."
+        )
+    return ""
+
+
+def workers_for(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
+    """`ready_workers` of one kind of processor, of that which most have: enough for the ranks, or all that there are.
+
+    Raises DeviceMismatch where those of one kind are too few.
+    """
+    known = ready_workers(client, ranks, timeout_s)
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for address, worker in sorted(known.items()):
+        kinds.setdefault(worker["device"].key, {})[address] = worker
+    most = max(kinds.values(), key=len)
+    if len(most) < (ranks or len(known)):
+        other = next(kind for kind in kinds.values() if kind is not most)
+        raise DeviceMismatch(
+            f"{_first(most)} but {_first(other)}. Kernels are compiled for the processor of each, and what several "
+            f"ranks hold would not stay equal to the bit. Plan for workers of one kind, ranks={len(most)} or fewer; or "
+            "start all with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES set to what the least of them has."
+        )
+    return most
+
+
+def _first(workers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first of some workers, and its device, in words."""
+    address, worker = next(iter(workers.items()))
+    return f"worker {address} is a {worker['device'].name} ({worker['device'].key})"
 
 
 def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
@@ -46,18 +94,19 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             "or plan for fewer ranks."
         ) from None
     try:
-        known: dict[str, dict[str, Any]] = client.sync(client._run, tasks.who, callback_timeout=timeout_s)
+        known: dict[str, Any] = client.sync(client._run, tasks.who, on_error="return", callback_timeout=timeout_s)
     except TimeoutError:
         raise NoWorkers(f"a worker of the cluster does not answer in {timeout_s:g} s. Is it stopped?") from None
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise VersionMismatch(
-            f"a worker cannot import rapydli_flow {__version__} ({error}). Install the same version on every worker."
-        ) from error
     for address, worker in sorted(known.items()):
-        if worker["version"] != __version__:
+        if isinstance(worker, OSError):
+            raise NoWorkers(f"worker {address} does not answer ({worker}). Is it stopped, or gone?") from worker
+        if isinstance(worker, Exception):
             raise VersionMismatch(
-                f"worker {address} runs rapydli_flow {worker['version']} but this client runs {__version__}. "
-                "Install the same version everywhere: kernels and plans are exchanged between them."
-            )
+                f"worker {address} cannot use rapydli_flow {__version__} ({worker}). Install the same version on every "
+                "worker."
+            ) from worker
+        wrong = mismatch(address, worker)
+        if wrong:
+            raise VersionMismatch(wrong)
     client.register_plugin(Resident())
     return known

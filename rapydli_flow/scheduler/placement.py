@@ -11,6 +11,7 @@ anything. What is minimised are seconds that messages and reads of a step take, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,12 +137,12 @@ def place(
 def check_room(programs: Sequence[Program], slots: Sequence[Slot]) -> None:
     """TooLittleMemory where a rank's arena fits on no worker that is left for it, if those with the largest arenas get
     those with most memory free."""
-    room = sorted((slot.free_bytes for slot in slots if slot.free_bytes is not None), reverse=True)
-    limited = range(len(slots) - len(room), len(slots))
     ranks = sorted(range(len(programs)), key=lambda rank: (-programs[rank].memory_bytes, rank))
-    for free_bytes, i in zip(room, limited, strict=True):
-        if i < len(ranks):
-            programs[ranks[i]].check_memory(free_bytes, ranks[i])
+    free = {slot.address: math.inf if slot.free_bytes is None else slot.free_bytes for slot in slots}
+    roomy = sorted(free, key=lambda address: (-free[address], address))
+    for rank, address in zip(ranks, roomy, strict=False):
+        if free[address] < math.inf:
+            programs[rank].check_memory(int(free[address]), rank, where=f"on worker {address}")
 
 
 class _Costs:

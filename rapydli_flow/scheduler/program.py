@@ -116,14 +116,22 @@ class Program:
         steps = (*self.steps, *(self.gradients.steps if self.gradients else ()))
         return tuple(dict.fromkeys((s.request, s.choice) for s in steps if isinstance(s, Call)))
 
-    def check_memory(self, limit_bytes: int, rank: int = 0) -> None:
-        """Raise TooLittleMemory, with a table of what takes it, if the arena is larger than the limit."""
+    def check_memory(self, limit_bytes: int, rank: int = 0, *, where: str = "in this process") -> None:
+        """Raise TooLittleMemory, with what would help and what takes it, if the arena is larger than the limit."""
         if self.memory_bytes <= limit_bytes:
             return
+        held = sum(self.leaves[name].spec.size_bytes for name in self.kind("param", "state"))
+        helps = "Use a smaller batch, or more workers: for fewer records each, or strategy='spatial' for parts of them"
+        if held > limit_bytes:
+            helps = (
+                f"Parameters and optimizer state alone take {held:,}, whatever the batch: divide them over more "
+                "workers with strategy='filters' or 'pipeline', or shard='parameters'"
+            )
         rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.trained.largest)
         raise TooLittleMemory(
-            f"rank {rank} needs {self.memory_bytes:,} bytes for its arena but {limit_bytes:,} are free. "
-            f"Use a smaller batch, more ranks or workers with more memory. The largest buffers, in bytes:\n{rows}"
+            f"rank {rank} needs {self.memory_bytes:,} bytes for its arena but {limit_bytes:,} are free {where}: "
+            f"{self.memory_bytes - limit_bytes:,} are missing. {helps}; or give it more memory. The largest buffers, "
+            f"in bytes:\n{rows}"
         )
 
 

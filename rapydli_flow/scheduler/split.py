@@ -60,6 +60,11 @@ def split(
 ) -> tuple[Graph, ...]:
     """One graph a rank. ``layouts`` says for each rank how leaves lie, ``splits`` how nodes are divided, by name."""
     for name, layout in layouts.items():
+        if name not in graph:
+            raise ShapeError(
+                f"plan: it says where {name!r} lies, but this graph has no such leaf. Make the plan for the training "
+                "step that is trained."
+            )
         check_layout(name, graph[name], layout, ranks)
     places = Places(ranks, micro_batches)
     return _Splitter(graph, places, layouts, splits or {}, machine or Machine()).run()

@@ -1,5 +1,7 @@
 """One cluster of three worker processes for all that leaves it whole; records; nothing left in shared memory."""
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +35,29 @@ def mortal():
         Client(cluster) as client,
     ):
         yield client
+
+
+@pytest.fixture
+def loose():
+    """A cluster, and what starts workers without nannies: those that are killed stay away.
+
+    ``start(2, "--memory-limit", "1GB", path=[folder], within=["unshare", "--uts"], NUMBA_CPU_NAME="x86-64")``: with
+    options, folders to import from, as the child of a program, with variables of the environment.
+    """
+    folders = [str(Path(__file__).parent), str(Path(rf.__file__).parents[1])]
+    started = []
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
+
+        def start(count, *options, path=(), within=(), **env):
+            command = [*within, sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address]
+            command += ["--no-nanny", "--nthreads", "1", "--no-dashboard", *options]
+            env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *folders]), **env}
+            started.extend(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(count))
+
+        yield client, start
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")

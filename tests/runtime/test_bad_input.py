@@ -3,12 +3,15 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from small_runs import BATCH, make_step, many, records, same_bits
 
 import rapydli_flow as rf
+from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
 from rapydli_flow.errors import (
@@ -23,6 +26,8 @@ from rapydli_flow.errors import (
     VersionMismatch,
 )
 from rapydli_flow.runtime.events import Ended, Saved, Started, Stepped, read_log
+from rapydli_flow.testing.plans import programs
+from rapydli_flow.tuner import Tuning
 
 RANKS = ["process", "threads", "cluster"]
 
@@ -196,6 +201,30 @@ def test_too_little_memory_does_not_replace_a_run(step, data, tmp_path):
         rf.fit(wide(300_000), narrow, steps=1, run_dir=tmp_path, overwrite=True)
     assert latest(tmp_path / "snapshots") is not None
     assert [line["kind"] for line in read_log(tmp_path / "metrics.jsonl")][-1] == "ended"
+
+
+def test_ranks_of_this_process_share_its_memory(step, data, monkeypatch):
+    """Each of two ranks would fit alone. The machine's own memory would have to be filled to see it."""
+    needs = sum(program.arena_bytes for program in programs(step, many(step, 2), Tuning(host())))
+    how = {"steps": 1, "plan": many(step, 2), "tuning": Tuning(host())}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needs))
+    rf.fit(step, data["train"], **how)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needs - 1))
+    with pytest.raises(TooLittleMemory, match=r"rank 1 needs [\d,]+ bytes .* are free in this process: 1 are missing"):
+        rf.fit(step, data["train"], **how)
+
+
+def test_a_plan_for_another_network(step, data):
+    graph = rf.trace(lambda x: nn.dense(x, 5), rf.Spec((BATCH + 1, 6, 6, 2), "float64"))
+    other = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
+    with pytest.raises(ShapeError, match=r"the layout of x is for \(9, 6, 6, 2\), but it is f64\[8,6,6,2\]"):
+        rf.fit(step, data["train"], steps=1, plan=many(other, 2))
+    with pytest.raises(ShapeError, match=r"plan: no layer is named 'conv_1/conv_1'\."):
+        rf.fit(other, records(18), steps=1, plan=rf.plan(step, ranks=2, strategy="filters"))
+    shards = rf.plan(step, ranks=2, shard="state").layouts
+    momentum = {name: layout for name, layout in shards.items() if name.endswith("momentum")}
+    with pytest.raises(ShapeError, match=r"plan: it says where '\S+/momentum' lies, but this graph has no such leaf\."):
+        rf.fit(other, records(18), steps=1, plan=rf.Plan(2, layouts=momentum))
 
 
 def test_more_ranks_than_records(step):

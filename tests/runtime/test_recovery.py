@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_runs
-from distributed import Client, LocalCluster
+from distributed import Client
 from small_runs import Once, many, same_bits
 
 import rapydli_flow as rf
@@ -23,6 +23,7 @@ from rapydli_flow.runtime.copies import common_step, only_here, sources
 from rapydli_flow.runtime.events import Recovered, read_log
 from rapydli_flow.runtime.workers import ready_workers
 from rapydli_flow.scheduler import make_plan
+from rapydli_flow.testing.chaos import survive
 from rapydli_flow.testing.plans import programs
 
 STEPS, LONG = 160, 1500  # LONG: several segments where nothing pauses the run
@@ -100,6 +101,14 @@ def test_a_killed_worker_is_replaced(three, data, step, tmp_path, transport, vic
     assert all(read_snapshot(path).step % 20 == 0 for path in list_snapshots(tmp_path / "run" / "snapshots"))
 
 
+def test_faults_at_random(three):
+    """The short form of `make chaos`. A fault may hit the worker that has no rank."""
+    outcome = survive(three, ["kill", "stop"], ranks=2, seed=3)
+    assert outcome.good, outcome
+    assert outcome.same_bits
+    assert [fault.kind for fault in outcome.faults] == ["kill", "stop"]
+
+
 @pytest.mark.slow
 def test_a_worker_that_stands_still_is_replaced(three, data, step):
     want = rf.fit(step, data["train"], steps=LONG, plan=many(step, 2), seed=3)
@@ -132,25 +141,6 @@ def test_what_only_the_lost_rank_held_is_with_another(three, data, plain_step, h
     run = rf.fit(step, data["train"], steps=LONG, plan=plan, client=three, seed=3, callbacks=[strike])
     assert strike.recovered
     assert same_bits(run.state, want.state)
-
-
-@pytest.fixture
-def loose():
-    """A cluster, and what starts workers without nannies: those that are killed stay away."""
-    path = os.pathsep.join([str(Path(small_runs.__file__).parent), str(Path(rf.__file__).parents[1])])
-    started = []
-    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster) as client:
-
-        def start(count):
-            command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address]
-            command += ["--no-nanny", "--nthreads", "1", "--no-dashboard"]
-            env = {**os.environ, "PYTHONPATH": path}
-            started.extend(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for _ in range(count))
-
-        yield client, start
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.slow

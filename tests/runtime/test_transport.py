@@ -1,5 +1,6 @@
 """Transports: what all ranks gather, a rank that does not come, and leaving."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from distributed.utils import sync
 
 import rapydli_flow
 from rapydli_flow.errors import RunLost, SettingError
@@ -309,6 +311,25 @@ def test_a_peer_that_does_not_come(workers):
         peers[0].share("a test", b"")
     for peer in peers:
         peer.close()
+
+
+def test_a_peer_that_cannot_be_reached(workers):
+    """Its listener is gone; or something takes connections there that never says a word, as behind a firewall."""
+    first, second = (Peers(worker, rank, 2, timeout_s=0.5) for rank, worker in enumerate(workers[:2]))
+    here, gone = first.open(), second.open()
+    sync(workers[1].loop, second._close)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for address, why in (
+            (gone, "(refused|no answer)"),
+            (f"tcp://127.0.0.1:{silent.getsockname()[1]}", "no answer"),
+        ):
+            text = (
+                rf"rank 0 on worker {workers[0].address} cannot reach rank 1 at {address} in 0\.5 s \(.*{why}.*\)\. Is "
+                "its worker there, and does a firewall between them let this port through.* RAPYDLI_PEER_PORTS"
+            )
+            with pytest.raises(RunLost, match=text):
+                first.connect([here, address])
+    first.close()
 
 
 def test_a_peer_that_leaves(workers):
