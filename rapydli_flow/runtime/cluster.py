@@ -96,7 +96,7 @@ class Cluster(Backend):
         self.holding = holding(job.step, [program.layout for program in job.programs])
         self.tokens: list[Future] = []
         self.count = 0
-        self.looked = time.monotonic()
+        self.looked = self.felt = time.monotonic()
         self.heard = dict.fromkeys(self.addresses, self.looked)
         self.asked: dict[str, Any] = {}  # beats that are on their way
         self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads, ranks=job.ranks)
@@ -207,8 +207,13 @@ class Cluster(Backend):
         self._feel()
 
     def _feel(self) -> None:
-        """Ask workers for a sign of life; one that has not answered for some time is lost."""
+        """Ask workers for a sign of life; one that has not answered for some time is lost.
+
+        Time that the client spent elsewhere, in a callback, does not count: nobody was asked.
+        """
         now = time.monotonic()
+        elsewhere_s, self.felt = max(0.0, now - self.felt - 2 * BEAT_S), now
+        self.heard = {address: heard + elsewhere_s for address, heard in self.heard.items()}
         for number, address in enumerate(self.addresses):
             asked = self.asked.get(address)
             if asked is not None and asked[0].done():

@@ -11,10 +11,10 @@ from small_runs import deviation, make_step, many, records, same_bits
 import rapydli_flow as rf
 from rapydli_flow.data import list_snapshots, read_snapshot
 from rapydli_flow.errors import SettingError
-from rapydli_flow.runtime import train
+from rapydli_flow.runtime import cluster, train
 from rapydli_flow.runtime import worker as tasks
 from rapydli_flow.runtime.cluster import BEAT_S
-from rapydli_flow.runtime.events import Stepped
+from rapydli_flow.runtime.events import Recovered, Stepped, Validated
 from rapydli_flow.runtime.workers import ready_workers
 
 
@@ -149,6 +149,25 @@ class Slow(rf.Callback):
         if isinstance(event, Stepped):
             self.first_s = self.first_s or time.monotonic()
             time.sleep(0.1)
+
+
+class Busy(rf.Callback):
+    """Has something else to do for longer than a worker may be silent, when nothing is ordered."""
+
+    recovered = False
+
+    def on_event(self, event):
+        self.recovered |= isinstance(event, Recovered)
+        if isinstance(event, Validated):
+            time.sleep(3.5)
+
+
+def test_a_callback_that_takes_its_time_is_no_loss(client, step, data, monkeypatch):
+    monkeypatch.setattr(cluster, "BEAT_S", 0.2)
+    monkeypatch.setattr(cluster, "SILENT_S", 3.0)
+    busy = Busy()
+    rf.fit(step, data["train"], validation=data["test"], steps=9, plan=many(step, 2), client=client, callbacks=[busy])
+    assert not busy.recovered
 
 
 def test_workers_whose_segments_come_are_not_asked_for_signs_of_life(client, step, data, monkeypatch):
