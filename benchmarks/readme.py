@@ -165,8 +165,16 @@ def together() -> str:
         lines.append(f"| {what}: PyTorch DDP / ours | {r['speedup']:.2f} |")
         lines.append(f"| {what}: one worker of two threads / ours | {r['of_alone']:.2f} |")
     for r in rows.get("links", ()):
-        shares = f"{r['of_link']:.0%} of it, {r['of_socket']:.0%} of a plain socket"
-        lines.append(f"| all-reduce of 25 MB over a link of {r['link_gbit_s']} Gbit/s | {shares} |")
+        link = f"over a link of {r['link_gbit_s']} Gbit/s"
+        if r["ranks"] == 2:
+            shares = f"{r['of_link']:.0%} of it, {r['of_socket']:.0%} of a plain socket"
+            lines.append(f"| all-reduce of 25 MB {link} | {shares} |")
+        else:
+            what = f"the same of two ranks on each end {link}: by pieces / by hosts"
+            lines.append(f"| {what} | {1 / r['of_pieces']:.2f} |")
+    for r in rows.get("overlap", ())[1:]:
+        what = f"step of {r['network']} over a link of 1 Gbit/s: sums after the backward pass / {r['gradients']} it"
+        lines.append(f"| {what} | {1 / r['of_after']:.2f} |")
     parts = [r["of_unsplit"] for r in rows.get("spatial", ())[1:]]
     if parts:
         shares = ", ".join(f"{part:.0%}" for part in parts)
