@@ -29,7 +29,7 @@ from .transport import TIMEOUT_S, Transport, flattened
 class Peers(Transport):
     """Rank ``rank`` of ``ranks``, on a Dask worker. `open` first, then `connect` with everyone's addresses."""
 
-    chunk_bytes = 1 << 26  # a message costs about a millisecond
+    chunk_bytes = 1 << 21  # a message costs about a millisecond
 
     def __init__(self, worker: Any, rank: int, ranks: int, *, timeout_s: float = TIMEOUT_S) -> None:
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
