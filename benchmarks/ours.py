@@ -18,7 +18,7 @@ from rapydli_flow.graph import Graph, predicting
 from rapydli_flow.runtime import tuning
 from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.rank import Rank
-from rapydli_flow.runtime.transport import Alone, Transport, swap_bytes
+from rapydli_flow.runtime.transport import CHUNK_BYTES, Alone, Transport, swap_bytes
 from rapydli_flow.runtime.warm import warm
 from rapydli_flow.scheduler import Program
 from rapydli_flow.template import Device
@@ -65,8 +65,8 @@ class Step:
             x, label = data[i % len(data)]
             self.rank.feed({"x": x, "label": label})
             spent: dict[str, float] = {}
-            for _, title, time_s in self.rank.step_timed(SEED, 0)[1]:
-                spent[title] = spent.get(title, 0.0) + time_s * 1e3
+            for took in self.rank.step_timed(SEED, 0)[1]:
+                spent[took.title] = spent.get(took.title, 0.0) + took.time_s * 1e3
             found.append(spent)
         return _medians(found)
 
@@ -79,7 +79,7 @@ class Part(Step):
         self.network = traced(case, batch, dropout=dropout)
         known = tuning.known(host())
         both = halves(self.network, known)
-        self._begin(both[number], known.device, 1, join(max(map(swap_bytes, both))))
+        self._begin(both[number], known.device, 1, join(max(swap_bytes(program, 2, CHUNK_BYTES) for program in both)))
 
     @property
     def rows(self) -> slice:

@@ -50,6 +50,7 @@ class Idle(Cluster):
         self.client, self.addresses = client, tuple(addresses)
         self.job: Any = SimpleNamespace(run=f"idle-{time.monotonic_ns()}", ranks=len(addresses), timeout_s=LIMIT_S)
         self.count, self.looked = 0, time.monotonic()
+        self.felt = self.looked
         self.heard, self.asked = dict.fromkeys(self.addresses, self.looked), {}
         self.tokens: list[Any] = self.each("prepare", ready, self.job.run)
         self.results(self.tokens)

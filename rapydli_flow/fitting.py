@@ -56,7 +56,7 @@ from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.workers import workers_for
-from .scheduler import Placement, Plan, Program, make_plan, remade
+from .scheduler import Placement, Plan, Program, make_plan, remade, traffic
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -118,6 +118,8 @@ class _Collect(Callback):
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Stepped):
+            if self.run.segments:  # of a long run they would be too much
+                self.run.segments[-1] = replace(self.run.segments[-1], timeline=())
             self.run.segments.append(event)
             for name, values in event.scalars.items():
                 self.run.scalars.setdefault(name, []).extend(values)
@@ -225,6 +227,7 @@ class Fitting:
             self.client,
             folder.name if folder else "",
             programs,
+            sent_bytes=traffic(programs, average_every=plan.average_every),
             addresses=backend.addresses if isinstance(backend, Elastic) else (),
             granularity=options.granularity,
         )

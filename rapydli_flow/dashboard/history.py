@@ -7,6 +7,7 @@ are too many, the last one never.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ class Told:
     segments: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     changed: int = 0
+    counts: Counter[str] = field(default_factory=Counter)  # of lines by kind, the forgotten ones too
 
     @property
     def key(self) -> str:
@@ -46,13 +48,17 @@ class Told:
     def add(self, line: dict[str, Any]) -> None:
         self.changed += 1
         kind = line.get("kind")
+        self.counts[str(kind)] += 1
         if kind == "step":
             self.steps = _bounded([*self.steps, line], STEPS)
         elif kind == "segment":
+            if "timeline" in line:  # the newest one is shown, and they are much
+                for segment in self.segments:
+                    segment.pop("timeline", None)
             self.segments = _bounded([*self.segments, line], SEGMENTS)
         else:
             if kind == "recovered" and line.get("addresses"):
-                self.about = {**self.about, **{k: line.pop(k) for k in ("addresses", "arena_bytes")}}
+                self.about = {**self.about, **{k: line.pop(k) for k in ("addresses", "arena_bytes", "sent_bytes")}}
             self.events = [*self.events[:1], *self.events[1:][-EVENTS + 2 :], line]
 
     def numbers(self) -> Numbers:

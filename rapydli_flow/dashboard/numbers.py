@@ -33,7 +33,8 @@ class Numbers:
     """A run as its log tells it. ``train`` and ``held_out`` hold a series for each scalar and metric.
 
     ``step_s``: seconds a step, ``feed_s``: how much of it records were waited for, where that is known. ``ranks_s``:
-    seconds of a step of each rank in kernels, in meeting others, and in loading.
+    seconds of a step of each rank by kind, as in `KINDS`; ``timeline``: what each rank did in a step, as number of a
+    kind, begin and end.
     """
 
     started: dict[str, Any]
@@ -46,7 +47,8 @@ class Numbers:
     feed_s: Series | None = None
     feed_share: float | None = None
     ops_s: dict[str, float] = field(default_factory=dict)
-    ranks_s: tuple[tuple[float, float, float], ...] = ()
+    ranks_s: tuple[tuple[float, ...], ...] = ()
+    timeline: tuple[tuple[tuple[int, float, float], ...], ...] = ()
     events: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -92,6 +94,7 @@ def numbers_of(lines: Sequence[dict[str, Any]]) -> Numbers:
         feed_share=_share(warm),
         ops_s=_ops(warm),
         ranks_s=next((tuple(map(tuple, s["ranks"])) for s in reversed(warm) if s.get("ranks")), ()),
+        timeline=next((s["timeline"] for s in reversed(segments) if s.get("timeline")), ()),
         events=tuple(line for line in lines if line.get("kind") not in ("step", "segment")),
     )
 

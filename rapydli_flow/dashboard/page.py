@@ -1,7 +1,8 @@
 """The page "rapydli" on Dask's own dashboard: what runs do while they do it.
 
 It runs on the scheduler, in the Bokeh server that is there: loss and metrics, records a second, working and
-waiting, time by op, the memory of each worker against the plan, events. Figures and words are those of the
+waiting, time by op, what ranks do from when to when and send to each other, the memory of each worker against the plan,
+events. Figures and words are those of the
 report. What it shows comes from `rapydli_flow.runtime.publish`, memory from the scheduler's own numbers.
 """
 
@@ -16,6 +17,7 @@ from bokeh.models import ColumnDataSource, Div, Select
 from . import parts
 from .curves import columns, curves, form
 from .history import History, Told
+from .metrics import runs
 from .serving import CARD, SHEET, fill, prefix_of, serve
 
 PATH = "rapydli"
@@ -34,6 +36,7 @@ class Page:
         self.scheduler, self.history = scheduler, History()
         self.clocks: dict[str, dict[str, float]] = {}
         serve(scheduler, prefix, PATH, self.open)
+        runs.add(self.history)
 
     def hear(self, message: Any) -> None:
         """A message of a run."""
@@ -99,7 +102,7 @@ class View:
         self.choice.on_change("value", lambda attr, old, new: self.refresh())
         self.words = {
             name: Div(text="", name=name, stylesheets=[self.sheet], sizing_mode="stretch_width", margin=0)
-            for name in ("header", "tiles", "ops", "memory", "ranks", "events", "plan")
+            for name in ("header", "tiles", "ops", "memory", "ranks", "links", "events", "plan")
         }
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         self.figures = column(name="figures", spacing=14, **wide)
@@ -109,6 +112,7 @@ class View:
             self.figures,
             row(self.words["ops"], self.words["memory"], spacing=14, **wide),
             self.words["ranks"],
+            self.words["links"],
             self.words["events"],
             self.words["plan"],
             name="page",
@@ -143,6 +147,7 @@ class View:
             tiles=parts.tiles(numbers),
             ops=parts.time(numbers),
             ranks=parts.ranks(numbers),
+            links=parts.links(run.about.get("sent_bytes") or ()),
             events=parts.events(numbers, newest_first=True),
             plan=parts.plan(numbers),
         )

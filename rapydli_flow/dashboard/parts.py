@@ -9,9 +9,10 @@ from typing import Any
 
 from ..markup import number, size
 from ..runtime.events import SNAPSHOTS
+from ..runtime.timeline import KINDS
 from .numbers import Numbers
 
-SHOWN_OPS = 14
+SHOWN_OPS, SHOWN_RANKS = 14, 16
 STYLE = Path(__file__).with_name("report.css")
 LOW = ("loss", "error", "perplexity")  # metrics that are better when they are smaller
 BEGINNING = ("ranks", "threads", "batch", "steps", "granularity", "seed")  # what the table of events says of it
@@ -96,18 +97,58 @@ def time(numbers: Numbers, *, across: bool = False) -> str:
 
 
 def ranks(numbers: Numbers) -> str:
-    """Bars in three parts: where each rank's time of a step goes."""
+    """Bars in parts: where each rank's time of a step goes; and a step of all ranks, one below the other."""
     if len(numbers.ranks_s) < 2:
         return ""
     longest = max(max(map(sum, numbers.ranks_s)), 1e-12)
-    bars = ""
+    head = "".join(f'<td class="{kind}">{kind}</td>' for kind in KINDS)
+    bars = f"<tr><td></td><td></td>{head}</tr>"
     for rank, times in enumerate(numbers.ranks_s):
-        parts = zip(("kernels", "meeting", "loading"), times, strict=True)
-        inside = "".join(f'<s class="{name}" style="width:{100 * t / longest:.2f}%"></s>' for name, t in parts)
+        parts = zip(KINDS, times, strict=True)
+        inside = "".join(f'<s class="{kind}" style="width:{100 * t / longest:.2f}%"></s>' for kind, t in parts)
         told = "".join(f"<td>{1e3 * t:.3g} ms</td>" for t in times)
         bars += f'<tr><td>rank {rank}</td><td><div class="stacked">{inside}</div></td>{told}</tr>'
-    words = "of one step: in kernels, in meeting other ranks and waiting for them, in loading records"
-    return card("ranks", f'<table class="bars">{bars}</table>', words, wide=True)
+    words = "of one step; over connections, what is on its way counts as waiting"
+    return card("ranks", f'<table class="bars">{bars}</table>{_timeline(numbers)}', words, wide=True)
+
+
+def _timeline(numbers: Numbers) -> str:
+    """What each rank did from when to when in a step."""
+    if not any(numbers.timeline):
+        return ""
+    end_s = max(spans[-1][2] for spans in numbers.timeline if spans)
+    lanes = ""
+    for rank, spans in enumerate(numbers.timeline):
+        inside = "".join(
+            f'<s class="{KINDS[kind]}" style="left:{100 * a / end_s:.2f}%;width:{100 * (b - a) / end_s:.2f}%" '
+            f'title="{KINDS[kind]}: {1e3 * (b - a):.3g} ms from {1e3 * a:.3g} ms on"></s>'
+            for kind, a, b in spans
+        )
+        lanes += f'<tr><td>rank {rank}</td><td><div class="lane">{inside}</div></td></tr>'
+    ends = f'<tr><td></td><td><div class="ends"><i>0</i><i>{1e3 * end_s:.3g} ms</i></div></td></tr>'
+    return f'<table class="bars timeline">{lanes}{ends}</table>'
+
+
+def links(sent_bytes: Sequence[Sequence[int]]) -> str:
+    """What each rank sends to each in a step: the more, the darker; of many ranks the first `SHOWN_RANKS`."""
+    if len(sent_bytes) < 2:
+        return ""
+    shown = [row[:SHOWN_RANKS] for row in sent_bytes[:SHOWN_RANKS]]
+    most = max(max(map(max, shown)), 1)
+    head = "".join(f"<th>to {rank}</th>" for rank in range(len(shown)))
+    rows = ""
+    for rank, row in enumerate(shown):
+        cells = "".join(
+            f'<td style="background:rgba(221,116,32,{0.6 * sent / most:.2f})">{size(sent) if sent else ""}</td>'
+            for sent in row
+        )
+        rows += f"<tr><th>rank {rank}</th>{cells}<td>{size(sum(sent_bytes[rank]))}</td></tr>"
+    words = "what ranks send to each other in a step, by the plan"
+    if len(shown) < len(sent_bytes):
+        words += f"; the first {len(shown)} of {len(sent_bytes)}"
+    return card(
+        "links", f'<table class="links"><tr><th></th>{head}<th>together</th></tr>{rows}</table>', words, wide=True
+    )
 
 
 def plan(numbers: Numbers) -> str:

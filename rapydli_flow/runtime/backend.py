@@ -21,6 +21,7 @@ from ..graph import Graph
 from ..spec import Array, Block
 from .events import SNAPSHOTS
 from .segment import SegmentResult
+from .timeline import aligned
 
 Pending = Callable[[], Any]
 Blocks = Mapping[str, Block]  # of a rank, by leaf
@@ -39,6 +40,7 @@ class Recovery:
     addresses: tuple[str, ...] = ()
     arena_bytes: tuple[int, ...] = ()
     explanation: str = ""
+    sent_bytes: tuple[tuple[int, ...], ...] = ()
 
 
 class Backend(ABC):
@@ -151,7 +153,7 @@ def holding(graph: Graph, held: Sequence[Blocks]) -> int:
 
 def one_result(results: Sequence[SegmentResult]) -> SegmentResult:
     """What ranks tell as one result: their numbers are the same, or their mean counts where each trains by itself; the
-    time is that of the slowest."""
+    time is that of the slowest, the time by op the mean."""
     first = results[0]
     if any(result.scalars != first.scalars for result in results):
         every = {k: zip(*(r.scalars[k] for r in results), strict=True) for k in first.scalars}
@@ -159,4 +161,13 @@ def one_result(results: Sequence[SegmentResult]) -> SegmentResult:
         first = replace(first, scalars=means)
     slowest = max(r.time_s for r in results)
     feed_s = max(r.feed_s for r in results)
-    return replace(first, rank=0, time_s=slowest, feed_s=feed_s, ranks=tuple(r.shares for r in results))
+    titles = dict.fromkeys(title for r in results for title in r.ops)
+    return replace(
+        first,
+        rank=0,
+        time_s=slowest,
+        feed_s=feed_s,
+        ops={title: sum(r.ops.get(title, 0.0) for r in results) / len(results) for title in titles},
+        ranks=tuple(r.shares for r in results),
+        timeline=aligned([r.spans for r in results]),
+    )

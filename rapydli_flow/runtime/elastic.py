@@ -146,8 +146,8 @@ class Elastic(Recovering):
         job = self.cluster.job
         arenas = tuple(program.memory_bytes for program in job.programs)
         seconds = time.monotonic() - begin
-        told = self.placement.explain()
-        return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas, told)
+        told, sent = self.placement.explain(), tuple(map(tuple, self.placement.traffic))
+        return Recovery(step, results, job.ranks, seconds, reason, self.meta, self.addresses, arenas, told, sent)
 
     def _gone_back(self, old: Cluster, error: RunLost, pending: Sequence[Callable[[], Any]]) -> tuple[int, Begin]:
         """The step to go back to, and its state: copies on workers, the beginning, or the last snapshot."""

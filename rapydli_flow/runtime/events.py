@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from ..errors import SettingError
 from .process import this_process
+from .timeline import Span
 
 SNAPSHOTS = "snapshots"  # the folder of those that a run goes on from
 RATE_FACTOR = "rate_factor"
@@ -45,7 +46,8 @@ class Started:
 class Stepped:
     """Steps ``first`` to ``first + steps - 1`` are done: their scalars, and where the time went.
 
-    ``ops``: seconds of one step of rank 0 by op; ``ranks``: of every rank in kernels, in meeting others, in loading.
+    Of the last one, ``ops``: seconds by op, the mean over ranks; ``ranks``: seconds of every rank by kind, as in
+    `KINDS`; ``timeline``: what every rank did from when to when.
     """
 
     first: int
@@ -54,7 +56,8 @@ class Stepped:
     time_s: float
     feed_s: float
     ops: Mapping[str, float] = field(default_factory=dict)
-    ranks: tuple[tuple[float, float, float], ...] = ()
+    ranks: tuple[tuple[float, ...], ...] = ()
+    timeline: tuple[tuple[Span, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Saved:
 class Recovered:
     """Workers were lost, or came: the run goes on from ``step`` with so many ranks, ``seconds`` later.
 
-    ``explanation``: where they are placed now.
+    ``explanation``: where they are placed now; ``sent_bytes``: what each rank sends to each in a step.
     """
 
     step: int
@@ -88,6 +91,7 @@ class Recovered:
     addresses: tuple[str, ...] = ()
     arena_bytes: tuple[int, ...] = ()
     explanation: str = ""
+    sent_bytes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ class Hosts(Transport):
         self.topology = far.topology
         self.numbers = {rank: number for number, rank in enumerate(here)}  # in shared memory
 
+    @property
+    def waited_s(self) -> float:  # type: ignore[override]
+        return self.far.waited_s + (self.near.waited_s if self.near is not None else 0.0)
+
     def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
         self.far.post(name, {r: parts for r, parts in sends.items() if r not in self.numbers})
         if self.near is not None:

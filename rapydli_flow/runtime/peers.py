@@ -7,6 +7,7 @@ certificates are the worker's own.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -148,7 +149,9 @@ class Peers(Transport):
         async with asyncio.timeout(self.timeout_s):
             if written is not None:
                 await asyncio.wrap_future(written)
+            begin = time.monotonic()
             got = {source: await future for source, future in expected.items()}
+            self.waited_s += time.monotonic() - begin
         for source in sources:
             del self._inbox[source, self._taken[source]]
         return got

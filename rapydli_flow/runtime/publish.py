@@ -23,6 +23,7 @@ from distributed import Client, SchedulerPlugin
 
 from ..scheduler import Program
 from .events import Callback, Ended, Event, Recovered, Saved, Stepped, Validated
+from .timeline import KINDS
 
 TOPIC, TUNING = "rapydli", "rapydli-tuning"
 PAGES = {  # imported by name, on the scheduler: they are floors above this one
@@ -31,6 +32,7 @@ PAGES = {  # imported by name, on the scheduler: they are floors above this one
 }
 POINTS = 32  # steps of a segment that are told, the last one among them
 LINES = 200  # of one message
+TIMELINE_S = 2.0  # from one timeline to the next: the scheduler keeps a thousand messages
 FLUSH_S = 1.0  # the end of a run is waited for, so that a client may close after it
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Publisher(Callback):
         self.waiting: deque[dict[str, Any]] = deque()
         self.sent = threading.Event()
         self.sending = self.broken = False
+        self.drawn = -TIMELINE_S  # when a timeline was told last
 
     def on_event(self, event: Event) -> None:
         if self.broken:
@@ -71,6 +74,9 @@ class Publisher(Callback):
         told = lines(event)
         if isinstance(event, Stepped) and self.about["granularity"] != "segment":
             told[-1].pop("feed_s")  # batches are read by tasks of their own
+        if isinstance(event, Stepped) and event.timeline and time.monotonic() - self.drawn >= TIMELINE_S:
+            self.drawn = time.monotonic()
+            told[-1]["timeline"] = [[(KINDS.index(kind), a, b) for kind, a, b in spans] for spans in event.timeline]
         self.sent.clear()
         self.waiting.extend(told)
         self.client.loop.add_callback(self._send)
@@ -108,11 +114,18 @@ def show_page(client: Client) -> bool:
 
 
 def publishing(
-    client: Client | None, name: str, programs: Sequence[Program], *, addresses: Sequence[str], granularity: str
+    client: Client | None,
+    name: str,
+    programs: Sequence[Program],
+    *,
+    sent_bytes: Sequence[Sequence[int]],
+    addresses: Sequence[str],
+    granularity: str,
 ) -> tuple[Callback, ...]:
     """The callback that tells a run to the scheduler of a client, and the page there; () where there is none.
 
-    ``addresses``: the worker of each rank, where ranks stay on workers.
+    ``sent_bytes``: what each rank sends to each in a step; ``addresses``: the worker of each rank, where ranks stay on
+    workers.
     """
     if client is None or not show_page(client):
         return ()
@@ -121,6 +134,7 @@ def publishing(
         "begun": time.time(),
         "granularity": granularity,
         "addresses": list(addresses),
+        "sent_bytes": [list(row) for row in sent_bytes],
         "arena_bytes": [program.memory_bytes for program in programs],
         "tasks": [] if granularity == "segment" else _tasks(programs),
     }

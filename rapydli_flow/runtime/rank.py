@@ -18,6 +18,7 @@ from ..scheduler import Buffer, Call, Collective, Program, Wait
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request
+from .timeline import Took
 from .transport import Alone, Transport
 
 ALIGN, HUGE_BYTES = 64, 1 << 21
@@ -186,22 +187,27 @@ class Rank:
 
     def step_timed(
         self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS
-    ) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
-        """Like `step`; also (node, op, seconds) of every call and collective."""
+    ) -> tuple[dict[str, float], list[Took]]:
+        """Like `step`; also what every call and collective took."""
         self.set_clock(seed, step, clocks)
-        times: list[tuple[str, str, float]] = []
+        times: list[Took] = []
         out_ns = np.zeros(len(self._calls), np.int64)
         for part in self._plan:
             if isinstance(part, _Run):
                 before = self._calls.run_timed(part.first, part.last, out_ns, threads=self.threads)
                 for i in range(part.first, part.last):
-                    times.append((self._names[i], self._titles[i], (out_ns[i] - before) * 1e-9))
+                    times.append(Took(self._names[i], self._titles[i], before * 1e-9, (out_ns[i] - before) * 1e-9))
                     before = int(out_ns[i])
             else:
-                begin = time.perf_counter()
-                self._other(part)
-                times.append((part.name, part.title, time.perf_counter() - begin))
+                times.append(self._timed(part.name, part.title, partial(self._other, part)))
         return self.scalars(), times
+
+    def _timed(self, name: str, title: str, work: Callable[[], object]) -> Took:
+        """Do something, and say what it took; what is not done by this thread may have waited longer than this one."""
+        waited_s, begin = self.transport.waited_s, time.perf_counter()
+        work()
+        time_s = time.perf_counter() - begin
+        return Took(name, title, begin, time_s, min(time_s, self.transport.waited_s - waited_s))
 
     def first_nonfinite(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> int | None:
         """Like `step`; the position in the program of the first node whose output is not finite, if any."""

@@ -23,6 +23,7 @@ from ..spec import Array
 from .copies import Copies
 from .feeding import Given, RankFeed
 from .rank import CLOCKS, Rank
+from .timeline import Span, spans
 from .transport import Transport
 
 KEPT = "Snapshots written before are kept."
@@ -32,7 +33,9 @@ KEPT = "Snapshots written before are kept."
 class SegmentResult:
     """What a segment tells: scalars of each step, seconds, and where the time of one step went.
 
-    ``ranks``: for each rank, seconds of a step in kernels, in meeting others (waiting for them too), and in loading.
+    Of one rank, ``ops`` and ``waited_s``: seconds of its last step by op, and of that waiting for others; ``spans``:
+    what it did from when to when. Of all ranks, ``ops`` is their mean, ``ranks`` has the `shares` of each, and
+    ``timeline`` their spans side by side.
     """
 
     rank: int
@@ -42,13 +45,17 @@ class SegmentResult:
     time_s: float
     feed_s: float
     ops: Mapping[str, float] = field(default_factory=dict)
-    ranks: tuple[tuple[float, float, float], ...] = ()
+    waited_s: float = 0.0
+    spans: tuple[Span, ...] = ()
+    ranks: tuple[tuple[float, ...], ...] = ()
+    timeline: tuple[tuple[Span, ...], ...] = ()
 
     @property
-    def shares(self) -> tuple[float, float, float]:
-        """This rank's seconds of a step in kernels, in meeting others, and in loading."""
+    def shares(self) -> tuple[float, ...]:
+        """This rank's seconds of a step by kind, as in `KINDS`."""
         meeting = sum(time_s for title, time_s in self.ops.items() if title in TITLES)
-        return sum(self.ops.values()) - meeting, meeting, self.feed_s / self.steps
+        waiting = self.waited_s
+        return sum(self.ops.values()) - meeting, meeting - waiting, waiting, self.feed_s / self.steps
 
     @property
     def last(self) -> int:
@@ -137,15 +144,18 @@ class Trainer:
         together = self.average is None and self.rank.together
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
+        waited_s, seen = 0.0, tuple[Span, ...]()
         feed_s, begin = 0.0, time.perf_counter()
         for step in range(first, first + steps):
             fed = time.perf_counter()
             self.rank.feed(self.feed.batch(step))
-            feed_s += time.perf_counter() - fed
+            loaded = time.perf_counter()
+            feed_s += loaded - fed
             if profile and step == first + steps - 1:
                 values, times = self.rank.step_timed(self.seed, step, clocks)
-                for _, title, time_s in times:
-                    ops[title] = ops.get(title, 0.0) + time_s
+                for took in times:
+                    ops[took.title] = ops.get(took.title, 0.0) + took.time_s
+                waited_s, seen = sum(took.waited_s for took in times), spans((fed, loaded), times)
             else:
                 values = self.rank.step(self.seed, step, clocks)
             for name, value in values.items():
@@ -162,7 +172,8 @@ class Trainer:
             if self.copies is not None:
                 self.copies.settle(first)
         frozen = {name: tuple(values) for name, values in scalars.items()}
-        return SegmentResult(self.number, first, steps, frozen, time.perf_counter() - begin, feed_s, ops)
+        time_s = time.perf_counter() - begin
+        return SegmentResult(self.number, first, steps, frozen, time_s, feed_s, ops, waited_s, seen)
 
     def _agree(self, first: int, losses: Sequence[float]) -> None:
         """NonFinite on all ranks if a loss of one of them, which trained by itself, is not finite."""

@@ -133,6 +133,7 @@ class SharedMemory(Transport):
             _raise(self._counters, self._handed(self.rank, target))
 
     def _until(self, name: str, other: int, at: int, goal: int, limit: float) -> None:
+        begin = time.monotonic()
         while not _wait(self._counters, at, goal, LOOKS):
             if not self._open:
                 raise RunLost(f"rank {self.rank}: the run was given up while it waited for rank {other}.")
@@ -141,6 +142,7 @@ class SharedMemory(Transport):
                     f"rank {self.rank}: rank {other} did not come to {name} in {self.timeout_s:g} s. Its worker may "
                     "be dead or stopped; resume from the last snapshot."
                 )
+        self.waited_s += time.monotonic() - begin
 
     def release(self) -> None:
         for source in self._reading:

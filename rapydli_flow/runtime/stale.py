@@ -10,7 +10,6 @@ are never mixed up; see `rapydli_flow.scheduler.stale` for the two halves.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from ..scheduler.stale import HANDED
 from ..spec import Array
 from ..template import Device
 from .rank import CLOCKS, Rank
+from .timeline import Took
 from .transport import Transport
 
 
@@ -87,12 +87,10 @@ class StaleRank(Rank):
 
     def step_timed(
         self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS
-    ) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
-        begin = time.perf_counter()
-        self._begin()
-        waited = time.perf_counter() - begin
+    ) -> tuple[dict[str, float], list[Took]]:
+        begun = self._timed("updates", EXCHANGE, self._begin)
         _, times = self.front.step_timed(seed, step, clocks)
-        return self._hand_over(seed, step, clocks), [("updates", EXCHANGE, waited), *times]
+        return self._hand_over(seed, step, clocks), [begun, *times]
 
     def finish(self) -> None:
         self._catch_up(0)

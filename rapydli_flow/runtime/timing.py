@@ -144,7 +144,7 @@ def measure_step(
         begin = time.perf_counter()
         rank.step(seed, i)
         whole.append(time.perf_counter() - begin)
-        calls.append([time_s for _, _, time_s in rank.step_timed(seed, i + 1)[1]])
+        calls.append([took.time_s for took in rank.step_timed(seed, i + 1)[1]])
     rank.close()
     where = places(graph, rank_graph)
     kernels = []

@@ -213,7 +213,7 @@ class Loop:
             self._stepped(result)
         self.queue.clear()
         self.ordered, self.meta, self.step_s = again.step, {**self.meta, **again.meta}, None
-        where = again.addresses, again.arena_bytes, again.explanation
+        where = again.addresses, again.arena_bytes, again.explanation, again.sent_bytes
         self.tell(Recovered(again.step, again.ranks, again.seconds, again.reason, *where))
 
     def _pause(self) -> None:
@@ -300,7 +300,8 @@ class Loop:
             self.step_s = result.time_s
         new = result.since(self.done)
         self.done = result.last
-        self.tell(Stepped(new.first, new.steps, new.scalars, new.time_s, new.feed_s, new.ops, new.ranks))
+        where = new.ops, new.ranks, new.timeline
+        self.tell(Stepped(new.first, new.steps, new.scalars, new.time_s, new.feed_s, *where))
 
     def _validated(self, step: int) -> Callable[[Any], None]:
         epoch = -(-step // self.schedule.steps_per_epoch)

@@ -32,6 +32,7 @@ class Transport(ABC):
     rank: int
     ranks: int
     chunk_bytes = CHUNK_BYTES
+    waited_s: float = 0.0  # seconds in all in which what others send was not there yet, or they had no room
 
     @cached_property
     def topology(self) -> Topology:
@@ -213,7 +214,8 @@ class Threads(Transport):
             self._board.changed.notify_all()
 
     def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
-        board, limit = self._board, time.monotonic() + self.timeout_s
+        board, begin = self._board, time.monotonic()
+        limit = begin + self.timeout_s
         with board.changed:
             got = {}
             for rank in sizes:
@@ -225,6 +227,7 @@ class Threads(Transport):
                 got[rank] = board.messages[rank, self.rank].popleft()
             if board.closed:
                 raise RunLost(f"rank {self.rank}: another rank of this process stopped.")
+        self.waited_s += time.monotonic() - begin
         return got
 
     def release(self) -> None:

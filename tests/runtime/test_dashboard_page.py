@@ -10,12 +10,17 @@ import pytest
 from bokeh.client import pull_session
 from bokeh.models import ColumnDataSource
 from distributed import Client, LocalCluster
+from prometheus_client.parser import text_string_to_metric_families
 from small_runs import many
 
 import rapydli_flow as rf
 from rapydli_flow.dashboard.history import EVENTS, RUNS, SEGMENTS, STEPS, History
+from rapydli_flow.markup import size
 from rapydli_flow.runtime.events import Ended, Saved, Started, Stepped, Validated
 from rapydli_flow.runtime.publish import POINTS, lines, publishing
+from rapydli_flow.runtime.timeline import KINDS
+from rapydli_flow.scheduler import traffic
+from rapydli_flow.testing.plans import NUMPY
 
 
 def address(client, page="rapydli"):
@@ -112,6 +117,40 @@ def test_the_page_follows_a_run(client, step, data, look):
     assert sources["validation loss"]["value"][0] == run.validation[0].metrics["loss"]
 
 
+def test_ranks_are_shown_side_by_side_with_what_they_send(client, step, data, look):
+    plan = rf.plan(step, ranks=2, threads=1)
+    rf.fit(step, data["train"], steps=20, client=client, plan=plan)
+    page = look(client)
+    shown = page.text("ranks")
+    assert shown.count('class="lane"') == 2
+    for kind in KINDS:
+        assert f'<td class="{kind}">{kind}</td>' in shown
+        assert f'title="{kind}: ' in shown
+    sent = traffic(plan.programs(step, NUMPY))
+    assert sent[0][1] > 0
+    assert [row.count(size(sent[0][1])) for row in page.text("links").split("<tr>")[2:]] == [2, 2]  # and together
+
+
+def test_prometheus_is_told_of_runs(client, step, data, tmp_path):
+    how = {"client": client, "plan": many(step, 2), "validation": data["test"], "run_dir": tmp_path / "told"}
+    run = rf.fit(step, data["train"], steps=20, snapshot_every=10, **how)
+    with urlopen(address(client, "metrics"), timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples if sample.labels.get("name") == "told"]
+    found = {(s.name, *(v for k, v in s.labels.items() if k not in ("run", "name"))): s.value for s in samples}
+    assert found["rapydli_run_steps",] == found["rapydli_run_planned_steps",] == 20
+    assert found["rapydli_run_going",] == 0
+    assert found["rapydli_run_training", "loss"] == run.scalars["loss"][-1]
+    assert found["rapydli_run_validation", "loss"] == run.validation[-1].metrics["loss"]
+    assert found["rapydli_run_snapshots_total",] == 2
+    assert found["rapydli_run_recoveries_total",] == 0
+    assert found["rapydli_run_records_per_second",] == pytest.approx(8 / found["rapydli_run_step_seconds",])
+    assert {key[1:] for key in found if key[0] == "rapydli_run_rank_seconds"} == {
+        (kind, rank) for rank in "01" for kind in KINDS
+    }
+    assert found["rapydli_run_sent_bytes", "0"] == sum(traffic(how["plan"].programs(step, NUMPY))[0])
+
+
 def test_runs_can_be_chosen(client, step, data, look, tmp_path):
     for name in ("first", "second"):
         rf.fit(step, data["train"], steps=2, client=client, plan=many(step, 2), run_dir=tmp_path / name)
@@ -139,7 +178,7 @@ def test_a_run_that_fails_says_why(client, step, data, look):
 
 
 def test_the_page_is_in_the_navigation_of_the_others(client):
-    (callback,) = publishing(client, "", [], addresses=(), granularity="segment")
+    (callback,) = publishing(client, "", [], sent_bytes=(), addresses=(), granularity="segment")
     assert callback.client is client
     for page in ("status", "rapydli"):
         with urlopen(address(client, page)) as answer:
@@ -149,7 +188,7 @@ def test_the_page_is_in_the_navigation_of_the_others(client):
 
 def test_runs_of_a_client_that_is_gone(client, look):
     with Client(client.scheduler.address, set_as_default=False) as other:
-        (callback,) = publishing(other, "left", [], addresses=(), granularity="segment")
+        (callback,) = publishing(other, "left", [], sent_bytes=(), addresses=(), granularity="segment")
         callback.on_event(Started(0, 9, 9, 1, 1, 1, "segment"))
         assert callback.sent.wait(30)
         assert ">running<" in look(client).text("header")
@@ -179,7 +218,7 @@ def test_a_cluster_without_a_dashboard(step, data, caplog):
 
 
 def test_without_a_client_nothing_is_told():
-    assert publishing(None, "", [], addresses=(), granularity="segment") == ()
+    assert publishing(None, "", [], sent_bytes=(), addresses=(), granularity="segment") == ()
 
 
 # what is told, and what is kept of it -------------------------------------------------------------------
