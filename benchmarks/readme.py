@@ -173,7 +173,7 @@ def together() -> str:
             what = f"the same of two ranks on each end {link}: by pieces / by hosts"
             lines.append(f"| {what} | {1 / r['of_pieces']:.2f} |")
     for r in rows.get("overlap", ())[1:]:
-        what = f"step of {r['network']} over a link of 1 Gbit/s: sums after the backward pass / {r['gradients']} it"
+        what = f"step of {r['network']} over a link of 1 Gbit/s: sums after the backward pass / {r['gradients']}"
         lines.append(f"| {what} | {1 / r['of_after']:.2f} |")
     parts = [r["of_unsplit"] for r in rows.get("spatial", ())[1:]]
     if parts:
