@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..ops import Op
+from ..ops import Op, Sample
 from ..spec import Array, Block, Spec
 
 EXCHANGE, ASSEMBLE = "exchange", "assemble"  # titles: between ranks, and of what a rank has in pieces itself
@@ -78,6 +78,10 @@ class Wait(Op):
 
     def reference(self, x: Array) -> Array:
         return x
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Spec((2, 3)),)),)
 
 
 @dataclass(frozen=True)
