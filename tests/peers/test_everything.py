@@ -19,6 +19,7 @@ ELSEWHERE = {
     "normalize_by": "made by a pass, of batch norm; networks of test_zoo have it",
     "all_reduce": "between ranks",
     "exchange": "between ranks",
+    "wait": "between ranks",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
 from agree import TOLERANCE, Case, check, filters, first, last
 
@@ -47,6 +48,10 @@ def attention(q, k, v):
 
 def batch_norm(x, gain, bias, mean, var):
     return last(F.batch_norm(first(x), mean.detach().clone(), var.detach().abs(), gain, bias, training=True))
+
+
+def grouped_batch_norm(x, gain, bias, mean, var):
+    return torch.cat([batch_norm(part, gain, bias, mean, var) for part in x.split(2)])
 
 
 CASES = [
@@ -96,6 +101,7 @@ CASES = [
     ),
     pooled("l2_pool", lambda x: nn.l2_pool(x, 2), lambda x: F.lp_pool2d(x, 2.0, 2)),
     Case("batch_norm", nn.batch_norm, batch_norm, [X2]),
+    Case("batch_norm, groups", lambda x: nn.batch_norm(x, group=2), grouped_batch_norm, [(4, *X2[1:])]),
     Case("layer_norm", nn.layer_norm, lambda x, gain, bias: F.layer_norm(x, x.shape[-1:], gain, bias), [(3, 5, 16)]),
     Case(
         "group_norm",
