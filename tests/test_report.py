@@ -17,7 +17,7 @@ from rapydli_flow.dashboard.numbers import read_numbers, smooth
 from rapydli_flow.dashboard.report import Predictions, report
 from rapydli_flow.errors import SettingError, ShapeError
 from rapydli_flow.graph import to_json
-from rapydli_flow.runtime.events import Ended, Event, MetricsLog, Saved, Started, Stepped, Validated
+from rapydli_flow.runtime.events import Ended, Event, MetricsLog, Recovered, Saved, Started, Stepped, Validated
 from rapydli_flow.spec import Spec
 
 STARTED = Started(0, 20, 10, 32, 2, 4, "segment", "2 ranks <here>")
@@ -117,6 +117,12 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     assert "a <b>" in page.words
     assert "inf" in page.words  # the last loss
     assert "2 ranks <here>" in page.words
+
+
+def test_a_recovery_says_why_and_no_tables(tmp_path: Path) -> None:
+    again = Recovered(5, 2, 0.5, "rank 1 left", ("tcp://a", "tcp://b"), (1, 2), "where", ((0, 7), (7, 0)))
+    page = Page(report(log(tmp_path, STARTED, again)))
+    assert "ranks 2, seconds 0.5, reason rank 1 left" in page.words
 
 
 def test_a_run_that_goes_on_or_was_stopped(tmp_path: Path) -> None:

@@ -49,17 +49,19 @@ class Told:
         self.changed += 1
         kind = line.get("kind")
         self.counts[str(kind)] += 1
+        timeline = line.pop("timeline", ())  # of the segment before, or of this one
         if kind == "step":
             self.steps = _bounded([*self.steps, line], STEPS)
         elif kind == "segment":
-            if "timeline" in line:  # the newest one is shown, and they are much
-                for segment in self.segments:
-                    segment.pop("timeline", None)
             self.segments = _bounded([*self.segments, line], SEGMENTS)
         else:
             if kind == "recovered" and line.get("addresses"):
                 self.about = {**self.about, **{k: line.pop(k) for k in ("addresses", "arena_bytes", "sent_bytes")}}
             self.events = [*self.events[:1], *self.events[1:][-EVENTS + 2 :], line]
+        if timeline and self.segments:  # the newest one is shown, and they are much
+            for segment in self.segments:
+                segment.pop("timeline", None)
+            self.segments[-1]["timeline"] = timeline
 
     def numbers(self) -> Numbers:
         """What was told, as the report has it; a run without an end is running."""

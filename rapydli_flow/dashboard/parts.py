@@ -173,7 +173,7 @@ def _said(kind: str, after: Any, event: Mapping[str, Any]) -> str:
     if kind == "saved":
         folder = event.get("name", SNAPSHOTS)
         return (f"{folder}/step-{after:08d}" if folder == SNAPSHOTS else folder) if isinstance(after, int) else ""
-    unsaid = ("kind", "step", "explanation", "addresses", "arena_bytes")
+    unsaid = ("kind", "step", "explanation", "addresses", "arena_bytes", "sent_bytes")
     rest = {k: v for k, v in event.items() if k not in unsaid and v is not None}
     if kind == "started":
         rest = {k: v for k, v in rest.items() if k in BEGINNING}

@@ -23,7 +23,7 @@ from distributed import Client, SchedulerPlugin
 
 from ..scheduler import Program
 from .events import Callback, Ended, Event, Recovered, Saved, Stepped, Validated
-from .timeline import KINDS
+from .timeline import KINDS, Span
 
 TOPIC, TUNING = "rapydli", "rapydli-tuning"
 PAGES = {  # imported by name, on the scheduler: they are floors above this one
@@ -66,7 +66,8 @@ class Publisher(Callback):
         self.waiting: deque[dict[str, Any]] = deque()
         self.sent = threading.Event()
         self.sending = self.broken = False
-        self.drawn = -TIMELINE_S  # when a timeline was told last
+        self.timeline: Sequence[Sequence[Span]] = ()  # the newest, until it is told
+        self.drawn = -TIMELINE_S  # when one was told last
 
     def on_event(self, event: Event) -> None:
         if self.broken:
@@ -74,9 +75,13 @@ class Publisher(Callback):
         told = lines(event)
         if isinstance(event, Stepped) and self.about["granularity"] != "segment":
             told[-1].pop("feed_s")  # batches are read by tasks of their own
-        if isinstance(event, Stepped) and event.timeline and time.monotonic() - self.drawn >= TIMELINE_S:
-            self.drawn = time.monotonic()
-            told[-1]["timeline"] = [[(KINDS.index(kind), a, b) for kind, a, b in spans] for spans in event.timeline]
+        if isinstance(event, Stepped) and event.timeline:
+            self.timeline = event.timeline
+        if isinstance(event, Recovered):
+            self.timeline = ()  # of ranks that are no more
+        if self.timeline and (isinstance(event, Ended) or time.monotonic() - self.drawn >= TIMELINE_S):
+            told[-1]["timeline"] = [[(KINDS.index(kind), a, b) for kind, a, b in spans] for spans in self.timeline]
+            self.timeline, self.drawn = (), time.monotonic()
         self.sent.clear()
         self.waiting.extend(told)
         self.client.loop.add_callback(self._send)

@@ -119,9 +119,11 @@ def test_the_page_follows_a_run(client, step, data, look):
 
 def test_ranks_are_shown_side_by_side_with_what_they_send(client, step, data, look):
     plan = rf.plan(step, ranks=2, threads=1)
-    rf.fit(step, data["train"], steps=20, client=client, plan=plan)
+    run = rf.fit(step, data["train"], steps=20, client=client, plan=plan)
     page = look(client)
     shown = page.text("ranks")
+    end_s = max(spans[-1].end_s for spans in run.segments[-1].timeline)
+    assert f"<i>{1e3 * end_s:.3g} ms</i>" in shown  # the newest step, however short the run was
     assert shown.count('class="lane"') == 2
     for kind in KINDS:
         assert f'<td class="{kind}">{kind}</td>' in shown
