@@ -98,7 +98,7 @@ def measure_all(rank: int, addresses: list[str], run: str, size: int, rounds: in
     far, near = _open.pop(rank)
     far.connect(addresses)
     near = near or _memory(rank, run, far.topology)
-    ends = Hosts(far, _here(rank, far.topology), near)
+    ends = Hosts(far, far.topology.beside(rank), near)
     drawn = [np.random.default_rng(r).standard_normal(size // 4, dtype=np.float32) for r in range(ends.ranks)]
     op, out = AllReduce(ranks=tuple(range(ends.ranks))), np.empty_like(drawn[rank])
     times: list[list[float]] = [[] for _ in ways]
@@ -117,10 +117,6 @@ def measure_all(rank: int, addresses: list[str], run: str, size: int, rounds: in
     return [each[1:] for each in times]
 
 
-def _here(rank: int, topology: Topology) -> list[int]:
-    return [r for r, host in enumerate(topology.hosts) if host == topology.hosts[rank]]
-
-
 def _memory(rank: int, run: str, topology: Topology) -> SharedMemory:
-    here = _here(rank, topology)
+    here = topology.beside(rank)
     return SharedMemory(f"{run}-{topology.hosts[rank]}", here.index(rank), len(here), Hosts.chunk_bytes)

@@ -35,7 +35,7 @@ from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
 from .runtime.timing_report import Timing
 from .runtime.tuning_report import TuningReport
-from .runtime.workers import workers_for
+from .runtime.workers import Usual, workers_for
 from .scheduler import Links, Placement, Plan, Split, data_parallel, make_plan
 from .space import Rules
 from .spec import Array, Block
@@ -128,16 +128,11 @@ def plan(
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
-    hosts: set[str] = set()
-    if client is not None:
-        known = workers_for(client, ranks, 30.0)
-        hosts = {worker["host"] for worker in known.values()}
-        ranks = ranks or len(known)
-        threads = threads or min(worker["threads"] for worker in known.values())
+    usual = Usual.of(workers_for(client, ranks, 30.0) if client is not None else {})
     return make_plan(
         step,
-        ranks or 1,
-        threads=threads or settings().threads,
+        ranks or usual.ranks,
+        threads=threads or usual.threads,
         strategy=strategy,
         splits=splits,
         grid=grid,
@@ -146,7 +141,7 @@ def plan(
         shard=shard,
         average_every=average_every,
         staleness=staleness,
-        overlap=len(hosts) > 1 if overlap is None else overlap,
+        overlap=usual.overlap if overlap is None else overlap,
         wire=wire,
     )
 
@@ -169,7 +164,7 @@ def placement(
     Raises NoWorkers, TooLittleMemory or VersionMismatch as `fit` does.
     """
     workers = workers_for(client, plan.ranks if plan else None, timeout_s)
-    plan = plan or data_parallel(step, len(workers), threads=min(worker["threads"] for worker in workers.values()))
+    plan = plan or Usual.of(workers).plan(step)
     device = next(iter(workers.values()))["device"]
     tuning = tuner.known(device) if tuning is None else tuning
     programs = plan.programs(step, tuning)

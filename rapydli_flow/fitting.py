@@ -24,7 +24,6 @@ from .comparison import (
     records_s,
     settings_of,
 )
-from .config import settings
 from .data import Dataset, Feed, Snapshot, ingest, latest, read_snapshot
 from .errors import SettingError, SnapshotError
 from .graph import Graph, to_json
@@ -55,8 +54,8 @@ from .runtime.publish import publishing
 from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
-from .runtime.workers import workers_for
-from .scheduler import Placement, Plan, Program, make_plan, remade, traffic
+from .runtime.workers import Usual, workers_for
+from .scheduler import Placement, Plan, Program, remade, traffic
 from .spec import Array
 from .tuner import Choice, Tuning
 from .version import __version__
@@ -346,10 +345,7 @@ class Fitting:
         """As the snapshot says, else samples over all workers, else one rank here."""
         if self.before is not None:
             return Plan.from_json(self.before.meta["plan"])
-        ranks = len(workers) or 1
-        threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
-        hosts = {worker["host"] for worker in workers.values()}
-        return make_plan(self.step, ranks, threads=threads, overlap=len(hosts) > 1)
+        return Usual.of(workers).plan(self.step)
 
     def _backend(
         self,

@@ -24,7 +24,7 @@ def opened(job: Job, number: int, worker: Any) -> tuple[Transport, str]:
         return _memory(job, number) if number == 0 else Alone(), ""
     far = Peers(worker, number, job.ranks, timeout_s=job.timeout_s)
     far.topology = job.topology
-    here = _here(job, number)
+    here = job.topology.beside(number)
     first = job.transport == "hosts" and here[0] == number
     return Hosts(far, here, _memory(job, number) if len(here) > 1 else None) if first else far, far.open()
 
@@ -40,18 +40,12 @@ def connected(job: Job, number: int, end: Transport, addresses: Sequence[str]) -
     far.connect(addresses)
     if job.transport == "comm" or end is not far:
         return end
-    return Hosts(far, _here(job, number), _memory(job, number))
-
-
-def _here(job: Job, number: int) -> list[int]:
-    """The ranks of a rank's host."""
-    hosts = job.topology.hosts
-    return [rank for rank, host in enumerate(hosts) if host == hosts[number]]
+    return Hosts(far, job.topology.beside(number), _memory(job, number))
 
 
 def _memory(job: Job, number: int) -> SharedMemory:
     """The memory that the ranks of a host share."""
-    here, chunk_bytes = _here(job, number), (Hosts if job.transport == "hosts" else SharedMemory).chunk_bytes
+    here, chunk_bytes = job.topology.beside(number), (Hosts if job.transport == "hosts" else SharedMemory).chunk_bytes
     sizes = (swap_bytes(program, len(here), chunk_bytes) for program in job.programs)
     capacity = max(chunk_bytes if job.keeps_copies else 0, *sizes)
     name = f"{job.run}-{job.topology.hosts[number]}"

@@ -24,10 +24,9 @@ from distributed import Client
 
 from cpu_kernels.compile import host
 
-from ..config import settings
 from ..errors import NonFinite, RunLost, SettingError
 from ..graph import Graph
-from ..scheduler import Plan, data_parallel
+from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
 from . import stepping
@@ -44,7 +43,7 @@ from .placing import placed
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
-from .workers import workers_for
+from .workers import Usual, workers_for
 
 TRANSPORTS = ("auto", "shared", "comm")
 
@@ -130,8 +129,7 @@ def stepper(
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
     workers = workers_for(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
-    threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
-    plan = plan or data_parallel(graph, len(workers) or 1, threads=threads)
+    plan = plan or Usual.of(workers).plan(graph)
     if tuning is None:
         tuning = tuner.known(next(iter(workers.values()))["device"] if workers else host())
     programs = plan.programs(graph, tuning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from ..scheduler.collective import halves, wire_bytes
 from ..scheduler.topology import BY_HOSTS, DOUBLING, EVERYONE
 from ..spec import Array, even_bounds
 from .wire import coded, decoded
+
+if TYPE_CHECKING:
+    from .transport import Transport
 
 
 class Joined:
@@ -65,7 +68,7 @@ def _cut(part: Sequence[Array], begin: int, end: int) -> Array:
 class AllReducing:
     """One sum, as a rank takes part in it: ``transport`` is its way to the others."""
 
-    def __init__(self, transport: Any, name: str, dtype: np.dtype[Any], wire: str) -> None:
+    def __init__(self, transport: Transport, name: str, dtype: np.dtype[Any], wire: str) -> None:
         self.transport, self.name, self.dtype, self.wire = transport, name, dtype, wire
         self.rank = transport.rank
         self.item = wire_bytes(dtype.name, wire)
@@ -119,8 +122,7 @@ class AllReducing:
 
     def by_hosts(self, ranks: Sequence[int], mine: Joined, out: Joined, begin: int, end: int) -> None:
         """Pieces within this host, each summed with those of the other hosts."""
-        hosts = self.transport.topology.hosts
-        near = [r for r in ranks if hosts[r] == hosts[self.rank]]
+        near = [r for r in self.transport.topology.beside(self.rank) if r in ranks]
         me = near.index(self.rank)
         bounds = self.scatter(near, mine, out, begin, end)
         if bounds[me] < bounds[me + 1]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed import Client
 
+from ..config import settings
 from ..errors import DeviceMismatch, NoWorkers, VersionMismatch
+from ..graph import Graph
+from ..scheduler import Plan, make_plan
 from ..template import Device
 from ..version import __version__
 from . import worker as tasks
@@ -110,3 +113,22 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             raise VersionMismatch(wrong)
     client.register_plugin(Resident())
     return known
+
+
+class Usual(NamedTuple):
+    """What a plan for some workers has, unless it is said otherwise."""
+
+    ranks: int
+    threads: int
+    overlap: bool
+
+    @classmethod
+    def of(cls, workers: Mapping[str, Mapping[str, Any]]) -> Usual:
+        """A rank for each, with as many threads as the least of them; sums behind the backward pass where they are on
+        several hosts. Without workers one rank, in this process."""
+        threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
+        return cls(len(workers) or 1, threads, len({worker["host"] for worker in workers.values()}) > 1)
+
+    def plan(self, graph: Graph) -> Plan:
+        """The plan that divides records so."""
+        return make_plan(graph, self.ranks, threads=self.threads, overlap=self.overlap)

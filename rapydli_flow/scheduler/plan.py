@@ -78,9 +78,14 @@ class Plan:
 
         Nothing is merged after the split: two nodes may be equal on one rank only.
         """
+        return self.rank_halves(graph)[0]
+
+    def rank_halves(self, graph: Graph) -> tuple[tuple[Graph, ...], tuple[Graph, ...]]:
+        """What ranks run, and, of an asynchronous plan, what updates the parameters that each owns behind it."""
         graph = checked(hoist)(graph)
         if self.asynchronous:
-            return self._passed(halves(graph, self.ranks, self.layouts)[0])
+            first, updates = halves(graph, self.ranks, self.layouts)
+            return self._passed(first), self._passed(updates)
         parts: tuple[Graph, ...] = (graph,)
         named = divided_nodes(graph, self.splits)
         if not self.one:
@@ -89,11 +94,7 @@ class Plan:
             parts = in_turns(parts, self.depths(graph, named), Machine())
         if self.average_every and self.ranks > 1:
             parts = independent(parts)
-        return self._passed(parts)
-
-    def update_graphs(self, graph: Graph) -> tuple[Graph, ...]:
-        """Of an asynchronous plan, what updates the parameters that each rank owns."""
-        return self._passed(halves(checked(hoist)(graph), self.ranks, self.layouts)[1])
+        return self._passed(parts), ()
 
     def _passed(self, parts: Sequence[Graph]) -> tuple[Graph, ...]:
         """The passes on rank graphs."""
@@ -102,10 +103,9 @@ class Plan:
 
     def programs(self, graph: Graph, tuning: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step."""
-        made = tuple(compile_program(part, tuning) for part in self.rank_graphs(graph))
-        if not self.asynchronous:
+        made, updates = (tuple(compile_program(part, tuning) for part in parts) for parts in self.rank_halves(graph))
+        if not updates:
             return made
-        updates = (compile_program(part, tuning) for part in self.update_graphs(graph))
         ahead = self.staleness or 0
         return tuple(replace(u, gradients=p, ahead=ahead) for p, u in zip(made, updates, strict=True))
 
@@ -168,8 +168,7 @@ class Plan:
 
     def _needs(self, graph: Graph) -> list[Needs]:
         """What ranks hold, send and need."""
-        graphs = self.rank_graphs(graph)
-        updates = self.update_graphs(graph) if self.asynchronous else ()
+        graphs, updates = self.rank_halves(graph)
         handed, owned = (
             [sum(x.spec.size_bytes for x in update.leaves(*kinds)) for update in updates]
             for kinds in (("batch",), ("param", "state"))
@@ -177,15 +176,15 @@ class Plan:
         out = []
         planned: dict[tuple[Any, ...], int] = {}  # ranks with equal arrays, alike within each other, need equal memory
         for rank, part in enumerate(graphs):
-            halves = [part, *updates[rank : rank + 1]]
+            both = [part, *updates[rank : rank + 1]]
             inputs = sum(x.spec.size_bytes for x in part.leaves("batch"))
             parameters, state = (
-                sum(x.spec.size_bytes for half in halves for x in half.leaves(kind)) for kind in ("param", "state")
+                sum(x.spec.size_bytes for half in both for x in half.leaves(kind)) for kind in ("param", "state")
             )
-            meetings = [(n.op, [half.spec(v) for v in n.inputs]) for half in halves for n in half if n.op.collective]
+            meetings = [(n.op, [half.spec(v) for v in n.inputs]) for half in both for n in half if n.op.collective]
             sent = sum(op.sent_bytes(*ins) for op, ins in meetings if isinstance(op, AllReduce | Exchange))
             arena = 0
-            for half in halves:
+            for half in both:
                 key = (*(str(node.specs) for node in half), *borders(half).items())
                 if key not in planned:
                     planned[key] = compile_program(half, Tuning(ANY_CPU)).arena_bytes

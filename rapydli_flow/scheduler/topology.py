@@ -45,6 +45,10 @@ class Topology:
         slowest = (max(each, key=lambda link: link.move_s(MEANT_BYTES)) for each in (near, far))
         return cls(tuple(names.index(host) for host in hosts), *slowest)
 
+    def beside(self, rank: int) -> list[int]:
+        """The ranks of a rank's host, itself among them."""
+        return [other for other, host in enumerate(self.hosts) if host == self.hosts[rank]]
+
     def choose(self, ranks: tuple[int, ...], size_bytes: int) -> str:
         """The way that takes least time for a sum of so many bytes over some ranks."""
         return _chosen(self, ranks, size_bytes)

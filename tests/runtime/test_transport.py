@@ -294,7 +294,7 @@ def test_ranks_of_two_hosts_tell_each_other(workers, hosts, check):
     ends = []
     for rank, peer in enumerate(peers):
         peer.topology = topology
-        here = [r for r in range(4) if hosts[r] == hosts[rank]]
+        here = topology.beside(rank)
         name = f"test-{id(peers)}-{hosts[rank]}"
         near = SharedMemory(name, here.index(rank), len(here), Hosts.chunk_bytes) if len(here) > 1 else None
         ends.append(Hosts(peer, here, near))

@@ -1,6 +1,5 @@
 """Programs: nothing is read that was overwritten, updates go home, views take no memory."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,6 @@ from networks import small, step_of, traced
 
 from cpu_kernels.compile import host
 from rapydli_flow import nn, optim
-from rapydli_flow.errors import TooLittleMemory
 from rapydli_flow.graph import Graph, fuse, predicting, trace
 from rapydli_flow.ops import Add, Conv, Copy, Dropout, Leaf, Moments, Momentum, Multiply, Op, Relu, Reshape, Scale, Sum
 from rapydli_flow.runtime.rank import Rank
@@ -25,12 +23,10 @@ from rapydli_flow.scheduler import (
     Program,
     compile_program,
     data_parallel,
-    make_plan,
 )
 from rapydli_flow.scheduler.arena import ALIGN, aligned
 from rapydli_flow.spec import Block, Spec
 from rapydli_flow.testing.interpret import interpret
-from rapydli_flow.testing.plans import programs
 from rapydli_flow.tuner import Tuning
 
 TUNING = Tuning(host())
@@ -445,52 +441,6 @@ def test_kernels_and_leaves_of_a_program() -> None:
     calls = [s for s in program.steps if isinstance(s, Call)]
     assert 0 < len(program.requests) < len(calls)
     assert {(c.request, c.choice) for c in calls} == set(program.requests)
-
-
-def test_too_little_memory() -> None:
-    program = made(one(step()))
-    program.check_memory(program.arena_bytes)
-    name, size = program.largest[0]
-    first = re.escape(f"  {name:<48} {size:>16,}")
-    message = (
-        rf"rank 3 needs {program.arena_bytes:,} bytes for its arena but 4,096 are free on worker a: "
-        rf"{program.arena_bytes - 4096:,} are missing\. .*; or give it more memory\. The largest buffers, in bytes:"
-        rf"\n{first}\n"
-    )
-    with pytest.raises(TooLittleMemory, match=message) as error:
-        program.check_memory(4096, rank=3, where="on worker a")
-    assert len(str(error.value).splitlines()) == 13
-    sizes = [size for _, size in program.largest]
-    assert sizes == sorted(sizes, reverse=True)
-    assert isinstance(error.value, MemoryError)
-
-
-def test_what_helps_where_activations_take_the_memory() -> None:
-    def network(x: Any) -> Any:
-        return nn.dense(nn.mean(nn.relu(nn.conv(x, 8, 3, padding=1)), (1, 2)), 3)
-
-    graph, half = (step_of(trace(network, Spec((records, 16, 16, 2)))) for records in (32, 16))
-    limit = compile_program(graph, TUNING).arena_bytes * 4 // 5
-    with pytest.raises(TooLittleMemory, match=r"Use a smaller batch, or more workers: .* strategy='spatial' for"):
-        compile_program(graph, TUNING).check_memory(limit)
-    two = [program for s in ("data", "spatial") for program in programs(graph, make_plan(graph, 2, strategy=s))]
-    for program in (*programs(half, Plan()), *two):
-        program.check_memory(limit)
-
-
-def test_what_helps_where_parameters_take_the_memory() -> None:
-    def deep(x: Any) -> Any:
-        for _ in range(4):
-            x = nn.relu(nn.dense(x, 64))
-        return x
-
-    graph = step_of(trace(deep, Spec((4, 64))), optim.adam(0.1))
-    limit = sum(leaf.spec.size_bytes for leaf in graph.leaves("param", "state")) - 1
-    with pytest.raises(TooLittleMemory, match=r"Parameters and optimizer state alone take .* or 'pipeline', or shard="):
-        compile_program(graph, TUNING).check_memory(limit)
-    for how in ({"strategy": "filters"}, {"strategy": "pipeline"}, {"shard": "parameters"}):
-        for program in programs(graph, make_plan(graph, 2, **how)):
-            program.check_memory(limit)
 
 
 def test_ops_without_templates_have_no_workspace() -> None:
