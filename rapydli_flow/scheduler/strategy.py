@@ -74,6 +74,11 @@ def make_plan(
         raise SettingError("plan: average_every is for ranks that train by themselves, staleness for ones that do not.")
     if wire not in (None, *WIRES):
         raise SettingError(f"plan: wire={wire!r} is not {' or '.join(map(repr, WIRES))}, or None (as they are).")
+    if wire is not None and (shard or staleness is not None or average_every is not None):
+        raise SettingError(
+            f"plan: wire={wire!r} is for gradients that all ranks get the sum of; with shard, staleness or "
+            "average_every there are none."
+        )
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)

@@ -84,6 +84,9 @@ def test_rounded_gradients_are_nearly_the_same_run(client, data):
     assert not sent[1]
     with pytest.raises(SettingError, match="plan: wire='float16' is not 'bfloat16', or None"):
         rf.plan(step, ranks=2, wire="float16")
+    for how in ({"shard": "state"}, {"staleness": 1}, {"average_every": 2}):
+        with pytest.raises(SettingError, match="plan: wire='bfloat16' is for gradients that all ranks get the sum of"):
+            rf.plan(step, ranks=2, wire="bfloat16", **how)
 
 
 def meetings(plan, step):
