@@ -7,9 +7,10 @@
 
 The input gradient is the same over dy, with the filters' taps in reverse order and their last axes exchanged. A task
 has a block of tiles. It transforms their patches, then takes ``panels`` column panels of filters at a time through
-all products, transforms back and writes, so that what passes between the steps stays in its caches. Where channels
-are many, ``staged`` transforms all patches beforehand, and tasks share out the panels too. `before` transforms the
-filters: they are different in every training step. Transforms and their accuracy: `winograd_transform`.
+all products, transforms back and writes, so that what passes between the steps stays in its caches. Filters are
+transformed ``beforehand``: they are different in every training step. Where channels are many, patches are, too, and
+tasks share out the panels; where tiles are few besides, filters are most of what there is to move, and each task
+transforms its own, some channels at a time. Transforms and their accuracy: `winograd_transform`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "lanes": (16, 8, 4, 2),
     "block": (4, 2, 8, 1, 16),  # of ``rows`` tiles
     "panels": (2, 1, 4, 8),
-    "staged": (False, True),
+    "beforehand": ("filters", "both", "patches"),  # what is transformed before tasks begin
 }
+DEPTH = 128  # channels of filters that a task transforms at a time
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,16 @@ class Blocking(Tiles):
     def filters_size(self) -> int:
         return self.n * self.n * self.all_panels * self.inner * self.width
 
+    @property
+    def depth(self) -> int:
+        """Channels that a task transforms filters of at a time."""
+        return min(self.inner, DEPTH)
+
+    @property
+    def own_filters_size(self) -> int:
+        """Elements of those filters of a panel."""
+        return self.n * self.n * self.depth * self.width
+
 
 def _slides(op: Any) -> Any:
     return backward if op.family == "conv_input_grad" else forward
@@ -118,14 +130,14 @@ def _small(
     lanes: int,
     block: int,
     panels: int,
-    staged: bool,
+    beforehand: str,
 ) -> bool:
     """What a task keeps fits on its stack."""
     config = {"m": m, "rows": rows, "vectors": vectors, "lanes": lanes, "block": block, "panels": panels}
     b, itemsize = Blocking.of(op, ins, outs, _slides(op), config), np.dtype(outs[0].dtype).itemsize
-    patches = 0 if staged else b.patch_size
+    own = {"filters": b.patch_size, "both": 0, "patches": b.own_filters_size}[beforehand]
     raw = b.n * b.n * b.inner
-    return max(patches, b.sums_size, raw) * itemsize <= LOCAL_BYTES
+    return max(own, b.sums_size, raw) * itemsize <= LOCAL_BYTES
 
 
 def _filled(
@@ -135,6 +147,22 @@ def _filled(
     config = {"m": m, "rows": rows, "vectors": 1, "lanes": 1, "block": 1, "panels": 1}
     tiles = Blocking.of(op, ins, outs, _slides(op), config).tiles
     return block == 1 or (block // 2) * rows < tiles
+
+
+def _once(
+    op: Any,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    device: Device,
+    *,
+    m: int,
+    rows: int,
+    block: int,
+    beforehand: str,
+) -> bool:
+    """Filters that are not transformed beforehand are by one task only: that which has all tiles."""
+    config = {"m": m, "rows": rows, "vectors": 1, "lanes": 1, "block": block, "panels": 1}
+    return beforehand != "patches" or Blocking.of(op, ins, outs, _slides(op), config).blocks == 1
 
 
 def _panels(
@@ -149,13 +177,15 @@ RULES = {
     **tile_rules(rows_of, columns_of, SPACE["rows"]),
     "tiles for a block": _filled,
     "filters for a group of panels": _panels,
+    "filters are transformed once": _once,
     "patches and sums on the stack": _small,
 }
 
 
 def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-    b, dtype = Blocking.of(op, ins, outs, _slides(op), config), outs[0].dtype
-    return Spec((b.filters_size,), dtype), Spec((b.blocks * b.patch_size if config["staged"] else 1,), dtype)
+    b, dtype, beforehand = Blocking.of(op, ins, outs, _slides(op), config), outs[0].dtype, config["beforehand"]
+    filters = 1 if beforehand == "patches" else b.filters_size
+    return Spec((filters,), dtype), Spec((1 if beforehand == "filters" else b.blocks * b.patch_size,), dtype)
 
 
 def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Mapping[str, Any]) -> float:
@@ -166,10 +196,11 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     outputs = b.all_panels * vectors
     moved = 3.0 * area * b.tiles * instructions(b.inner, lanes) + 3.5 * area * b.tiles * outputs
     moved += 3.0 * area * b.inner * outputs
-    # u comes from a far cache once a block
-    moved += area * b.inner * outputs * b.blocks
-    moved += 4.0 * area * b.tiles * instructions(b.inner, lanes) if config["staged"] else 0.0
-    tasks = b.blocks * (b.groups if config["staged"] else 1)
+    if config["beforehand"] != "patches":  # u comes from a far cache once a block
+        moved += area * b.inner * outputs * b.blocks
+    if config["beforehand"] != "filters":
+        moved += 4.0 * area * b.tiles * instructions(b.inner, lanes)
+    tasks = b.blocks * (1 if config["beforehand"] == "filters" else b.groups)
     idle = waiting(tasks, device.cores)
     return (products + 4 * moved) * idle + LEAST
 
@@ -197,7 +228,7 @@ def _preferred(op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], device: D
     if not _allowed(op, ins, outs, device):
         return first
     tiles = best_tiles(lanes, outs[0].shape[-1], itemsize, device.vector_bytes)
-    names = ("m", "block", "panels", "staged")
+    names = ("m", "block", "panels", "beforehand")
     configs = (
         {"rows": rows, "vectors": vectors, "lanes": lanes, **dict(zip(names, values, strict=True))}
         for rows, vectors in tiles
@@ -216,7 +247,7 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     """Winograd convolution."""
     b = Blocking.of(op, ins, outs, forward, config)
     gather = _rows_of_filters(b, config["lanes"])
-    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["staged"])
+    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["beforehand"])
 
 
 @template("conv_input_grad", "cpu", space=SPACE, fits=RULES, workspace=_workspace, prefer=_prefer, cost=cost)
@@ -224,7 +255,7 @@ def reversed_winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilog
     """Winograd convolution of dy with reversed filters."""
     b = Blocking.of(op, ins, outs, backward, config)
     gather = _columns_of_filters(b, config["lanes"])
-    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["staged"])
+    return _loop(b, gather, epilogue, outs[0].dtype, config["vectors"], config["lanes"], config["beforehand"])
 
 
 def _rows_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
@@ -262,7 +293,7 @@ def _columns_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
 
 
 def _loop(
-    b: Blocking, gather: Callable[..., None], epilogue: Epilogue, dtype: str, vectors: int, lanes: int, staged: bool
+    b: Blocking, gather: Callable[..., None], epilogue: Epilogue, dtype: str, vectors: int, lanes: int, beforehand: str
 ) -> Loop:
     m, n, rows, width, block, panels = b.m, b.n, b.rows, b.width, b.block, b.panels
     inner, pitch, area = b.inner, b.pitch, b.n * b.n
@@ -279,30 +310,32 @@ def _loop(
     square_size, back_size, pixels_size = n * TAPS * width, m * n * width, m * m * width
     panel_size = area * inner * width
     tap_line, sum_line = lanes * width, block * sums_width
-    own_size = 1 if staged else patch_size
+    depth, slab, own_filters_size = b.depth, b.depth * width, b.own_filters_size
 
     patch_of = patches(b, inner, matrix, dtype)
     filter_to_points = along(filter_lines(n, TAPS), TAPS, n, dtype)
     to_pixels = along(output_lines(n, m), n, m, dtype)
 
-    def filters_of(panel, w, u):  # type: ignore[no-untyped-def]
+    def filters_of(panel, begin, end, w, u, at_u, matrix_u):  # type: ignore[no-untyped-def]
         lines, half = local(lines_size, w), local(square_size, w)
         for i in range(lines_size):
             lines[i] = 0
-        for start in range(0, inner, lanes):
-            count = min(lanes, inner - start)
+        for start in range(begin, end, lanes):
+            count = min(lanes, end - start)
             gather(w, lines, start, count, min(panel * width, last))
             for i in range(count):
                 for s in range(TAPS):
                     at = s * tap_line + i * width
                     filter_to_points(lines, at, TAPS * tap_line, half, s * width, tap_rows, width)
                 for p in range(n):
-                    into = panel * panel_size + (p * n * inner + start + i) * width
-                    filter_to_points(half, p * tap_rows, width, u, into, inner * width, width)
+                    into = at_u + p * n * matrix_u + (start - begin + i) * width
+                    filter_to_points(half, p * tap_rows, width, u, into, matrix_u, width)
 
-    def multiply(v, at_v, u, at_u, sums, at_sums):  # type: ignore[no-untyped-def]
+    def multiply(v, at_v, u, at_u, channels, fresh, sums, at_sums):  # type: ignore[no-untyped-def]
         acc = zeros(1, rows, vectors, lanes, sums)
-        for c in range(inner):
+        if not fresh:
+            acc = load(acc, sums, at_sums, sums_width, 0)
+        for c in range(channels):
             acc = outer(acc, v, at_v + c, pitch, 0, u, at_u + c * width, 0)
         store(acc, sums, at_sums, sums_width, 0)
 
@@ -312,7 +345,18 @@ def _loop(
                 at_u = (first_panel + panel) * panel_size + p * inner * width
                 for t in range(0, count, rows):
                     at_sums = p * sum_line + t * sums_width + panel * width
-                    multiply(v, at_v + p * matrix + t * pitch, u, at_u, sums, at_sums)
+                    multiply(v, at_v + p * matrix + t * pitch, u, at_u, inner, True, sums, at_sums)
+
+    def own_products(v, count, first_panel, panel_count, w, sums):  # type: ignore[no-untyped-def]
+        u = local(own_filters_size, w)
+        for start in range(0, inner, depth):
+            end = min(start + depth, inner)
+            for panel in range(panel_count):
+                filters_of(first_panel + panel, start, end, w, u, 0, slab)
+                for p in range(area):
+                    for t in range(0, count, rows):
+                        at_v, at_sums = p * matrix + t * pitch + start, p * sum_line + t * sums_width + panel * width
+                        multiply(v, at_v, u, p * slab, end - start, start == 0, sums, at_sums)
 
     def write(tile, t, panel, column, skip, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
         for j in range(n):
@@ -329,37 +373,43 @@ def _loop(
                 for e in range(skip, columns):
                     y[into + e] = epilogue(pixels[s + e], extras, o + e, k + e, at)
 
-    def panels_of(first, count, group, v, at_v, u, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
-        first_panel = group * panels
-        panel_count = min(panels, all_panels - first_panel)
-        products(v, at_v, count, first_panel, panel_count, u, sums)
+    def write_panels(first, count, first_panel, panel_count, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
         for t in range(count):
             for panel in range(panel_count):
                 column = min((first_panel + panel) * width, last)
                 skip = 0 if even else (first_panel + panel) * width - column
                 write(first + t, t, panel, column, skip, sums, back, pixels, y, extras, at)
 
-    def before(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
+    def panels_of(first, count, group, v, at_v, u, sums, back, pixels, y, extras, at):  # type: ignore[no-untyped-def]
+        first_panel = group * panels
+        panel_count = min(panels, all_panels - first_panel)
+        products(v, at_v, count, first_panel, panel_count, u, sums)
+        write_panels(first, count, first_panel, panel_count, sums, back, pixels, y, extras, at)
+
+    def all_filters_of(panel, w, u):  # type: ignore[no-untyped-def]
+        filters_of(panel, 0, inner, w, u, panel * panel_size, inner * width)
+
+    def patches_of(task, x, y, v):  # type: ignore[no-untyped-def]
+        raw, turned = local(raw_size, y), local(turned_size, y)
+        first = task * block
+        for t in range(min(block, total - first)):
+            patch_of(first + t, x, raw, turned, v, task * patch_size + t * pitch)
+
+    def before_filters(task, x, w, y, u, unused, extras, at):  # type: ignore[no-untyped-def]
+        all_filters_of(task, w, u)
+
+    def before_both(task, x, w, y, u, v, extras, at):  # type: ignore[no-untyped-def]
         if task < all_panels:
-            filters_of(task, w, u)
+            all_filters_of(task, w, u)
         else:
-            raw, turned = local(raw_size, y), local(turned_size, y)
-            first = (task - all_panels) * block
-            for t in range(min(block, total - first)):
-                patch_of(first + t, x, raw, turned, patches, (task - all_panels) * patch_size + t * pitch)
+            patches_of(task - all_panels, x, y, v)
 
-    def before_filters(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
-        filters_of(task, w, u)
+    def before_patches(task, x, w, y, unused, v, extras, at):  # type: ignore[no-untyped-def]
+        raw, turned = local(raw_size, y), local(turned_size, y)
+        patch_of(task, x, raw, turned, v, task * pitch)
 
-    def body_staged(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
-        sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
-        first = task // groups * block
-        count = min(block, total - first)
-        at_v = task // groups * patch_size
-        panels_of(first, count, task % groups, patches, at_v, u, sums, back, pixels, y, extras, at)
-
-    def body(task, x, w, y, u, patches, extras, at):  # type: ignore[no-untyped-def]
-        raw, turned, v = local(raw_size, y), local(turned_size, y), local(own_size, y)
+    def given_filters(task, x, w, y, u, unused, extras, at):  # type: ignore[no-untyped-def]
+        raw, turned, v = local(raw_size, y), local(turned_size, y), local(patch_size, y)
         sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
         first = task * block
         count = min(block, total - first)
@@ -368,6 +418,22 @@ def _loop(
         for group in range(groups):
             panels_of(first, count, group, v, 0, u, sums, back, pixels, y, extras, at)
 
-    if staged:
-        return Loop(body_staged, b.blocks * groups, before=before, before_tasks=all_panels + b.blocks)
-    return Loop(body, b.blocks, before=before_filters, before_tasks=all_panels)
+    def given_both(task, x, w, y, u, v, extras, at):  # type: ignore[no-untyped-def]
+        sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
+        first = task // groups * block
+        count = min(block, total - first)
+        at_v = task // groups * patch_size
+        panels_of(first, count, task % groups, v, at_v, u, sums, back, pixels, y, extras, at)
+
+    def given_patches(task, x, w, y, unused, v, extras, at):  # type: ignore[no-untyped-def]
+        sums, back, pixels = local(sums_size, y), local(back_size, y), local(pixels_size, y)
+        first_panel = task * panels
+        panel_count = min(panels, all_panels - first_panel)
+        own_products(v, total, first_panel, panel_count, w, sums)
+        write_panels(0, total, first_panel, panel_count, sums, back, pixels, y, extras, at)
+
+    if beforehand == "filters":
+        return Loop(given_filters, b.blocks, before=before_filters, before_tasks=all_panels)
+    if beforehand == "both":
+        return Loop(given_both, b.blocks * groups, before=before_both, before_tasks=all_panels + b.blocks)
+    return Loop(given_patches, groups, before=before_patches, before_tasks=total)

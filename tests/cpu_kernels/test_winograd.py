@@ -7,6 +7,7 @@ import pytest
 
 import rapydli_flow as rf
 from cpu_kernels.compile import compile_kernel, host, run_kernel
+from cpu_kernels.winograd import DEPTH
 from cpu_kernels.winograd_transform import evaluate, filter_lines, input_lines, output_lines
 from rapydli_flow import nn, optim
 from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
@@ -35,6 +36,19 @@ def chosen(op, ins, device=None):
     return request.default(device or host()).template
 
 
+def error(template, op, ins, out, device, config):
+    """The largest of a kernel's errors on random numbers, as a part of the largest result."""
+    kernel = compile_kernel(template, op, ins, (out,), device, config)
+    assert kernel.template == template.name
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(spec.shape, dtype=np.float32) for spec in ins]
+    result = np.full(out.shape, np.nan, np.float32)
+    work = [np.full(spec.shape, np.nan, np.float32) for spec in template.workspace(op, ins, (out,), **config)]
+    run_kernel(kernel, operands, [result], work=work, threads=2)
+    wanted = op.run(*(a.astype(np.float64) for a in operands))[0]
+    return np.abs(result - wanted).max() / np.abs(wanted).max()
+
+
 @pytest.mark.parametrize(("n", "outputs", "taps"), [(4, 2, 3), (6, 4, 3), (4, 3, 2), (6, 3, 4)])
 def test_transforms_are_sums_of_a_sliding_window(n, outputs, taps):
     rng = np.random.default_rng(0)
@@ -49,15 +63,30 @@ def test_rounding_errors(family, m):
     op, ins, out = CALLS[family]
     template = winograd(family)
     config = {**template.default(op, ins, (out,), host()), "m": m}
-    kernel = compile_kernel(template, op, ins, (out,), config=config)
-    rng = np.random.default_rng(0)
-    operands = [rng.standard_normal(spec.shape, dtype=np.float32) for spec in ins]
-    result = np.full(out.shape, np.nan, np.float32)
-    work = [np.full(spec.shape, np.nan, np.float32) for spec in template.workspace(op, ins, (out,), **config)]
-    run_kernel(kernel, operands, [result], work=work, threads=2)
-    wanted = op.run(*(a.astype(np.float64) for a in operands))[0]
-    assert kernel.template == template.name
-    assert np.abs(result - wanted).max() < 3e-6 * np.abs(wanted).max()
+    assert error(template, op, ins, out, host(), config) < 3e-6
+
+
+@pytest.mark.parametrize("beforehand", ["filters", "both", "patches"])
+@pytest.mark.parametrize("family", ["conv", "conv_input_grad"])
+def test_what_is_transformed_beforehand_does_not_matter(family, beforehand):
+    """Channels that are no multiple of those taken at a time, nor of vectors; filters and tiles that fill nothing."""
+    channels = {"conv": (DEPTH + 21, 41), "conv_input_grad": (41, DEPTH + 21)}[family]
+    x, w = Spec((3, 7, 9, channels[0])), Spec((3, 3, *channels))
+    y = Conv(**GEOMETRY).infer(x, w)
+    op = {"conv": Conv(**GEOMETRY), "conv_input_grad": ConvInputGrad(size=(7, 9), **GEOMETRY)}[family]
+    ins, out = {"conv": ((x, w), y), "conv_input_grad": ((y, w), x)}[family]
+    template = winograd(family)
+    config = {**template.default(op, ins, (out,), host()), "m": 4, "rows": 4, "vectors": 1, "lanes": 8}
+    config |= {"block": 8, "panels": 2, "beforehand": beforehand}
+    assert template.broken(op, ins, (out,), host(), config) is None
+    assert error(template, op, ins, out, host(), config) < 5e-6
+
+
+def test_filters_are_transformed_by_tasks_where_tiles_are_few():
+    op, device = Conv(**GEOMETRY), Device("cpu", "test", vector_bytes=64, cores=2)
+    for records, beforehand in ((8, "patches"), (128, "both")):
+        x, w = Spec((records, 7, 7, 512)), Spec((3, 3, 512, 512))
+        assert winograd("conv").default(op, (x, w), (op.infer(x, w),), device)["beforehand"] == beforehand
 
 
 @pytest.mark.parametrize("family", CALLS)
@@ -116,11 +145,4 @@ def test_vectors_of_any_length_give_right_results(name, vector_bytes):
             out = op.infer(*ins)
         (template,) = (t for t in templates(op.family, "cpu") if name in t.name)
         config = template.default(op, ins, (out,), device)
-        kernel = compile_kernel(template, op, ins, (out,), device, config)
-        rng = np.random.default_rng(0)
-        operands = [rng.standard_normal(spec.shape, dtype=np.float32) for spec in ins]
-        result = np.full(out.shape, np.nan, np.float32)
-        work = [np.full(spec.shape, np.nan, np.float32) for spec in template.workspace(op, ins, (out,), **config)]
-        run_kernel(kernel, operands, [result], work=work, threads=2)
-        wanted = op.run(*(a.astype(np.float64) for a in operands))[0]
-        assert np.abs(result - wanted).max() < 5e-6 * np.abs(wanted).max()
+        assert error(template, op, ins, out, device, config) < 5e-6
