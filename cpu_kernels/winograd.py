@@ -1,7 +1,7 @@
-"""Winograd convolution and its input gradient: F(4x4, 3x3) and F(2x2, 3x3), with the transforms fused to the products.
+"""Winograd convolution and its input gradient: F(4x4, 3x3), F(2x2, 3x3), F(2x2, 5x5), transforms fused to the products.
 
     patches of x (n x n, overlapping, m apart) --B--> v   n*n matrices, tiles by channels
-    filters (3 x 3)                            --G--> u   n*n matrices, channels by filters
+    filters (3 x 3 or 5 x 5)                   --G--> u   n*n matrices, channels by filters
     sums = v times u, n*n matrix products on register tiles
     sums                                       --A--> y   m x m pixels of each tile
 
@@ -30,10 +30,9 @@ from .buffer import local
 from .conv_geometry import backward, forward, sizes
 from .tile import holds, load, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
-from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of
-from .winograd_transform import along, filter_lines, output_lines
+from .winograd_patches import GAP, LEAST, LOCAL_BYTES, Tiles, columns_of, patches, rows_of, served
+from .winograd_transform import SQUARES, along, filter_lines, output_lines
 
-TAP_COUNT = TAPS * TAPS
 SPACE: dict[str, tuple[Any, ...]] = {
     "m": (4, 2),  # pixels of a tile along each axis
     "rows": (14, 12, 8, 6, 4),
@@ -64,7 +63,7 @@ class Blocking(Tiles):
         _, h, w = (slide(s) for s in sizes(op, x[1:-1], y[1:-1], ins[1].shape[:-2]))
         rows, width = config["rows"], config["vectors"] * config["lanes"]
         block, panels = config["block"] * rows, config["panels"]
-        return cls(source[0], h, w, config["m"], source[-1], result[-1], rows, width, block, panels)
+        return cls(source[0], h, w, config["m"], ins[1].shape[0], source[-1], result[-1], rows, width, block, panels)
 
     @property
     def blocks(self) -> int:
@@ -113,9 +112,13 @@ def _slides(op: Any) -> Any:
 
 
 def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """3 x 3 windows that move by one pixel, and something to compute."""
-    plain = op.stride == op.dilation == (1, 1) and op.groups == 1 and ins[1].shape[:-2] == (TAPS, TAPS)
-    return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
+    """What the algorithm is for."""
+    return served(op, ins[1].shape[:-2], (*ins, *outs), SPACE["m"])
+
+
+def _points(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, m: int) -> bool:
+    """There are points for tiles of this size."""
+    return m + ins[1].shape[0] - 1 in SQUARES
 
 
 def _small(
@@ -173,7 +176,8 @@ def _panels(
 
 
 RULES = {
-    "3 x 3 windows, one pixel apart": _allowed,
+    "square windows of 3 or 5, one pixel apart": _allowed,
+    "points for the tile": _points,
     **tile_rules(rows_of, columns_of, SPACE["rows"]),
     "tiles for a block": _filled,
     "filters for a group of panels": _panels,
@@ -261,9 +265,10 @@ def reversed_winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilog
 def _rows_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
     """Copies the taps of ``count`` channels and one panel of filters to lines [tap, channel, column]."""
     width, columns, inner, filters = b.width, min(b.outer, b.width), b.inner, b.outer
+    tap_count = b.taps * b.taps
 
     def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
-        for tap in range(TAP_COUNT):
+        for tap in range(tap_count):
             for i in range(count):
                 source, into = (tap * inner + start + i) * filters + column, (tap * lanes + i) * width
                 for j in range(columns):
@@ -275,11 +280,11 @@ def _rows_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
 def _columns_of_filters(b: Blocking, lanes: int) -> Callable[..., None]:
     """The same of filters in reverse order, whose channels are the columns here: transposed in registers."""
     width, columns, inner, channels = b.width, min(b.outer, b.width), b.inner, b.outer
-    squares = columns // lanes
+    squares, tap_count = columns // lanes, b.taps * b.taps
 
     def gather(w, lines, start, count, column):  # type: ignore[no-untyped-def]
-        for tap in range(TAP_COUNT):
-            source, into = ((8 - tap) * channels + column) * inner + start, tap * lanes * width
+        for tap in range(tap_count):
+            source, into = ((tap_count - 1 - tap) * channels + column) * inner + start, tap * lanes * width
             whole = squares if count == lanes else 0
             for v in range(whole):
                 square = zeros(1, lanes, 1, lanes, lines)
@@ -306,14 +311,15 @@ def _loop(
     first_column, row_size = epilogue.rows
     patch_size, raw_size, turned_size = b.patch_size, n * n * inner, n * n * inner
     sums_width, sums_size = panels * width, b.sums_size
-    matrix, lines_size, tap_rows = block * pitch, TAP_COUNT * lanes * width, TAPS * width
-    square_size, back_size, pixels_size = n * TAPS * width, m * n * width, m * m * width
+    taps = b.taps
+    matrix, lines_size, tap_rows = block * pitch, taps * taps * lanes * width, taps * width
+    square_size, back_size, pixels_size = n * taps * width, m * n * width, m * m * width
     panel_size = area * inner * width
     tap_line, sum_line = lanes * width, block * sums_width
     depth, slab, own_filters_size = b.depth, b.depth * width, b.own_filters_size
 
     patch_of = patches(b, inner, matrix, dtype)
-    filter_to_points = along(filter_lines(n, TAPS), TAPS, n, dtype)
+    filter_to_points = along(filter_lines(n, taps), taps, n, dtype)
     to_pixels = along(output_lines(n, m), n, m, dtype)
 
     def filters_of(panel, begin, end, w, u, at_u, matrix_u):  # type: ignore[no-untyped-def]
@@ -324,9 +330,9 @@ def _loop(
             count = min(lanes, end - start)
             gather(w, lines, start, count, min(panel * width, last))
             for i in range(count):
-                for s in range(TAPS):
+                for s in range(taps):
                     at = s * tap_line + i * width
-                    filter_to_points(lines, at, TAPS * tap_line, half, s * width, tap_rows, width)
+                    filter_to_points(lines, at, taps * tap_line, half, s * width, tap_rows, width)
                 for p in range(n):
                     into = at_u + p * n * matrix_u + (start - begin + i) * width
                     filter_to_points(half, p * tap_rows, width, u, into, matrix_u, width)

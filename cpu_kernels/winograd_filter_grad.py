@@ -1,11 +1,11 @@
-"""Filter gradient of 3 x 3 convolutions by Winograd's algorithm: F(3x3, 4x4) and F(3x3, 2x2).
+"""Filter gradient of convolutions by Winograd's algorithm: F(3x3, 4x4), F(3x3, 2x2) and F(5x5, 2x2).
 
     dw = sum over tiles of  (n x n patch of x)  correlated with  (m x m tile of dy)
 
     patches of x   --B-->  v   n*n matrices, tiles by channels
     tiles of dy    --G-->  d   n*n matrices, tiles by filters
     sums = transposed v times d, n*n matrix products over all tiles
-    sums           --A-->  dw  3 x 3 taps of each channel and filter
+    sums           --A-->  dw  the taps of each channel and filter
 
 Either each of ``split`` parts of the tiles is transformed, block by block, and added to sums of its own, which are
 added in order in the end; or, ``staged``, everything is transformed beforehand, and a task has a rectangle of channels
@@ -30,8 +30,8 @@ from .conv_geometry import forward, sizes
 from .tile import load, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd import best_tiles, instructions
-from .winograd_patches import GAP, LEAST, LOCAL_BYTES, TAPS, Tiles, columns_of, patches, rows_of, window
-from .winograd_transform import along, filter_lines, output_lines
+from .winograd_patches import GAP, LEAST, LOCAL_BYTES, Tiles, columns_of, patches, rows_of, served, window
+from .winograd_transform import SQUARES, along, filter_lines, output_lines
 
 DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
 SUMS = 1 << 23  # most partial sums
@@ -43,9 +43,13 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "block": (32, 16, 64, 8),  # tiles
     "split": (4, 2, 8, 16, 32),
     "staged": (False, True),
+    "tall": (4, 8, 16),  # tiles of sums along the channels that a task has, where all is staged
 }
-BLOCK, SPLIT = SPACE["block"][0], SPACE["split"][0]
-TALL, WIDE = 4, 2  # tiles of sums that a task has along channels and filters, where all is staged
+BLOCK, SPLIT, TALL = (SPACE[name][0] for name in ("block", "split", "tall"))
+WIDE = 2  # of them along the filters
+# Half-cycles for a vector, measured: to a near cache and back, from a far one, and of sums that a far one has
+NEAR, FAR, PARTS = 6, 34, 20
+NEAR_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Blocking(Tiles):
     width: int
     block: int
     split: int
+    tall: int
 
     @classmethod
     def of(cls, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], config: Mapping[str, Any]) -> Blocking:
         x, dy, dw = ins[0].shape, ins[1].shape, outs[0].shape
         _, h, w = (forward(s) for s in sizes(op, x[1:-1], dy[1:-1], dw[:-2]))
         m, width = config["m"], config["vectors"] * config["lanes"]
-        return cls(x[0], h, w, m, x[-1], dy[-1], config["rows"], width, config["block"], config["split"])
+        cut = (config[name] for name in ("block", "split", "tall"))
+        return cls(x[0], h, w, m, dw[0], x[-1], dy[-1], config["rows"], width, *cut)
 
     @property
     def row_tiles(self) -> int:
@@ -87,15 +93,29 @@ class Blocking(Tiles):
         return self.n * self.n * self.row_tiles * self.panels * self.rows * self.width
 
     @property
-    def rectangles(self) -> int:
-        """Tasks of the second phase, where all is staged."""
-        return -(-self.row_tiles // TALL) * -(-self.panels // WIDE)
+    def kept(self) -> int:
+        """Elements of a block's transformed patches and tiles."""
+        return self.n * self.n * self.block * sum(self.pitches)
+
+    @property
+    def grid_of_sums(self) -> tuple[int, int]:
+        """Tasks of the second phase along channels and filters, where all is staged."""
+        return -(-self.row_tiles // self.tall), -(-self.panels // WIDE)
+
+    @property
+    def rectangle_size(self) -> int:
+        """Sums of such a task."""
+        return self.n * self.n * self.tall * WIDE * self.rows * self.width
 
 
 def _allowed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """3 x 3 windows that move by one pixel, and something to compute."""
-    plain = op.stride == op.dilation == (1, 1) and op.groups == 1 and op.window == (TAPS, TAPS)
-    return plain and not op.exact and all(spec.size for spec in (*ins, *outs))
+    """What the algorithm is for."""
+    return served(op, op.window, (*ins, *outs), SPACE["m"])
+
+
+def _points(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, m: int) -> bool:
+    """There are points for tiles of this size."""
+    return m + op.window[0] - 1 in SQUARES
 
 
 def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, rows: int) -> bool:
@@ -106,26 +126,22 @@ def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *,
 def _small(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
     """What a task keeps fits on its stack; partial sums are not too many."""
     b, itemsize = Blocking.of(op, ins, outs, config), np.dtype(outs[0].dtype).itemsize
-    area = b.n * b.n
-    raw = area * max(b.channels, b.filters)
+    raw = b.n * b.n * max(b.channels, b.filters)
+    kept = b.rectangle_size if config["staged"] else b.kept
+    return max(raw, kept) * itemsize <= LOCAL_BYTES and (config["staged"] or b.split * b.sums_size <= SUMS)
+
+
+def _parts(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+    """A block for each part; what is staged is neither split nor cut otherwise, and tasks are no taller than all."""
+    b = Blocking.of(op, ins, outs, config)
     if config["staged"]:
-        return raw * itemsize <= LOCAL_BYTES
-    kept = area * b.block * (sum(b.pitches))
-    return max(raw, kept) * itemsize <= LOCAL_BYTES and b.split * b.sums_size <= SUMS
-
-
-def _parts(
-    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, m: int, block: int, split: int, staged: bool
-) -> bool:
-    """A block for each part; what is staged is neither split nor cut otherwise."""
-    if staged:
-        return (block, split) == (BLOCK, SPLIT)
-    config = {"m": m, "rows": 1, "vectors": 1, "lanes": 1, "block": block, "split": split}
-    return split * block <= Blocking.of(op, ins, outs, config).tiles or (block, split) == (8, 2)
+        return (b.block, b.split) == (BLOCK, SPLIT) and (b.tall == TALL or b.tall // 2 < b.row_tiles)
+    return b.tall == TALL and (b.split * b.block <= b.tiles or (b.block, b.split) == (8, 2))
 
 
 RULES = {
-    "3 x 3 windows, one pixel apart": _allowed,
+    "square windows of 3 or 5, one pixel apart": _allowed,
+    "points for the tile": _points,
     **tile_rules(rows_of, columns_of, SPACE["rows"]),
     "channels for a tile": _rows,
     "a block for each part": _parts,
@@ -144,18 +160,24 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     """Half-cycles of all cores, about."""
     b, lanes, vectors = Blocking.of(op, ins, outs, config), config["lanes"], config["vectors"]
     area = b.n * b.n
-    sums = area * b.row_tiles * b.panels
+    sums, itemsize = area * b.row_tiles * b.panels, np.dtype(outs[0].dtype).itemsize
     products = sums * b.tiles * step_cost(b.rows, vectors)
-    each = instructions(b.channels, lanes) + instructions(b.filters, lanes)
-    moved = 3.0 * area * b.tiles * each
+    channels, filters = instructions(b.channels, lanes), instructions(b.filters, lanes)
+    moved = 12.0 * area * b.tiles * (channels + filters)
     if config["staged"]:
-        moved += 4.0 * area * b.tiles * each
-        tasks = b.rectangles
+        tall, broad = b.grid_of_sums
+        moved += 16.0 * area * b.tiles * (channels + filters) + FAR * area * b.tiles * (
+            channels * broad + filters * tall
+        )
+        if b.rectangle_size * itemsize > NEAR_BYTES // 4:
+            moved += 2.0 * NEAR * sums * b.rows * vectors * -(-b.tiles // DEPTH)
+        tasks = tall * broad
     else:
-        moved += 1.5 * sums * b.rows * vectors * (b.tiles / b.block + 2 * b.split)
+        near = b.split * b.sums_size * itemsize <= NEAR_BYTES
+        moved += sums * b.rows * vectors * (NEAR * b.tiles / b.block + 2 * b.split * (NEAR if near else PARTS))
+        moved += 4.0 * area * b.tiles * (channels + filters) if b.kept * itemsize > NEAR_BYTES // 4 else 0.0
         tasks = b.split
-    idle = waiting(tasks, device.cores)
-    return (products + 4 * moved) * idle + LEAST
+    return (products + moved) * waiting(tasks, device.cores) + LEAST
 
 
 @lru_cache(maxsize=512)
@@ -166,7 +188,7 @@ def _preferred(op: Any, ins: tuple[Spec, ...], outs: tuple[Spec, ...], device: D
     if not _allowed(op, ins, outs, device):
         return first
     tiles = best_tiles(lanes, outs[0].shape[-1], itemsize, device.vector_bytes)
-    names = ("m", "block", "split", "staged")
+    names = ("m", "block", "split", "staged", "tall")
     configs = (
         {"rows": rows, "vectors": vectors, "lanes": lanes, **dict(zip(names, values, strict=True))}
         for rows, vectors in tiles
@@ -196,16 +218,17 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
     dy_record = out_h * out_w * filters
     raw_size = max(n * n * channels, n * n * filters)
     tile_size = rows * width
-    back_size, taps_size = TAPS * n * width, TAPS * TAPS * width
+    tap_rows = b.taps
+    back_size, taps_size = tap_rows * n * width, tap_rows * tap_rows * width
     block, split, sums_size = b.block, b.split, b.sums_size
     size_v, size_d = area * block * pitch, area * block * pitch_d
     matrix = total if config["staged"] else block  # rows of each matrix of v and d
     depth, whole_size = min(DEPTH, total), area * tile_size
-    across, rectangle_size = -(-panels // WIDE), TALL * WIDE * area * tile_size
+    (down, across), rectangle_size, most = b.grid_of_sums, b.rectangle_size, b.tall
 
     patch_of = patches(b, channels, matrix * pitch, dtype)
     dy_to_points = along(filter_lines(n, m), m, n, dtype)
-    to_taps = along(output_lines(n, TAPS), n, TAPS, dtype)
+    to_taps = along(output_lines(n, tap_rows), n, tap_rows, dtype)
 
     def tile_of(tile, dy, raw, turned, d, row):  # type: ignore[no-untyped-def]
         top, left = tile % grid_size // grid_w * m, tile % grid_w * m
@@ -235,9 +258,9 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
             for j in range(n):
                 source = slot + j * tile_size + r * width
                 to_taps(sums, source, n * tile_size, back, j * width, n * width, width)
-            for i in range(TAPS):
-                to_taps(back, i * n * width, width, taps, i * TAPS * width, width, width)
-            for tap in range(TAPS * TAPS):
+            for i in range(tap_rows):
+                to_taps(back, i * n * width, width, taps, i * tap_rows * width, width, width)
+            for tap in range(tap_rows * tap_rows):
                 o, s = (tap * channels + first + r) * filters + column, tap * width
                 for e in range(skip, columns):
                     dw[o + e] = epilogue(taps[s + e], extras, o + e, k + e, at)
@@ -276,8 +299,8 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
 
     def staged(task, x, dy, dw, v, d, extras, at):  # type: ignore[no-untyped-def]
         back, taps, sums = local(back_size, x), local(taps_size, x), local(rectangle_size, x)
-        first_row, first_panel = task // across * TALL, task % across * WIDE
-        tall, broad = min(TALL, row_tiles - first_row), min(WIDE, panels - first_panel)
+        first_row, first_panel = task // across * most, task % across * WIDE
+        tall, broad = min(most, row_tiles - first_row), min(WIDE, panels - first_panel)
         for p in range(area):
             for low in range(0, total, depth):
                 count = min(depth, total - low)
@@ -293,5 +316,5 @@ def winograd(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilo
                 write(first_row + i, first_panel + j, sums, slot, back, taps, dw, extras, at)
 
     if config["staged"]:
-        return Loop(staged, b.rectangles, before=before_staged, before_tasks=-(-total // block))
+        return Loop(staged, down * across, before=before_staged, before_tasks=-(-total // block))
     return Loop(parts, row_tiles * panels, before=before_parts, before_tasks=split)

@@ -1,6 +1,7 @@
 """What the Winograd templates share: how an image is cut into tiles, and how the patch behind a tile is transformed.
 
-A tile has m x m pixels; the patch that it is computed from has n x n, n = m + 2, and overlaps with its neighbours'.
+A tile has m x m pixels; the patch that it is computed from has n x n, n = m + taps - 1, and overlaps with its
+neighbours'.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 
 from .conv_geometry import Axis
-from .winograd_transform import along, input_lines
+from .winograd_transform import SQUARES, along, input_lines
 
-TAPS = 3
 LOCAL_BYTES = 3 << 18  # most of a block's transformed patches, and of its sums, on the stack of a task
 LEAST = 1e5  # half-cycles that it should save: less is not worth a kernel that takes longer to compile
 GAP = 16  # elements between rows of a matrix, which would evict each other from a cache if a power of two apart
@@ -28,10 +28,11 @@ class Tiles:
     h: Axis
     w: Axis
     m: int
+    taps: int  # of a window, along each axis
 
     @property
     def n(self) -> int:
-        return self.m + TAPS - 1
+        return self.m + self.taps - 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -41,6 +42,13 @@ class Tiles:
     @property
     def tiles(self) -> int:
         return self.records * self.grid[0] * self.grid[1]
+
+
+def served(op: Any, window: Sequence[int], specs: Sequence[Spec], sizes: Sequence[int]) -> bool:
+    """Square windows with points for a tile of one of these sizes, that move by one pixel; something to compute."""
+    plain = op.stride == op.dilation == (1, 1) and op.groups == 1 and len(set(window)) == 1 < window[0]
+    points = any(m + window[0] - 1 in SQUARES for m in sizes)
+    return plain and points and not op.exact and all(spec.size for spec in specs)
 
 
 def rows_of(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], rows: int) -> tuple[int, ...]:

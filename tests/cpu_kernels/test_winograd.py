@@ -49,7 +49,7 @@ def error(template, op, ins, out, device, config):
     return np.abs(result - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize(("n", "outputs", "taps"), [(4, 2, 3), (6, 4, 3), (4, 3, 2), (6, 3, 4)])
+@pytest.mark.parametrize(("n", "outputs", "taps"), [(4, 2, 3), (6, 4, 3), (6, 2, 5), (4, 3, 2), (6, 3, 4), (6, 5, 2)])
 def test_transforms_are_sums_of_a_sliding_window(n, outputs, taps):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=n), rng.normal(size=taps)
@@ -63,6 +63,36 @@ def test_rounding_errors(family, m):
     op, ins, out = CALLS[family]
     template = winograd(family)
     config = {**template.default(op, ins, (out,), host()), "m": m}
+    assert error(template, op, ins, out, host(), config) < 3e-6
+
+
+@pytest.mark.parametrize("low", [0, 2, 4])
+@pytest.mark.parametrize("family", CALLS)
+def test_windows_of_5(family, low):
+    """With less padding than keeps the size, that which does, and more, and another at the other end."""
+    geometry = {**GEOMETRY, "padding": ((low, 2), (2, low))}
+    x, w = Spec((3, 15, 18, 24)), Spec((5, 5, 24, 41))
+    y = Conv(**geometry).infer(x, w)
+    op, ins, out = {
+        "conv": (Conv(**geometry), (x, w), y),
+        "conv_input_grad": (ConvInputGrad(size=(15, 18), **geometry), (y, w), x),
+        "conv_filter_grad": (ConvFilterGrad(window=(5, 5), **geometry), (x, y), w),
+    }[family]
+    template = winograd(family)
+    config = template.default(op, ins, (out,), host())
+    assert config["m"] == 2
+    assert template.broken(op, ins, (out,), host(), config) is None
+    assert error(template, op, ins, out, host(), config) < 4e-6
+    assert "points" in template.broken(op, ins, (out,), host(), {**config, "m": 4})
+
+
+@pytest.mark.parametrize("tall", [4, 8])
+def test_tasks_of_staged_filter_gradients(tall):
+    op, ins, out = CALLS["conv_filter_grad"]
+    template = winograd("conv_filter_grad")
+    config = {**template.default(op, ins, (out,), host()), "rows": 4, "vectors": 1, "lanes": 8}
+    config |= {"staged": True, "block": 32, "split": 4, "tall": tall}
+    assert template.broken(op, ins, (out,), host(), config) is None
     assert error(template, op, ins, out, host(), config) < 3e-6
 
 
