@@ -3,6 +3,8 @@
 Both sides run in the same two processes and take turns: ranks of a plan that divides the records, over shared memory,
 as the workers of `rapydli_flow.fit` run them inside a segment, with their batch fed; and DDP in both of PyTorch's
 layouts, of which the faster counts. A third side is ours with one rank of two threads, in the first of the processes.
+AlexNet has 95 % of its parameters in dense layers: a plan for it is hybrid, and divides those by filters. Its plan that
+divides records only is measured, too.
 
 All begin with the same state and see the same batches, half of each on either process. Losses of the first steps are
 compared before anything is timed, without dropout; there PyTorch's batch norm is made to see the whole batch, as ours
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from common import beside_torch
 from networks import batches, traced
-from ours import Part, Step, halves, programs, training
+from ours import SEED, Part, Step, halves, programs, training
 from pair import End, on_both, slower
 from theirs import LAYOUTS, DistributedStep, with_state
 from torch import distributed, nn
@@ -32,19 +34,21 @@ from rapydli_flow.runtime.warm import warm
 from rapydli_flow.zoo import Network, find
 
 NETWORKS = "alexnet,cifar10_quick,resnet18"
+STRATEGIES = {"alexnet": ("hybrid", "data")}  # of the others: data
 COMPARED = 10  # steps
 TARGETS = {"target": 1.5, "target_of_alone": 0.95}
 
 
 def measure(given: Namespace) -> list[dict[str, Any]]:
-    """A row for each network."""
-    return [row(find(name), given.seconds) for name in (given.networks or NETWORKS).split(",")]
+    """A row for each network and strategy."""
+    names = (given.networks or NETWORKS).split(",")
+    return [row(find(name), kind, given.seconds) for name in names for kind in STRATEGIES.get(name, ("data",))]
 
 
-def row(case: Network, seconds: float) -> dict[str, Any]:
+def row(case: Network, strategy: str, seconds: float) -> dict[str, Any]:
     """Ours and DDP's milliseconds, how many times as fast ours is, and its share of the speed of one rank alone."""
-    ready(case)
-    found = on_both(in_both, case.name, seconds)
+    ready(case, strategy)
+    found = on_both(in_both, case.name, strategy, seconds)
     times = slower([times for _, times in found])
     alone = times.pop("alone")
     shares = sorted(one / two for one, two in zip(alone, times["ours"], strict=True))
@@ -52,6 +56,7 @@ def row(case: Network, seconds: float) -> dict[str, Any]:
     return {
         "network": case.name,
         "batch": case.batch,
+        "strategy": strategy,
         "loss_apart": max(apart for apart, _ in found),
         **beside_torch(times),
         "alone_ms": median(alone) * 1e3,
@@ -61,22 +66,22 @@ def row(case: Network, seconds: float) -> dict[str, Any]:
     }
 
 
-def ready(case: Network) -> None:
+def ready(case: Network, strategy: str) -> None:
     """Compile here what either process needs, so that they do not both do it."""
     known = tuning.known(host())
     needed = []
     for dropout in (True, False):
         network = traced(case, case.batch, dropout=dropout)
-        needed += [*halves(network, known), *programs(training(network), rf.Plan(1, 2), known)]
+        needed += [*halves(network, strategy, known), *programs(training(network), rf.Plan(1, 2), known)]
     print(f"{case.name}: {warm([pair for each in needed for pair in each.requests], known.device)}", flush=True)
 
 
-def in_both(end: End, name: str, seconds: float) -> tuple[float, dict[str, list[float]]]:
+def in_both(end: End, name: str, strategy: str, seconds: float) -> tuple[float, dict[str, list[float]]]:
     """How far losses are apart, at most; and this process's times of a step of each side."""
     end.gloo()
     case = find(name)
-    apart = Sides(end, case, dropout=False).apart()
-    sides = Sides(end, case, dropout=True)
+    apart = Sides(end, case, strategy, dropout=False).apart()
+    sides = Sides(end, case, strategy, dropout=True)
     times = end.turns({name: partial(sides.turn, name) for name in sides.steps}, seconds=seconds)
     distributed.destroy_process_group()
     return apart, times
@@ -85,11 +90,11 @@ def in_both(end: End, name: str, seconds: float) -> tuple[float, dict[str, list[
 class Sides:
     """Ours, DDP in each layout, and one rank alone, from the same state, each fed with the same batches in turn."""
 
-    def __init__(self, end: End, case: Network, *, dropout: bool) -> None:
+    def __init__(self, end: End, case: Network, strategy: str, *, dropout: bool) -> None:
         self.end, self.case = end, case
         data = batches(case, case.batch)
-        mine = Part(case, case.batch, end.rank, end.shared, dropout=dropout)
-        state, half = mine.state(), [(x[mine.rows], label[mine.rows]) for x, label in data]
+        mine = Part(case, case.batch, strategy, end.rank, end.shared, dropout=dropout)
+        state, half = rf.init(mine.network, seed=SEED), [(x[mine.rows], label[mine.rows]) for x, label in data]
         self.steps: dict[str, Any] = {"ours": mine, "alone": _elsewhere}
         self._data: dict[str, list[Any]] = {"ours": data, "alone": data}
         if end.rank == 0:

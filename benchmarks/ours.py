@@ -72,13 +72,15 @@ class Step:
 
 
 class Part(Step):
-    """One rank of a step that two divide by records; each has one thread."""
+    """One rank of a step that two divide, with one thread each: records, by a strategy 'data' or 'hybrid'."""
 
-    def __init__(self, case: Network, batch: int, number: int, join: Join, *, dropout: bool = True) -> None:
+    def __init__(
+        self, case: Network, batch: int, strategy: str, number: int, join: Join, *, dropout: bool = True
+    ) -> None:
         """``join``: from the most bytes that are handed over at once to the transport between the ranks."""
         self.network = traced(case, batch, dropout=dropout)
         known = tuning.known(host())
-        both = halves(self.network, known)
+        both = halves(self.network, strategy, known)
         self._begin(both[number], known.device, 1, join(max(swap_bytes(program, 2, CHUNK_BYTES) for program in both)))
 
     @property
@@ -101,10 +103,10 @@ def programs(step: Graph, plan: rf.Plan, known: Tuning) -> list[Program]:
     return list(plan.programs(step, known))
 
 
-def halves(network: Graph, known: Tuning) -> list[Program]:
-    """The programs of two ranks that divide the records of a training step."""
+def halves(network: Graph, strategy: str, known: Tuning) -> list[Program]:
+    """The programs of two ranks that divide a training step."""
     step = training(network)
-    return programs(step, rf.plan(step, ranks=2, threads=1), known)
+    return programs(step, rf.plan(step, ranks=2, threads=1, strategy=strategy), known)
 
 
 class Prediction:

@@ -161,7 +161,7 @@ def together() -> str:
     for r in rows.get("allreduce", ()):
         lines.append(f"| all-reduce of {r['size']}, two processes: gloo / ours | {r['speedup']:.2f} |")
     for r in rows.get("ddp", ()):
-        what = f"step of {r['network']}, {r['batch']}, two workers"
+        what = f"step of {r['network']}, {r['batch']}, two workers, strategy {r['strategy']}"
         lines.append(f"| {what}: PyTorch DDP / ours | {r['speedup']:.2f} |")
         lines.append(f"| {what}: one worker of two threads / ours | {r['of_alone']:.2f} |")
     for r in rows.get("links", ()):
@@ -172,7 +172,7 @@ def together() -> str:
         else:
             what = f"the same of two ranks on each end {link}: by pieces / by hosts"
             lines.append(f"| {what} | {1 / r['of_pieces']:.2f} |")
-    for r in rows.get("overlap", ())[1:]:
+    for r in (r for r in rows.get("overlap", ()) if r["gradients"] != "after"):
         what = f"step of {r['network']} over a link of 1 Gbit/s: sums after the backward pass / {r['gradients']}"
         lines.append(f"| {what} | {1 / r['of_after']:.2f} |")
     parts = [r["of_unsplit"] for r in rows.get("spatial", ())[1:]]
