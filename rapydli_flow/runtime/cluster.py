@@ -42,6 +42,7 @@ from .workers import answers
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
 BEAT_S = 1.0
+LOOK_S = 0.25  # how often tasks that are waited for are looked at, for those that failed
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,10 @@ class Cluster(Backend):
         """Wait for tasks; RunLost as soon as a worker that holds a rank is gone."""
         pending = set(futures)
         while pending:
-            try:
-                with self.client.as_current():  # there may be several
-                    done, _ = wait_for(list(pending), timeout=1.0, return_when="FIRST_COMPLETED")
-            except TimeoutError:
-                done = set()
-            pending -= set(done)
+            with suppress(TimeoutError), self.client.as_current():  # there may be several
+                wait_for(list(pending), timeout=LOOK_S)
+            done = {future for future in pending if future.status != "pending"}
+            pending -= done
             self._heard(done)
             failed = [future for future in done if future.status == "error"]
             if failed:

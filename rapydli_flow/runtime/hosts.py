@@ -19,6 +19,9 @@ class Hosts(Transport):
         self.rank, self.ranks, self.far, self.near = far.rank, far.ranks, far, near
         self.topology = far.topology
         self.numbers = {rank: number for number, rank in enumerate(here)}  # in shared memory
+        if far.aside is not None:
+            assert near is None or isinstance(near.aside, SharedMemory)
+            self.aside = Hosts(far.aside, here, near and near.aside)
 
     @property
     def waited_s(self) -> float:  # type: ignore[override]

@@ -28,12 +28,25 @@ from .transport import TIMEOUT_S, Transport, flattened
 
 
 class Peers(Transport):
-    """Rank ``rank`` of ``ranks``, on a Dask worker. `open` first, then `connect` with everyone's addresses."""
+    """Rank ``rank`` of ``ranks``, on a Dask worker. `open` first, then `connect` with everyone's addresses.
+
+    ``aside``: with a line of its own for what goes on behind kernels. It has connections of its own, so that no short
+    message stands behind long ones; they come to the same port.
+    """
 
     chunk_bytes = 1 << 21  # a message costs about a millisecond
+    aside: Peers | None = None
+    _line = 0  # which of a rank's lines this is, as messages say
 
-    def __init__(self, worker: Any, rank: int, ranks: int, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, worker: Any, rank: int, ranks: int, *, timeout_s: float = TIMEOUT_S, aside: bool = False
+    ) -> None:
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
+        self._lines = [self]
+        if aside:
+            self.aside = Peers(worker, rank, ranks, timeout_s=timeout_s)
+            self.aside._line = 1
+            self._lines.append(self.aside)
         self._worker, self._loop = worker, worker.loop
         self._comms: dict[int, Any] = {}
         self._inbox: dict[tuple[int, int], asyncio.Future[Array]] = {}
@@ -48,7 +61,8 @@ class Peers(Transport):
 
     def connect(self, addresses: Sequence[str]) -> None:
         """Connect to the other ranks; RunLost, with the address that was tried, where one cannot be reached."""
-        sync(self._loop, self._connect, list(addresses))
+        for line in self._lines:
+            sync(self._loop, line._connect, list(addresses))
 
     def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
         flat = {id(parts): flattened(parts) for parts in sends.values()}
@@ -112,16 +126,17 @@ class Peers(Transport):
                 ) from error
 
     async def _accept(self, comm: Any) -> None:
-        """Read what one other rank sends, until it leaves."""
+        """Read what one other rank sends on one of its lines, until it leaves."""
         try:
             while True:
                 message = await comm.read()
                 data = np.frombuffer(message["data"], np.uint8)
-                future = self._expect(message["rank"], message["count"])
+                future = self._lines[message["line"]]._expect(message["rank"], message["count"])
                 if not future.done():
                     future.set_result(data)
         except (CommClosedError, OSError) as error:
-            self._fail(RunLost(f"rank {self.rank}: another rank closed its connection ({error})."))
+            for line in self._lines:
+                line._fail(RunLost(f"rank {self.rank}: another rank closed its connection ({error})."))
 
     def _expect(self, rank: int, count: int) -> asyncio.Future[Array]:
         if (rank, count) not in self._inbox:
@@ -135,8 +150,8 @@ class Peers(Transport):
         writes = []
         for target, data in sends.items():
             self._sent[target] += 1
-            message = {"rank": self.rank, "count": self._sent[target], "data": to_serialize(data.data)}
-            writes.append(self._comms[target].write(message))
+            message = {"rank": self.rank, "line": self._line, "count": self._sent[target]}
+            writes.append(self._comms[target].write({**message, "data": to_serialize(data.data)}))
         async with asyncio.timeout(self.timeout_s):
             await asyncio.gather(*writes)
 
@@ -164,8 +179,9 @@ class Peers(Transport):
                 future.exception()  # seen: no warning where nobody waits
 
     async def _close(self) -> None:
-        self._fail(RunLost(f"rank {self.rank}: the run was given up."))
-        for comm in self._comms.values():
+        for line in self._lines:
+            line._fail(RunLost(f"rank {self.rank}: the run was given up."))
+        for comm in (comm for line in self._lines for comm in line._comms.values()):
             await comm.close()
         if self._listener is not None:
             self._listener.stop()

@@ -204,10 +204,11 @@ class Rank:
 
     def _timed(self, name: str, title: str, work: Callable[[], object]) -> Took:
         """Do something, and say what it took; what is not done by this thread may have waited longer than this one."""
-        waited_s, begin = self.transport.waited_s, time.perf_counter()
+        line = self.transport.aside if title == Wait.name and self.transport.aside is not None else self.transport
+        waited_s, begin = line.waited_s, time.perf_counter()
         work()
         time_s = time.perf_counter() - begin
-        return Took(name, title, begin, time_s, min(time_s, self.transport.waited_s - waited_s))
+        return Took(name, title, begin, time_s, min(time_s, line.waited_s - waited_s))
 
     def first_nonfinite(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> int | None:
         """Like `step`; the position in the program of the first node whose output is not finite, if any."""
@@ -255,17 +256,18 @@ class Rank:
             self.view(buffer)[...] = value
 
     def _meet(self, part: Collective) -> None:
-        """A collective; where some run behind the kernels, all are carried out by the same thread, in their order."""
+        """A collective. Those that run behind the kernels are carried out by another thread, in their order, on a line
+        of their own: what kernels wait for does not stand behind them."""
         if isinstance(part.op, Wait):
             self._begun.pop(part.name).result()
             return
         ins, outs = [self.view(b) for b in part.ins], [self.view(b) for b in part.outs]
-        if self._behind is None:
+        if not part.op.behind:
             self.transport.meet(part.name, part.op, ins, outs)
             return
-        self._begun[part.name] = self._behind.submit(self.transport.meet, part.name, part.op, ins, outs)
-        if not part.op.behind:
-            self._begun.pop(part.name).result()
+        assert self._behind is not None
+        assert self.transport.aside is not None
+        self._begun[part.name] = self._behind.submit(self.transport.aside.meet, part.name, part.op, ins, outs)
 
     def finish(self) -> None:
         """Return when nothing of the steps that were run is under way any more."""

@@ -22,8 +22,9 @@ def opened(job: Job, number: int, worker: Any) -> tuple[Transport, str]:
         return Alone(), ""
     if job.transport == "shared":
         return _memory(job, number) if number == 0 else Alone(), ""
-    far = Peers(worker, number, job.ranks, timeout_s=job.timeout_s)
-    far.topology = job.topology
+    far = Peers(worker, number, job.ranks, timeout_s=job.timeout_s, aside=_aside(job))
+    for line in filter(None, (far, far.aside)):
+        line.topology = job.topology
     here = job.topology.beside(number)
     first = job.transport == "hosts" and here[0] == number
     return Hosts(far, here, _memory(job, number) if len(here) > 1 else None) if first else far, far.open()
@@ -49,6 +50,13 @@ def _memory(job: Job, number: int) -> SharedMemory:
     sizes = (swap_bytes(program, len(here), chunk_bytes) for program in job.programs)
     capacity = max(chunk_bytes if job.keeps_copies else 0, *sizes)
     name = f"{job.run}-{job.topology.hosts[number]}"
-    memory = SharedMemory(name, here.index(number), len(here), capacity, timeout_s=job.timeout_s)
-    memory.topology = job.topology
+    how: dict[str, Any] = {"timeout_s": job.timeout_s, "aside": _aside(job)}
+    memory = SharedMemory(name, here.index(number), len(here), capacity, **how)
+    for line in filter(None, (memory, memory.aside)):
+        line.topology = job.topology
     return memory
+
+
+def _aside(job: Job) -> bool:
+    """Does anything go on behind kernels, and wants a line of its own?"""
+    return any(program.behind for program in job.programs)

@@ -61,11 +61,23 @@ def folder() -> Path:
 class SharedMemory(Transport):
     """Rank ``rank`` of ``ranks`` on this host. Rank 0 creates ``name``; `joined` is called when all have it.
 
-    ``capacity_bytes``: the most that a rank hands over in one swap.
+    ``capacity_bytes``: the most that a rank hands over in one swap. ``aside``: with a line of its own for what goes on
+    behind kernels, in memory of its own.
     """
 
-    def __init__(self, name: str, rank: int, ranks: int, capacity_bytes: int, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        ranks: int,
+        capacity_bytes: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        aside: bool = False,
+    ) -> None:
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
+        if aside:
+            self.aside = SharedMemory(f"{name}-aside", rank, ranks, capacity_bytes, timeout_s=timeout_s)
         self.path = folder() / f"rapydli-{name}"
         self.capacity = -(-max(capacity_bytes, 64) // 4096) * 4096
         pairs = ranks * ranks
@@ -87,6 +99,8 @@ class SharedMemory(Transport):
     def joined(self) -> None:
         """Forget the name; the memory lives as long as a rank has it mapped."""
         self.path.unlink(missing_ok=True)
+        if self.aside is not None:
+            self.aside.joined()
 
     def _handed(self, source: int, target: int) -> int:
         """The counter of messages from one rank to another."""
@@ -152,6 +166,8 @@ class SharedMemory(Transport):
     def close(self) -> None:
         self._open = False
         self.path.unlink(missing_ok=True)
+        if self.aside is not None:
+            self.aside.close()
 
 
 def create(path: Path, size: int) -> None:

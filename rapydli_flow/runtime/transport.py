@@ -33,6 +33,7 @@ class Transport(ABC):
     ranks: int
     chunk_bytes = CHUNK_BYTES
     waited_s: float = 0.0  # seconds in all in which what others send was not there yet, or they had no room
+    aside: Transport | None = None  # a line of its own to the same ranks, for what goes on behind kernels
 
     @cached_property
     def topology(self) -> Topology:
@@ -196,15 +197,16 @@ class _Board:
 class Threads(Transport):
     """Ranks that are threads of one process; make all of them with `Threads.of`."""
 
-    def __init__(self, rank: int, ranks: int, board: _Board, timeout_s: float) -> None:
-        self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
+    def __init__(self, rank: int, ranks: int, board: _Board, timeout_s: float, aside: Threads | None) -> None:
+        self.rank, self.ranks, self.timeout_s, self.aside = rank, ranks, timeout_s, aside
         self._board = board
 
     @classmethod
     def of(cls, ranks: int, *, timeout_s: float = TIMEOUT_S) -> tuple[Threads, ...]:
-        """One transport a rank."""
-        board = _Board()
-        return tuple(cls(rank, ranks, board, timeout_s) for rank in range(ranks))
+        """One transport a rank, with its line aside."""
+        board, beside = _Board(), _Board()
+        lines = (cls(rank, ranks, beside, timeout_s, None) for rank in range(ranks))
+        return tuple(cls(aside.rank, ranks, board, timeout_s, aside) for aside in lines)
 
     def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
         flat = {id(parts): flattened(parts) for parts in sends.values()}
@@ -240,6 +242,8 @@ class Threads(Transport):
         with self._board.changed:
             self._board.closed = True
             self._board.changed.notify_all()
+        if self.aside is not None:
+            self.aside.close()
 
 
 def flattened(parts: Sequence[Array]) -> Array:

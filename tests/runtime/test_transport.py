@@ -106,6 +106,27 @@ def check_rounded(transport):
     return transport.rank
 
 
+def check_aside(transport):
+    """What goes on aside may be late, and does not keep the others' short sums waiting."""
+    ranks = tuple(range(transport.ranks))
+    draw = [np.random.default_rng(r).integers(-9, 9, 200_000).astype(np.float64) for r in ranks]
+    mine, total, late = draw[transport.rank], np.empty(5), np.empty(200_000)
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin():
+            return pool.submit(transport.aside.meet, "late", AllReduce(ranks=ranks), [mine], [late])
+
+        begun = begin() if transport.rank > 0 else None
+        for i in range(4):
+            transport.meet("soon", AllReduce(ranks=ranks), [mine[i : i + 5]], [total])
+            assert (total == sum(x[i : i + 5] for x in draw)).all()
+        assert begun is None or not begun.done()
+        transport.share("until all have looked", b"")
+        (begun or begin()).result()
+    assert (late == sum(draw)).all()
+    return transport.rank
+
+
 def on_all(transports, function=check_rounds):
     with ThreadPoolExecutor(len(transports)) as pool:
         return list(pool.map(function, transports))
@@ -119,8 +140,8 @@ def shared(name, ranks, **options):
     return out
 
 
-CHECKS = [check_rounds, check_ahead, check_sums, check_rounded]
-MAKES = {"threads": Threads.of, "shared memory": lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks)}
+CHECKS = [check_rounds, check_ahead, check_sums, check_rounded, check_aside]
+MAKES = {"threads": Threads.of, "shared memory": lambda ranks: shared(f"test-{time.monotonic_ns()}", ranks, aside=True)}
 
 
 def test_one_rank_alone():
@@ -278,7 +299,7 @@ def connected(workers, **options):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_peers_tell_each_other(workers, check):
-    peers = connected(workers[:3])
+    peers = connected(workers[:3], aside=True)
     assert on_all(peers, check) == [0, 1, 2]
     for peer in peers:
         peer.close()
@@ -290,14 +311,14 @@ def test_ranks_of_two_hosts_tell_each_other(workers, hosts, check):
     """Shared memory for those of a host, comms between hosts; sums by hosts where these have as many."""
     topology = Topology(hosts)
     assert (topology.choose((0, 1, 2, 3), 4_800_000) == BY_HOSTS) == (hosts == (0, 0, 1, 1))
-    peers = connected(workers)
+    peers = connected(workers, aside=True)
     ends = []
     for rank, peer in enumerate(peers):
-        peer.topology = topology
+        peer.topology = peer.aside.topology = topology
         here = topology.beside(rank)
         name = f"test-{id(peers)}-{hosts[rank]}"
-        near = SharedMemory(name, here.index(rank), len(here), Hosts.chunk_bytes) if len(here) > 1 else None
-        ends.append(Hosts(peer, here, near))
+        size = here.index(rank), len(here), Hosts.chunk_bytes
+        ends.append(Hosts(peer, here, SharedMemory(name, *size, aside=True) if len(here) > 1 else None))
     for end in ends:
         end.joined()
     assert on_all(ends, check) == [0, 1, 2, 3]
