@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
@@ -123,6 +123,19 @@ class Block:
                     rest.append(Block((*lo[:axis], a, *lo[axis + 1 :]), (*hi[:axis], b, *hi[axis + 1 :]), self.whole))
             lo[axis], hi[axis] = both.lo[axis], both.hi[axis]
         return rest
+
+    def cut(self, most: int) -> Iterator[Block]:
+        """Blocks of no more than ``most`` elements that together are this one, in the order of its elements."""
+        if self.size <= most:
+            yield self
+            return
+        axis = next(i for i, size in enumerate(self.shape) if size > 1)
+        lo, hi = self.lo, self.hi
+        step = max(1, most * self.shape[axis] // self.size)
+        for a in range(lo[axis], hi[axis], step):
+            b = min(a + step, hi[axis])
+            part = Block((*lo[:axis], a, *lo[axis + 1 :]), (*hi[:axis], b, *hi[axis + 1 :]), self.whole)
+            yield from part.cut(most)
 
     def inside(self, outer: Block) -> tuple[slice, ...]:
         """This block as slices of an array that holds ``outer``."""

@@ -47,6 +47,18 @@ def test_blocks_along_an_axis_cover_the_array() -> None:
     assert np.array_equal(np.concatenate([array[part.slices] for part in parts], 1), array)
 
 
+@pytest.mark.parametrize("most", [1, 2, 5, 7, 12, 30, 1000])
+def test_a_block_is_cut_into_smaller_ones(most: int) -> None:
+    block = Block((1, 0, 2), (4, 1, 12), (5, 2, 20))
+    array = np.arange(200).reshape(block.whole)
+    parts = list(block.cut(most))
+    assert all(0 < part.size <= most for part in parts)
+    assert (
+        np.concatenate([array[part.slices].ravel() for part in parts]).tolist() == array[block.slices].ravel().tolist()
+    )
+    assert list(Block.all(()).cut(1)) == [Block.all(())]
+
+
 def test_an_empty_block() -> None:
     assert Block((2, 1), (2, 3), (4, 4)).empty
 

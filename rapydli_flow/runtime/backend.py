@@ -147,8 +147,12 @@ def whole_state(graph: Graph, held: Sequence[Blocks], parts: Sequence[Mapping[st
 
 def holding(graph: Graph, held: Sequence[Blocks]) -> int:
     """How many ranks, from the first on, hold all parameters and state together: one, or all."""
-    leaves = graph.leaves("param", "state")
-    return 1 if all(held[0].get(leaf.name) == Block.all(leaf.spec.shape) for leaf in leaves) else len(held)
+    return 1 if holds_all(graph, held[0]) else len(held)
+
+
+def holds_all(graph: Graph, blocks: Blocks) -> bool:
+    """Are all parameters and state of a graph there?"""
+    return all(blocks.get(leaf.name) == Block.all(leaf.spec.shape) for leaf in graph.leaves("param", "state"))
 
 
 def one_result(results: Sequence[SegmentResult]) -> SegmentResult:

@@ -29,7 +29,7 @@ from ..scheduler.topology import LOOPBACK, Topology
 from ..spec import Array, Block, even_bounds
 from ..tuner import Choice, Request
 from . import worker as tasks
-from .backend import Backend, Writers, holding, one_result, whole_state
+from .backend import Backend, Writers, holding, holds_all, one_result, whole_state
 from .copies import sources
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
@@ -95,6 +95,8 @@ class Cluster(Backend):
             topology = replace(topology, near=LOOPBACK)
         self.job = replace(job, run=f"{job.run}-{uuid.uuid4().hex[:12]}", transport=transport, topology=topology)
         self.holding = holding(job.step, [program.layout for program in job.programs])
+        network = job.step.network
+        self.each_predicts = network is not None and all(holds_all(network, p.layout) for p in job.programs)
         self.tokens: list[Future] = []
         self.count = 0
         self.looked = self.felt = time.monotonic()
@@ -354,7 +356,7 @@ class Cluster(Backend):
         return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
-        if self.holding == 1:
+        if self.each_predicts:
             futures = self._ordered("evaluate", tasks.evaluate)
             self.tokens = futures
             return lambda: mean_scores(self.results(futures))

@@ -51,7 +51,7 @@ class Peers(Transport):
         self._comms: dict[int, Any] = {}
         self._inbox: dict[tuple[int, int], asyncio.Future[Array]] = {}
         self._sent, self._taken = [0] * ranks, [0] * ranks
-        self._writes: deque[Future[None]] = deque()  # of what was posted and nothing was taken after
+        self._writes: deque[Future[None] | None] = deque()  # of what was posted and nothing was taken after
         self._error: Exception | None = None
         self._listener: Any = None
 
@@ -65,13 +65,19 @@ class Peers(Transport):
             sync(self._loop, line._connect, list(addresses))
 
     def post(self, name: str, sends: Mapping[int, Sequence[Array]]) -> None:
+        if not sends:
+            self._writes.append(None)
+            return
         flat = {id(parts): flattened(parts) for parts in sends.values()}
         writes = self._write({r: flat[id(parts)] for r, parts in sends.items()})
         self._writes.append(asyncio.run_coroutine_threadsafe(writes, self._loop.asyncio_loop))
 
     def take(self, name: str, sizes: Mapping[int, int]) -> dict[int, Array]:
+        written = self._writes.popleft() if self._writes else None
+        if written is None and not sizes:
+            return {}
         try:
-            return dict(sync(self._loop, self._read, list(sizes), self._writes.popleft() if self._writes else None))
+            return dict(sync(self._loop, self._read, list(sizes), written))
         except TimeoutError:
             missing = next((r for r in sizes if (r, self._taken[r]) in self._inbox), "?")
             raise RunLost(

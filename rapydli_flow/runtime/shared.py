@@ -27,7 +27,7 @@ from cpu_kernels.driver import add, look, sched_yield
 
 from ..errors import RunLost, SettingError
 from ..spec import Array
-from .transport import TIMEOUT_S, Transport, lay_down
+from .transport import ALIGN, TIMEOUT_S, Transport, lay_down
 
 LINE = 8  # int64 values in a cache line
 SPINS = 200  # looks before this core is offered to others
@@ -139,7 +139,7 @@ class SharedMemory(Transport):
             if id(parts) not in places:
                 places[id(parts)] = end
                 end += lay_down(parts, mine[end:])
-                end = -(-end // 64) * 64
+                end = -(-end // ALIGN) * ALIGN
             self._sent[target] += 1
             self._where[self.rank, target, self._sent[target] % 2] = first + places[id(parts)]
             self._lent[slot][target] = self._sent[target]

@@ -19,11 +19,13 @@ import numpy as np
 from ..errors import RunLost
 from ..scheduler import AllReduce, Collective, Exchange, Program
 from ..scheduler.topology import Topology
-from ..spec import Array, Block, Spec
+from ..spec import Array, Spec
+from .exchanges import exchange
 from .sums import AllReducing, Joined
 
 TIMEOUT_S = 120.0
 CHUNK_BYTES = 1 << 20  # messages go in such pieces
+ALIGN = 64  # bytes; where a message begins
 
 
 class Transport(ABC):
@@ -77,7 +79,7 @@ class Transport(ABC):
             mine = Joined(ins)
             AllReducing(self, name, mine.dtype, op.wire).run(op.ranks, mine, Joined(outs))
         elif isinstance(op, Exchange):
-            self._exchange(name, op, ins, outs)
+            exchange(self, name, op, ins, outs)
         else:
             raise TypeError(f"not a collective: {op!r}")
 
@@ -116,42 +118,6 @@ class Transport(ABC):
         self.release()
         return out
 
-    def _exchange(self, name: str, op: Exchange, ins: Sequence[Array], outs: Sequence[Array]) -> None:
-        held = dict(zip(op.held, ins, strict=True))
-        wanted = dict(zip(op.wanted, outs, strict=False))
-        sends: dict[int, list[Array]] = {}
-        sizes: dict[int, int] = {}
-        for source, target, region in op.pieces:
-            owner, reader = op.have[source].rank, op.want[target][0]
-            if owner == self.rank != reader:
-                sends.setdefault(reader, []).append(_part(held[source], region, op.have[source].block))
-            elif reader == self.rank != owner:
-                sizes[owner] = sizes.get(owner, 0) + region.size * np.dtype(op.dtype).itemsize
-        got = self.swap_large(name, sends, sizes)
-        at = dict.fromkeys(got, 0)
-        for source, target, region in op.pieces:
-            if target not in wanted:
-                continue
-            owner, shard = op.have[source].rank, op.have[source]
-            if owner == self.rank:
-                piece = _part(held[source], region, shard.block)
-            else:
-                begin = at[owner]
-                at[owner] = begin + region.size * np.dtype(op.dtype).itemsize
-                piece = got[owner][begin : at[owner]].view(op.dtype).reshape(region.shape)
-            place = _part(wanted[target], region, op.want[target][1])
-            if np.may_share_memory(place, piece):
-                continue  # it was made there
-            if shard.part == 0:
-                place[...] = piece
-            else:
-                place += piece
-
-
-def _part(array: Array, region: Block, outer: Block) -> Array:
-    """A view of the region of an array that holds ``outer``."""
-    return array[(..., *region.inside(outer))]  # without the dots, of a scalar, no view
-
 
 def swap_bytes(program: Program, ranks: int, chunk_bytes: int) -> int:
     """No less than what one rank hands over to others in one swap of its program; so many ranks are within reach."""
@@ -161,7 +127,7 @@ def swap_bytes(program: Program, ranks: int, chunk_bytes: int) -> int:
             sizes.append(min(step.op.sent_bytes(), (ranks - 1) * chunk_bytes))
         else:
             sizes.append(min(sum(b.spec.size_bytes for b in step.ins), chunk_bytes))
-    return max(sizes)
+    return max(sizes) + (ranks - 1) * ALIGN  # each message begins at a cache line
 
 
 class Alone(Transport):

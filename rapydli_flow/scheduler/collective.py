@@ -7,8 +7,9 @@ graph, and all these orders agree. `runtime` carries them out; the pure twin her
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,14 +107,29 @@ class Exchange(Op):
     broadcast, send and receive. Where shards are parts of a sum the receiver adds them: reduce-scatter.
 
     Inputs are this rank's shards, outputs its wanted blocks, in the order in which they are listed; a rank that only
-    sends has an output of no elements.
+    sends has an output of no elements. Several arrays may go together: ``ends`` then says where the shards, and the
+    wanted blocks, of each end.
     """
 
     rank: int
     have: tuple[Shard, ...]
     want: tuple[tuple[int, Block], ...]
     dtype: str = "float32"
+    ends: tuple[tuple[int, int], ...] = ()
     collective = True
+
+    @classmethod
+    def together(cls, ops: Sequence[Exchange]) -> Exchange:
+        """One exchange of what several would exchange, as one rank sees them."""
+        if len(ops) == 1:
+            return ops[0]
+        ends = [(len(op.have), len(op.want)) for op in ops]
+        return replace(
+            ops[0],
+            have=tuple(shard for op in ops for shard in op.have),
+            want=tuple(want for op in ops for want in op.want),
+            ends=tuple(zip(*(accumulate(each) for each in zip(*ends, strict=True)), strict=True)),
+        )
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -143,17 +159,24 @@ class Exchange(Op):
         """What goes where; of a region that several ranks have, the receiver's own is taken, else that of the next one
         that has it: copies share the work of sending."""
         found: list[Piece] = []
-        parts = sorted({shard.part for shard in self.have})
-        last = max(self.ranks) + 1
-        for target, (rank, block) in enumerate(self.want):
-            order = sorted(range(len(self.have)), key=lambda i: ((self.have[i].rank - rank) % last, i))
-            for part in parts:
-                missing = [block]
-                for source in (i for i in order if self.have[i].part == part):
-                    held = self.have[source].block
-                    found += [Piece(source, target, both) for m in missing if (both := m.meet(held))]
-                    missing = [rest for m in missing for rest in m.without(held)]
+        for (first, begin), (last, end) in pairwise([(0, 0), *(self.ends or [(len(self.have), len(self.want))])]):
+            for target in range(begin, end):
+                found += self._pieces(range(first, last), target)
         return tuple(found)
+
+    def _pieces(self, shards: range, target: int) -> list[Piece]:
+        """What a wanted block is made of, out of these shards."""
+        rank, block = self.want[target]
+        found: list[Piece] = []
+        last = max(self.ranks) + 1
+        order = sorted(shards, key=lambda i: ((self.have[i].rank - rank) % last, i))
+        for part in sorted({self.have[i].part for i in shards}):
+            missing = [block]
+            for source in (i for i in order if self.have[i].part == part):
+                held = self.have[source].block
+                found += [Piece(source, target, both) for m in missing if (both := m.meet(held))]
+                missing = [rest for m in missing for rest in m.without(held)]
+        return found
 
     @property
     def sums(self) -> bool:

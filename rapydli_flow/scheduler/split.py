@@ -88,6 +88,7 @@ class _Splitter:
         self.made: dict[tuple[Any, ...], Made] = {}
         self.batched = batched(graph)
         self.homes = {value: graph.find(name).id for name, value in graph.updates.items()}
+        self.beside = self.operands_of_updates()
 
     def run(self) -> tuple[Graph, ...]:
         for i, node in enumerate(self.graph.nodes):
@@ -101,6 +102,17 @@ class _Splitter:
         for new in self.out:
             new.where = None
         return self.out
+
+    def operands_of_updates(self) -> dict[Value, Layout]:
+        """How a leaf that the plan divides lies, for what its update reads of the same shape: gradients are wanted as
+        optimizer state lies."""
+        found: dict[Value, Layout] = {}
+        for (i, _), leaf in self.homes.items():
+            name, shape = self.graph.nodes[leaf[0]].name, self.graph.spec(leaf).shape
+            if name in self.layouts:
+                layout = self.places.spread(self.layouts[name])
+                found |= {v: layout for v in self.graph.nodes[i].inputs if self.graph.spec(v).shape == shape}
+        return found
 
     def finish(self) -> None:
         """Outputs are whole on every rank; updates lie as what they replace."""
@@ -194,7 +206,8 @@ class _Splitter:
         likes: list[Layout | None] = []
         for k in range(len(node.specs)):
             like = self.graph.like.get((i, k), self.homes.get((i, k)))
-            likes.append(self.placed[like].layout if like in self.placed else None)
+            lies = self.placed[like].layout if like in self.placed else None
+            likes.append(self.beside.get((i, k), lies))
         return choose(
             Known(
                 node,

@@ -224,6 +224,41 @@ def test_parts_of_a_sum_are_scattered(way):
     np.testing.assert_array_equal(np.concatenate(third[::-1]), parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("chunk_bytes", [8, 40, 1000, 1 << 20])
+@pytest.mark.parametrize("way", MAKES)
+def test_exchanges_of_several_arrays_go_together_in_messages_of_any_length(way, chunk_bytes, monkeypatch):
+    """One is scattered along rows, one gathered along columns, and a sum of all three ranks divided unevenly."""
+    monkeypatch.setattr(Threads if way == "threads" else SharedMemory, "chunk_bytes", chunk_bytes)
+    rng = np.random.default_rng(0)
+    rows, sums = rng.normal(size=(9, 5)), [rng.normal(size=(7, 3)) for _ in range(3)]
+    thirds = Block.along((9, 5), 0, (0, 2, 3, 9))
+    columns = Block.along((9, 5), 1, (0, 1, 4, 5))
+    uneven = Block.along((7, 3), 0, (0, 1, 5, 7))
+    whole = Block.all((7, 3))
+    wants = (tuple(enumerate(thirds)), tuple((r, Block.all((9, 5))) for r in range(3)), tuple(enumerate(uneven)))
+    haves = (
+        (Shard(0, Block.all((9, 5))),),
+        tuple(Shard(r, block) for r, block in enumerate(columns)),
+        tuple(Shard(r, whole, r) for r in range(3)),
+    )
+
+    def meet(transport):
+        rank = transport.rank
+        each = [Exchange(rank=rank, have=h, want=w, dtype="float64") for h, w in zip(haves, wants, strict=True)]
+        op = Exchange.together(each)
+        assert [op.sent_bytes(), len(op.held), len(op.wanted)] == [sum(e.sent_bytes() for e in each), 3 - (rank > 0), 3]
+        xs = [rows] * (rank == 0) + [np.ascontiguousarray(rows[columns[rank].slices]), sums[rank]]
+        outs = [np.full(op.want[i][1].shape, np.nan) for i in op.wanted]
+        for _ in range(2):
+            transport.meet("all of them", op, xs, outs)
+        return outs
+
+    for rank, (scattered, gathered, added) in enumerate(on_all(MAKES[way](3), meet)):
+        np.testing.assert_array_equal(scattered, rows[thirds[rank].slices])
+        np.testing.assert_array_equal(gathered, rows)
+        np.testing.assert_array_equal(added, sum(sums)[uneven[rank].slices])
+
+
 def test_a_thread_that_does_not_come():
     first, _ = Threads.of(2, timeout_s=0.2)
     with pytest.raises(RunLost, match=r"rank 0: rank 1 did not come to a test in 0\.2 s"):

@@ -1,13 +1,16 @@
 """Buckets: the same numbers with fewer collectives."""
 
+from importlib import import_module
+
 import numpy as np
+import pytest
 from lockstep import SEED, assert_same_graphs, collectives
 from networks import batch, perceptron, small, step_of, traced
 
 from rapydli_flow import optim
 from rapydli_flow.graph import Graph, verify
 from rapydli_flow.ops import Relu
-from rapydli_flow.scheduler import AllReduce, Plan, bucket, data_parallel, split
+from rapydli_flow.scheduler import AllReduce, Exchange, Plan, bucket, data_parallel, sharded, split
 from rapydli_flow.spec import Spec
 from rapydli_flow.testing.interpret import start
 
@@ -38,6 +41,37 @@ def test_all_gradients_of_a_network_go_together() -> None:
     assert [op.parts for op in reduces(part)] == [len(graph.leaves("param")) + 1]  # and the loss
     (name,) = (node.name for node in part if node.op.collective)
     assert name.endswith("/and_4_more")
+
+
+OPTIMIZERS = {"momentum": optim.sgd(0.1, momentum=0.9), "clipped": optim.clip_norm(optim.sgd(0.1, momentum=0.9), 0.5)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("parameters", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_exchanges_of_a_divided_state_go_together(
+    optimizer: str, parameters: bool, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gradients, and of updated parameters, as soon as there are enough of them."""
+    graph = step_of(traced(small, X), OPTIMIZERS[optimizer])
+    plain = split(graph, ranks, sharded(data_parallel(graph, ranks), graph, parameters=parameters).layouts)
+    before = [len(exchanges(plain[0], sums)) for sums in (True, False)]
+    for least, most in ((1 << 20, 1), (1, 8)):
+        monkeypatch.setattr(import_module("rapydli_flow.scheduler.bucket"), "LEAST_BYTES", least)
+        parts = [verify(part) for part in bucket(plain)]
+        assert_same_graphs(graph, parts, {**start(graph, SEED), **batch(X)}, scale=1.0)
+        for sums, many in zip((True, False), before, strict=True):
+            assert sum(max(1, len(op.ends)) for op in exchanges(parts[0], sums)) == many
+        if not parameters and optimizer == "momentum":
+            assert before[0] == 10
+            for sums in (True, False):
+                together = [op for op in exchanges(parts[0], sums) if op.ends]
+                assert 1 <= len(together) <= most
+                assert (len(together) > 1) == (most > 1)
+
+
+def exchanges(graph: Graph, sums: bool) -> list[Exchange]:
+    return [node.op for node in graph if isinstance(node.op, Exchange) and node.op.sums == sums]
 
 
 def test_one_collective_for_each_dtype() -> None:

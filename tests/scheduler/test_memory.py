@@ -54,10 +54,10 @@ def test_what_helps_where_activations_take_the_memory() -> None:
 def test_what_helps_where_parameters_take_the_memory() -> None:
     def deep(x: Any) -> Any:
         for _ in range(4):
-            x = nn.relu(nn.dense(x, 64))
+            x = nn.relu(nn.dense(x, 512))
         return x
 
-    graph = step_of(trace(deep, Spec((4, 64))), optim.adam(0.1))
+    graph = step_of(trace(deep, Spec((4, 512))), optim.adam(0.1))
     limit = sum(leaf.spec.size_bytes for leaf in graph.leaves("param", "state")) - 1
     with pytest.raises(TooLittleMemory, match=r"Parameters and optimizer state alone take .* or 'pipeline', or shard="):
         compile_program(graph, TUNING).check_memory(limit)
