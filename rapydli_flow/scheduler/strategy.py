@@ -185,7 +185,8 @@ def pipeline(graph: Graph, stages: int, micro_batches: int, *, data: int = 1, th
 
 
 def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
-    """The plan with optimizer state, and ``parameters`` too if wanted, divided over all ranks.
+    """The plan with optimizer state, and ``parameters`` too if wanted, divided over all ranks. State of the network
+    itself, as the running statistics of batch norm, stays whole: all ranks can predict.
 
     Gradients are then summed where they are needed (reduce-scatter), each rank updates its part, and parameters are
     gathered. Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020).
@@ -193,7 +194,10 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
     if plan.splits:
         raise SettingError("plan: state is sharded over ranks that all hold it; plans with splits place it by layers.")
     layouts = dict(plan.layouts)
+    own = {leaf.name for leaf in graph.network.leaves("state")} if graph.network is not None else set()
     for leaf in graph.leaves(*(("state", "param") if parameters else ("state",))):
+        if leaf.name in own:
+            continue
         layout = along_longest(leaf.shape, plan.ranks)
         if layout is not None:
             layouts[leaf.name] = layout

@@ -84,6 +84,20 @@ def test_a_validation_set_smaller_than_the_ranks(client, step, data):
     assert run.metrics == pytest.approx(rf.fit(step, data["train"], **how).metrics, rel=1e-12)
 
 
+@pytest.mark.parametrize(("how", "there"), [({"shard": "state"}, True), ({"shard": "parameters"}, False)])
+def test_ranks_that_have_all_parameters_validate(client, step, data, how, there, monkeypatch):
+    """Others give theirs to the client, which does it for them; the sums have the same bits."""
+    plan = rf.plan(step, ranks=2, threads=1, **how)
+    want = rf.fit(step, data["train"], validation=data["test"], steps=9, plan=plan)
+    here = []
+    score = cluster.Scorer.__call__
+    monkeypatch.setattr(cluster.Scorer, "__call__", lambda self, state: here.append(1) or score(self, state))
+    run = rf.fit(step, data["train"], validation=data["test"], steps=9, plan=plan, client=client)
+    assert [v.metrics for v in run.validation] == [v.metrics for v in want.validation]
+    assert bool(here) is not there
+    assert same_bits(run.state, want.state)
+
+
 def test_snapshots_of_workers_are_those_of_threads(client, step, data, tmp_path):
     how = {"steps": 8, "plan": many(step, 2), "snapshot_every": 3, "keep": 2}
     run = rf.fit(step, data["train"], client=client, run_dir=tmp_path / "workers", **how)

@@ -63,7 +63,7 @@ def test_exchanges_of_a_divided_state_go_together(
         for sums, many in zip((True, False), before, strict=True):
             assert sum(max(1, len(op.ends)) for op in exchanges(parts[0], sums)) == many
         if not parameters and optimizer == "momentum":
-            assert before[0] == 10
+            assert before[0] > 10
             for sums in (True, False):
                 together = [op for op in exchanges(parts[0], sums) if op.ends]
                 assert 1 <= len(together) <= most
