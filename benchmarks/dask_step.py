@@ -15,7 +15,7 @@ import rapydli_flow as rf
 from rapydli_flow.zoo import Network, find
 
 ROUNDS, LEAST_STEPS = 5, 20  # runs of each side, and steps of a run
-BATCHES = {"cifar10_quick": 384, "lenet": 64}
+BATCHES = {"cifar10_quick": 512, "lenet": 64}
 TARGETS = {"cifar10_quick": {"target_percent": 3.0}, "lenet": {"target_ms": 1.0}}
 
 
