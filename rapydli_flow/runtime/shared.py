@@ -76,8 +76,6 @@ class SharedMemory(Transport):
         aside: bool = False,
     ) -> None:
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
-        if aside:
-            self.aside = SharedMemory(f"{name}-aside", rank, ranks, capacity_bytes, timeout_s=timeout_s)
         self.path = folder() / f"rapydli-{name}"
         self.capacity = -(-max(capacity_bytes, 64) // 4096) * 4096
         pairs = ranks * ranks
@@ -95,6 +93,12 @@ class SharedMemory(Transport):
         self._sent, self._taken = [0] * ranks, [0] * ranks
         self._lent: list[dict[int, int]] = [{}, {}]  # for each slot, who reads it, and the number of that message
         self._reading: list[int] = []
+        if aside:
+            try:
+                self.aside = SharedMemory(f"{name}-aside", rank, ranks, capacity_bytes, timeout_s=timeout_s)
+            except SettingError:  # there is not enough for both
+                self.close()
+                raise
 
     def joined(self) -> None:
         """Forget the name; the memory lives as long as a rank has it mapped."""

@@ -59,8 +59,8 @@ def divided_nodes(graph: Graph, splits: Mapping[str, Split]) -> dict[str, Split]
             raise ShapeError(f"plan: no layer is named {pattern!r}.{f' Nearest: {near}.' if near else ''}")
         fit = [node.name for i, node in named if _has(graph, node, split, (i, 0) in known)]
         if not fit:
-            axes = ", ".join(split.axes)
-            raise ShapeError(f"plan: nothing in {pattern!r} can be divided along {axes}.")
+            what = f"can be divided along {', '.join(split.axes)}" if split.axes else "depends on records"
+            raise ShapeError(f"plan: nothing in {pattern!r} {what}.")
         found |= dict.fromkeys(fit, split)
     return found
 

@@ -284,6 +284,11 @@ def test_shared_memory_that_is_not_to_be_had():
     with pytest.raises(SettingError, match=r"bytes of shared memory for collectives are not to be had in /dev/shm"):
         SharedMemory(name, 0, 2, 2**52)
     assert not (folder() / f"rapydli-{name}").exists()
+    create(folder() / f"rapydli-{name}-aside", 4096)
+    with pytest.raises(SettingError, match="is there already"):
+        SharedMemory(name, 0, 2, 64, aside=True)
+    (folder() / f"rapydli-{name}-aside").unlink()
+    assert not (folder() / f"rapydli-{name}").exists()
     create(folder() / f"rapydli-{name}", 4096)
     with pytest.raises(SettingError, match="is there already: two runs have the same name"):
         SharedMemory(name, 0, 2, 64)
