@@ -24,15 +24,9 @@ QUICK = {("data", "chain"), ("rows", "dropped"), ("sharded parameters", "chain")
 
 
 def combinations() -> list[Any]:
-    """Each strategy with each network, on the fewest ranks that it is for: kernels of each take seconds to compile, so
-    that one network a strategy is slow, and the others exhaustive."""
-    out = []
-    for name in PLANS:
-        networks = [network for network in NETWORKS if (name, network) not in STOPS | FLAT]
-        for n, network in enumerate(networks):
-            mark = pytest.mark.slow if n == len(name) % len(networks) else pytest.mark.exhaustive
-            out.append(pytest.param(name, network, marks=() if (name, network) in QUICK else mark))
-    return out
+    """Each strategy with each network, on the fewest ranks that it is for: kernels of each take seconds to compile."""
+    both = [(name, network) for name in PLANS for network in NETWORKS if (name, network) not in STOPS | FLAT]
+    return [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in both]
 
 
 @cache
