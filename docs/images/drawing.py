@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
+from itertools import pairwise
 
 from rapydli_flow.graph import Graph
 from rapydli_flow.ops import Leaf
@@ -120,6 +121,14 @@ class Held:
     sent: int | None = None
 
 
+def alone(op: Exchange, shard: int) -> Exchange:
+    """What an exchange of several arrays does with the one that a shard is of."""
+    for (first, begin), (last, end) in pairwise([(0, 0), *op.ends]):
+        if first <= shard < last:
+            return replace(op, have=op.have[first:last], want=op.want[begin:end], ends=())
+    raise AssertionError(f"no array has shard {shard}")
+
+
 def held(graph: Graph, rank: int, name: str) -> Held:
     """What a rank has of a leaf ('x'), after an exchange ('x/move'), or of what an all-reduce has summed."""
     for node in graph:
@@ -131,7 +140,14 @@ def held(graph: Graph, rank: int, name: str) -> Held:
         if isinstance(op, AllReduce) and name in sources:
             spec = node.specs[sources.index(name)]
             return Held((Region(Block.all(spec.shape), tuple(sorted(op.ranks))),), op.sent_bytes(spec))
-        if isinstance(op, Exchange) and node.name.rpartition("_")[0] == name:
+        if isinstance(op, Exchange) and op.ends:  # of several arrays: that which has a shard of this name
+            values = [graph.value_name(v) for v in node.inputs]
+            if name.removesuffix("/move") not in values:
+                continue
+            op = alone(op, op.held[values.index(name.removesuffix("/move"))])
+        elif node.name.rpartition("_")[0] != name:
+            continue
+        if isinstance(op, Exchange):
             own = [Region(op.have[i].block, (rank,), leaves=op.sums) for i in op.held]
             found: dict[Block, list[int]] = {}
             for piece in op.pieces:
