@@ -121,24 +121,10 @@ def _points(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, 
     return m + ins[1].shape[0] - 1 in SQUARES
 
 
-def _small(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    *,
-    m: int,
-    rows: int,
-    vectors: int,
-    lanes: int,
-    block: int,
-    panels: int,
-    beforehand: str,
-) -> bool:
+def _small(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
     """What a task keeps fits on its stack."""
-    config = {"m": m, "rows": rows, "vectors": vectors, "lanes": lanes, "block": block, "panels": panels}
     b, itemsize = Blocking.of(op, ins, outs, _slides(op), config), np.dtype(outs[0].dtype).itemsize
-    own = {"filters": b.patch_size, "both": 0, "patches": b.own_filters_size}[beforehand]
+    own = {"filters": b.patch_size, "both": 0, "patches": b.own_filters_size}[config["beforehand"]]
     raw = b.n * b.n * b.inner
     return max(own, b.sums_size, raw) * itemsize <= LOCAL_BYTES
 
@@ -152,20 +138,9 @@ def _filled(
     return block == 1 or (block // 2) * rows < tiles
 
 
-def _once(
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    *,
-    m: int,
-    rows: int,
-    block: int,
-    beforehand: str,
-) -> bool:
+def _once(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
     """Filters that are not transformed beforehand are by one task only: that which has all tiles."""
-    config = {"m": m, "rows": rows, "vectors": 1, "lanes": 1, "block": block, "panels": 1}
-    return beforehand != "patches" or Blocking.of(op, ins, outs, _slides(op), config).blocks == 1
+    return config["beforehand"] != "patches" or Blocking.of(op, ins, outs, _slides(op), config).blocks == 1
 
 
 def _panels(
