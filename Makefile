@@ -76,11 +76,11 @@ bench-tuner: $(VENV)/.installed .kernel-tuner/.installed
 .venv-cuda/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --upgrade pip
-	.venv-cuda/bin/pip install --quiet -e . 'numba-cuda[cu12]>=0.24' hypothesis pytest
+	.venv-cuda/bin/pip install --quiet -e . 'numba-cuda[cu12]>=0.24' hypothesis pytest pytest-xdist
 	touch $@
 
 cubins: .venv-cuda/.installed
-	.venv-cuda/bin/python -m pytest -q tests/gpu_kernels/test_compile_cubin.py
+	.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal tests/gpu_kernels -k cubin
 
 .peers/.installed: pyproject.toml benchmarks/peers.py
 	$(PYTHON) benchmarks/peers.py

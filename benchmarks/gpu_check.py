@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpu_cases import Case, to_check, to_time, variants  # noqa: E402
 
-from gpu_kernels.compile import Cubin, Request, cubin, missing  # noqa: E402
+from gpu_kernels.compile import Cubin, Request, cubins, missing  # noqa: E402
 from gpu_kernels.launch import Card, DeviceFault  # noqa: E402
 from rapydli_flow.config import settings  # noqa: E402
 from rapydli_flow.errors import MissingDependency, RapydliError, TemplateError  # noqa: E402
@@ -81,7 +81,7 @@ class Report:
         (self.folder / "gpu_check.txt").write_text("\n".join(self.lines) + "\n")
 
 
-def check(card: Card, case: Case, request: Request, code: Cubin) -> float:
+def check(card: Card, case: Case, request: Request, code: tuple[Cubin, ...]) -> float:
     """Largest error over the largest value, against float64."""
     rng = np.random.default_rng(11)
     draw = [s for s in type(case.op).samples() if s.op == case.op and s.ins == case.ins]
@@ -94,7 +94,8 @@ def check(card: Card, case: Case, request: Request, code: Cubin) -> float:
     poison = [np.full(s.shape, np.nan if s.floating else -1, s.dtype) for s in case.outs]
     shape = case.outs[0].shape
     at = np.asarray([*[0] * len(shape), *shape] or [0], np.int64)
-    memory = [card.array(v) for v in (*values, *poison, *extras, at)]
+    work = [np.full(s.shape, np.nan if s.floating else -1, s.dtype) for s in request.work]
+    memory = [card.array(v) for v in (*values, *poison, *work, *extras, at)]
     try:
         card.load(code).bind([m.address for m in memory[:-1]], at=memory[-1].address)()
         got = [m.read() for m in memory[len(values) : len(values) + len(poison)]]
@@ -117,7 +118,7 @@ def check_all(card: Card, device: Device, report: Report, *, folder: Path, count
                 return failed == 0
             row: dict[str, Any] = {"case": case.name, "config": dict(request.config)}
             try:
-                row["error"] = check(card, case, request, cubin(request, folder))
+                row["error"] = check(card, case, request, cubins(request, folder))
                 row["right"] = row["error"] < 2e-5
             except (MissingDependency, TemplateError) as problem:
                 row |= {"right": None, "error": str(problem)}
@@ -220,7 +221,7 @@ def time_case(torch: Any, card: Card, device: Device, case: Case, *, folder: Pat
         if request is None:
             continue
         try:
-            kernel = card.load(cubin(request, folder))
+            kernel = card.load(cubins(request, folder))
         except (MissingDependency, TemplateError) as problem:
             problems[label] = str(problem)
             continue
@@ -329,10 +330,11 @@ def rehearse(report: Report, folder: Path, targets: list[str]) -> None:
             wanted += [request for change in changes if (request := case.request(device, **change))]
         began = time.monotonic()
         for request in wanted:
-            made = cubin(request, folder)
-            rows.append({"family": request.template.family, "config": dict(request.config), **made.report()})
-            if not made.clean:
-                report.say(f"not clean: {request.op} {dict(request.config)} {target}: {made.spill_bytes} bytes spilled")
+            for made in cubins(request, folder):
+                rows.append({"family": request.template.family, "config": dict(request.config), **made.report()})
+                if not made.clean:
+                    spilled = f"{made.spill_bytes} bytes spilled"
+                    report.say(f"not clean: {request.op} {dict(request.config)} {target}: {spilled}")
         report.say(f"{target}: {len(wanted)} kernels ready in {time.monotonic() - began:.0f} s")
     size = sum(path.stat().st_size for path in folder.iterdir())
     report.say(f"{folder}: {size / 1e6:.1f} MB to carry")

@@ -28,11 +28,12 @@ from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Epilogue, Template
 
-from .grid import Grid
+from .grid import Grid, grids_of
+from .pair import stored_type
 from .specialise import flatten
 
+_ELSEWHERE = ("emulate", "launch")  # what they say does not change machine code
 Capability = tuple[int, int] | tuple[int, int, str]
-_SOURCES = ("grid", "pair", "ptx", "scalar", "specialise", "tail", "tiles")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Cubin:
 
     def report(self) -> dict[str, Any]:
         """Everything but the code."""
-        return {**asdict(replace(self, code=b"")), "code": len(self.code)}
+        described = asdict(replace(self, code=b""))
+        del described["code"]
+        return {**described, "size_bytes": len(self.code)}
 
 
 def target_of(capability: Capability) -> str:
@@ -105,14 +108,21 @@ class Request:
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
-    def build(self) -> Grid:
-        return self.template.build(self.op, self.ins, self.outs, self.epilogue, **self.config)
+    @property
+    def work(self) -> tuple[Spec, ...]:
+        """The workspace of one call."""
+        return tuple(self.template.workspace(self.op, self.ins, self.outs, **self.config))
+
+    def grids(self) -> tuple[Grid, ...]:
+        """The kernels of one call, in their order."""
+        return grids_of(self.template.build(self.op, self.ins, self.outs, self.epilogue, **self.config))
 
 
 @cache
 def _sources() -> tuple[tuple[str, str], ...]:
-    folder = Path(__file__).parent
-    return tuple((name, (folder / f"{name}.py").read_text()) for name in _SOURCES)
+    """The modules that templates are written with: those that define none themselves."""
+    found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
+    return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
 
 
 def missing() -> str | None:
@@ -147,8 +157,11 @@ def compiler() -> str:
     return " ".join(f"{name} {version(name)}" for name in names)
 
 
-def cubin(request: Request, folder: Path | None = None) -> Cubin:
-    """From the cache, else compiled and kept there; ``folder`` is one that was carried here."""
+def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
+    """One for each kernel of a call: from the cache, else compiled and kept there.
+
+    ``folder``: one that was carried here.
+    """
     carried, folder = folder is not None, folder or settings().cache_dir / "cubins"
     why = missing()
     found = sorted(folder.glob(f"{request.key}-*.json")) if carried or why else []
@@ -159,24 +172,27 @@ def cubin(request: Request, folder: Path | None = None) -> Cubin:
     path = folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
     if path.exists():
         return _read(path)
-    epilogue = request.epilogue
-    made = compile_grid(
-        request.build(), ins=request.ins, outs=request.outs, extras=epilogue.extras, target=request.target
-    )
+    specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}
+    made = tuple(compile_grid(grid, **specs, target=request.target) for grid in request.grids())
     _write(path, made)
     return made
 
 
-def _read(path: Path) -> Cubin:
+def _read(path: Path) -> tuple[Cubin, ...]:
     described = json.loads(path.read_text())
-    described["warnings"] = tuple(described["warnings"])
-    return Cubin(**{**described, "code": path.with_suffix(".cubin").read_bytes()})
+    whole, first, out = path.with_suffix(".cubin").read_bytes(), 0, []
+    for each in described:
+        size = each.pop("size_bytes")
+        out.append(Cubin(**{**each, "warnings": tuple(each["warnings"]), "code": whole[first : first + size]}))
+        first += size
+    return tuple(out)
 
 
-def _write(path: Path, made: Cubin) -> None:
+def _write(path: Path, made: Sequence[Cubin]) -> None:
     """The code first: a description that is there has its code."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, data in ((path.with_suffix(".cubin"), made.code), (path, json.dumps(made.report()).encode())):
+    code, reports = b"".join(one.code for one in made), json.dumps([one.report() for one in made]).encode()
+    for target, data in ((path.with_suffix(".cubin"), code), (path, reports)):
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -184,7 +200,13 @@ def _write(path: Path, made: Cubin) -> None:
 
 
 def compile_grid(
-    grid: Grid, *, ins: Sequence[Spec], outs: Sequence[Spec], extras: Sequence[Spec] = (), target: str = "sm_90a"
+    grid: Grid,
+    *,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    work: Sequence[Spec] = (),
+    extras: Sequence[Spec] = (),
+    target: str = "sm_90a",
 ) -> Cubin:
     """Compile a kernel for a card that need not be here."""
     compiler()
@@ -194,8 +216,8 @@ def compile_grid(
     from numba import cuda
     from numba.cuda import types
 
-    flat = flatten(grid.kernel, ins=len(ins), outs=len(outs), extras=len(extras))
-    pointers = [types.CPointer(getattr(types, spec.dtype)) for spec in (*ins, *outs, *extras)]
+    flat = flatten(grid.kernel, ins=len(ins), outs=len(outs), work=len(work), extras=len(extras))
+    pointers = [types.CPointer(stored_type(spec.dtype)) for spec in (*ins, *outs, *work, *extras)]
     signature = types.void(*pointers, types.CPointer(types.int64))
     ltoir, _ = cuda.compile(
         flat.function(cuda=cuda),

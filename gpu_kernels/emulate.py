@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.errors import RapydliError
-from rapydli_flow.spec import Array, Block, Spec
+from rapydli_flow.spec import HALVES, Array, Block, Spec
 
-from .grid import Grid
+from .grid import Grid, grids_of
 
 
 class KernelFault(RapydliError, RuntimeError):
@@ -29,11 +29,22 @@ class KernelFault(RapydliError, RuntimeError):
 
 
 class Buffer:
-    """A flat array in device memory."""
+    """A flat array in device memory. Halves are float32 in registers."""
 
     def __init__(self, name: str, data: Array, *, output: bool = False) -> None:
         self.name, self.data = name, data
         self.writes = np.zeros(data.size, np.uint8) if output else None
+
+    def begin(self) -> None:
+        """Another kernel starts: it may write again what those before it wrote."""
+        assert self.writes is not None
+        self.writes[:] = 0
+
+    def check_once(self) -> None:
+        """No element may have been written twice by one kernel: by whom last would be chance."""
+        if self.writes is not None and np.any(self.writes > 1):
+            wrong = int(np.flatnonzero(self.writes > 1)[0])
+            raise KernelFault(f"{self.name}: element {wrong} is written {self.writes[wrong]} times by one kernel.")
 
     def _places(self, active: Any, at: Any, width: int) -> tuple[Array, Array]:
         """The lanes that take part, and where each starts."""
@@ -48,8 +59,9 @@ class Buffer:
 
     def read(self, active: Any, at: Any, width: int) -> tuple[Array, ...]:
         on, at = self._places(active, at, width)
-        zero = self.data.dtype.type(0)
-        return tuple(np.where(on, self.data[np.minimum(at + j, self.data.size - 1)], zero) for j in range(width))
+        held = np.dtype(np.float32) if self.data.dtype.name in HALVES else self.data.dtype
+        reach = [np.minimum(at + j, self.data.size - 1) for j in range(width)]
+        return tuple(np.where(on, self.data[place].astype(held), held.type(0)) for place in reach)
 
     def write(self, active: Any, at: Any, values: Sequence[Any]) -> None:
         if self.writes is None:
@@ -110,21 +122,38 @@ machine = Machine()
 
 
 def run(
-    grid: Grid, ins: Sequence[Array], outs: Sequence[Spec], *, extras: Sequence[Array] = (), at: Block | None = None
+    built: Grid | tuple[Grid, ...],
+    ins: Sequence[Array],
+    outs: Sequence[Spec],
+    *,
+    extras: Sequence[Array] = (),
+    work: Sequence[Spec] = (),
+    at: Block | None = None,
 ) -> tuple[Array, ...]:
-    """The outputs of a kernel, which starts with NaN in all of them."""
-    flat = [np.full(spec.size, np.nan if spec.floating else -1, spec.dtype) for spec in outs]
+    """The outputs of a template's kernels, which start with NaN in all of them and in the workspace."""
+    flat = [_poisoned(spec) for spec in outs]
     inputs = tuple(Buffer(f"input {i}", np.ascontiguousarray(x).ravel()) for i, x in enumerate(ins))
     outputs = tuple(Buffer(f"output {i}", x, output=True) for i, x in enumerate(flat))
+    space = tuple(Buffer(f"workspace {i}", _poisoned(spec), output=True) for i, spec in enumerate(work))
     tail = tuple(Buffer(f"extra {i}", np.ascontiguousarray(x).ravel()) for i, x in enumerate(extras))
     where = at or Block.all(outs[0].shape)
     place = Buffer("at", np.asarray((*where.lo, *where.whole) or (0,), np.int64))
-    for block in range(grid.grid):
-        machine.start(grid.block, block)
-        with np.errstate(all="ignore"):  # inactive lanes compute with zeros
-            grid.kernel(inputs, outputs, tail, place)
+    for grid in grids_of(built):
+        for buffer in space:
+            buffer.begin()
+        for block in range(grid.grid):
+            machine.start(grid.block, block)
+            with np.errstate(all="ignore"):  # inactive lanes compute with zeros
+                grid.kernel(inputs, outputs, space, tail, place)
+        for buffer in space:
+            buffer.check_once()
     for buffer in outputs:
         if buffer.writes is not None and np.any(buffer.writes != 1):
             wrong = int(np.flatnonzero(buffer.writes != 1)[0])
             raise KernelFault(f"{buffer.name}: element {wrong} is written {buffer.writes[wrong]} times, not once.")
     return tuple(x.reshape(spec.shape) for x, spec in zip(flat, outs, strict=True))
+
+
+def _poisoned(spec: Spec) -> Array:
+    """A flat array of what nothing has written yet."""
+    return np.full(spec.size, np.nan if spec.floating else np.iinfo(spec.dtype).max, spec.dtype)

@@ -13,18 +13,24 @@ REGISTERS = 65536  # of one multiprocessor, every card since sm_50
 
 @dataclass(frozen=True)
 class Grid:
-    """The kernel of a GPU template: ``kernel(ins, outs, extras, at)`` for each of ``grid`` blocks of ``block`` threads.
+    """A kernel: ``kernel(ins, outs, work, extras, at)`` for each of ``grid`` blocks of ``block`` threads.
 
-    ``ins``, ``outs`` and ``extras`` are tuples of flat arrays, each aligned to 16 bytes; ``at`` holds lo and
-    whole of the output's block (int64), for formulas that use indices. Every output element is written
-    once, by one thread, in an order that the config fixes.
+    ``ins``, ``outs``, ``work`` and ``extras`` are tuples of flat arrays, each aligned to 16 bytes; ``work`` are
+    the buffers that the template's `workspace` asks for; ``at`` holds lo and whole of the output's block (int64),
+    for formulas that use indices. Every output element is written once, by one thread, in an order that the
+    config fixes. A template returns one grid, or several, which run one after the other on the same buffers.
     """
 
-    kernel: Callable[[Any, Any, Any, Any], None]
+    kernel: Callable[[Any, Any, Any, Any, Any], None]
     grid: int
     block: int
     shared_bytes: int = 0  # dynamic; arrays of a size known to the compiler are not counted
     resident: int = 1  # blocks that a multiprocessor should hold at once: bounds the registers of a thread
+
+
+def grids_of(built: Grid | tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """What a template returned, as a sequence."""
+    return (built,) if isinstance(built, Grid) else built
 
 
 def blocks_of(size: int, part: int) -> int:
@@ -33,5 +39,5 @@ def blocks_of(size: int, part: int) -> int:
 
 
 def widest(*extents: int, itemsize: int = 4) -> int:
-    """The widest load (4, 2 or 1 elements, at most 16 bytes) that divides every extent."""
-    return next(v for v in (4, 2, 1) if v * itemsize <= 16 and all(extent % v == 0 for extent in extents))
+    """The widest load (8, 4, 2 or 1 elements, at most 16 bytes) that divides every extent."""
+    return next(v for v in (8, 4, 2, 1) if v * itemsize <= 16 and all(extent % v == 0 for extent in extents))

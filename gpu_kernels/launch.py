@@ -100,8 +100,9 @@ class Card:
         """A copy of ``data`` on the card."""
         return Memory(self, np.ascontiguousarray(data))
 
-    def load(self, cubin: Cubin) -> Kernel:
-        return Kernel(self, cubin)
+    def load(self, cubins: Sequence[Cubin]) -> Kernel:
+        """The kernels of one call, ready to be bound to addresses."""
+        return Kernel(self, cubins)
 
     def wait(self) -> None:
         """Until all work of the stream is done; faults of kernels are raised here."""
@@ -147,37 +148,44 @@ class Memory:
 
 
 class Kernel:
-    """A cubin on the card; keep it as long as launches of it."""
+    """The cubins of a call, on the card; keep it as long as launches of it."""
 
-    def __init__(self, card: Card, cubin: Cubin) -> None:
-        module, function = _Pointer(), _Pointer()
-        card.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(cubin.code))
-        card.call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(cubin.entry.encode()))
-        if cubin.dynamic_bytes > _OPT_IN_SHARED_BYTES:
-            size = ctypes.c_int(cubin.dynamic_bytes)
-            card.call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), size)
-        self.card, self.cubin, self._module, self._function = card, cubin, module, function
+    def __init__(self, card: Card, cubins: Sequence[Cubin]) -> None:
+        self.card, self.cubins = card, tuple(cubins)
+        self._modules, self.functions = [], []
+        for cubin in self.cubins:
+            module, function = _Pointer(), _Pointer()
+            card.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(cubin.code))
+            card.call("cuModuleGetFunction", ctypes.byref(function), module, ctypes.c_char_p(cubin.entry.encode()))
+            if cubin.dynamic_bytes > _OPT_IN_SHARED_BYTES:
+                size = ctypes.c_int(cubin.dynamic_bytes)
+                card.call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), size)
+            self._modules.append(module)
+            self.functions.append(function)
 
     def bind(self, addresses: Sequence[int], *, at: int = 0, stream: int | None = None) -> Launch:
-        """Pack the arguments: addresses of inputs, outputs and extras, and of the output's lo and whole."""
+        """Pack the arguments: addresses of inputs, outputs, workspaces and extras, and of the output's lo and whole."""
         given = (*addresses, at)
-        if len(given) != self.cubin.pointers:
-            raise DeviceFault(f"{self.cubin.entry} takes {self.cubin.pointers} addresses but {len(given)} are given.")
+        for cubin in self.cubins:
+            if len(given) != cubin.pointers:
+                raise DeviceFault(f"{cubin.entry} takes {cubin.pointers} addresses but {len(given)} are given.")
         if wrong := [hex(address) for address in addresses if address % ALIGNMENT]:
-            raise DeviceFault(f"{self.cubin.entry}: addresses {wrong} are not multiples of {ALIGNMENT}.")
+            raise DeviceFault(f"{self.cubins[0].entry}: addresses {wrong} are not multiples of {ALIGNMENT}.")
         return Launch(self, given, self.card.stream if stream is None else stream)
 
 
 class Launch:
-    """A kernel with its arguments packed: call it as often as you like."""
+    """Kernels with their arguments packed: call it as often as you like."""
 
     def __init__(self, kernel: Kernel, addresses: Sequence[int], stream: int) -> None:
         self._kernel = kernel
         self._values = [ctypes.c_uint64(address) for address in addresses]
         self._packed = (_Pointer * len(self._values))(*[ctypes.addressof(value) for value in self._values])
-        cubin = kernel.cubin
-        sizes = [_Unsigned(size) for size in (cubin.grid, 1, 1, cubin.block, 1, 1, cubin.dynamic_bytes)]
-        self._args = (kernel._function, *sizes, _Pointer(stream), self._packed, _Pointer(0))
+        self._args = []
+        for cubin, function in zip(kernel.cubins, kernel.functions, strict=True):
+            sizes = [_Unsigned(size) for size in (cubin.grid, 1, 1, cubin.block, 1, 1, cubin.dynamic_bytes)]
+            self._args.append((function, *sizes, _Pointer(stream), self._packed, _Pointer(0)))
 
     def __call__(self) -> None:
-        self._kernel.card.call("cuLaunchKernel", *self._args)
+        for args in self._args:
+            self._kernel.card.call("cuLaunchKernel", *args)

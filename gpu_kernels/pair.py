@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rapydli_flow.spec import HALVES
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -41,8 +43,20 @@ class Pair:
         return intrinsic(definition)
 
 
+def held(dtype: str) -> str:
+    """The dtype of an element in a register: halves are float32 there."""
+    return "float32" if dtype in HALVES else dtype
+
+
 def device_type(dtype: str) -> Any:
-    """Numba's type of an element."""
+    """Numba's type of an element in a register."""
     from numba.cuda import types
 
-    return getattr(types, dtype)
+    return getattr(types, held(dtype))
+
+
+def stored_type(dtype: str) -> Any:
+    """Numba's type of an element in memory."""
+    from numba.cuda import types
+
+    return types.uint16 if dtype in HALVES else getattr(types, dtype)

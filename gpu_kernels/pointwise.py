@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow.spec import Spec
+from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
 from .grid import INDEX_LIMIT, Grid, blocks_of
@@ -20,7 +20,7 @@ from .ptx import append, cuda, load, load_one, store, unroll
 from .scalar import formula, nowhere, place, project
 from .tail import tail
 
-SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1), "items": (1, 2, 4)}
+SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1, 8), "items": (1, 2, 4)}
 
 
 def _reach(spec: Spec, out: Spec) -> str:
@@ -44,10 +44,16 @@ def fits(
     return (out.shape[-1] if out.shape else 1) % vector == 0
 
 
+def _vectors(ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, ...]:
+    """Widths to try: 16 bytes of the narrowest floats first."""
+    halves = any(spec.dtype in HALVES for spec in (*ins, *outs))
+    return (8, 4, 2, 1) if halves else (4, 2, 1)
+
+
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
     """Small arrays are spread over many threads, large ones take more elements a thread."""
     many = prod(outs[0].shape) > 2**20
-    tried = ({"threads": 256, "vector": v, "items": 2 if many else 1} for v in (4, 2, 1))
+    tried = ({"threads": 256, "vector": v, "items": 2 if many else 1} for v in _vectors(ins, outs))
     return next(c for c in tried if fits(op, ins, outs, device, **c) or c["vector"] == 1)
 
 
@@ -77,7 +83,7 @@ def elementwise(
     operands, results = len(ins), len(outs)
     of_block = threads * lanes
 
-    def kernel(ins: Any, outs: Any, extras: Any, at: Any) -> None:
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         first = cuda.blockIdx.x * (of_block * items) + cuda.threadIdx.x * lanes
         for item in unroll(items):
             element = first + item * of_block

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.errors import TemplateError
-from rapydli_flow.spec import Array
+from rapydli_flow.spec import HALVES, Array
 
 from .emulate import machine as cuda
-from .pair import Pair, device_type
+from .pair import Pair, device_type, stored_type
 
 __all__ = ["Pair", "cuda", "device_type", "float32", "int32", "unroll"]
 
@@ -39,13 +39,13 @@ def unroll(count: int) -> range:
 _REGISTER = {"float32": ("f", "f32"), "float64": ("d", "f64"), "int64": ("l", "s64"), "int32": ("r", "s32")}
 _REGISTER["uint8"] = ("r", "u8")
 _ZERO = {"f": "mov.f32 ${}, 0f00000000;", "d": "mov.f64 ${}, 0d0000000000000000;"}
-_ZERO |= {"l": "mov.s64 ${}, 0;", "r": "mov.s32 ${}, 0;"}
+_ZERO |= {"l": "mov.s64 ${}, 0;", "r": "mov.s32 ${}, 0;", "h": "mov.b16 ${}, 0;"}
 
 
 def _llvm(register: str) -> Any:
     from llvmlite import ir
 
-    made = {"f": ir.FloatType(), "d": ir.DoubleType(), "l": ir.IntType(64), "r": ir.IntType(32)}
+    made = {"f": ir.FloatType(), "d": ir.DoubleType(), "l": ir.IntType(64), "r": ir.IntType(32), "h": ir.IntType(16)}
     return made[register]
 
 
@@ -124,38 +124,81 @@ select = Pair("select", lambda condition, a, b: np.where(condition, a, b).astype
 # ---- global memory
 
 
+# How halves get into registers and out of them, two at a time: the first is the lower half of 32 bits
+_NARROW = {"bfloat16": "cvt.rn.bf16x2.f32 $0, $2, $1;", "float16": "cvt.rn.f16x2.f32 $0, $2, $1;"}
+_WIDEN = {
+    "bfloat16": "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+    "float16": "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }",
+}
+
+
+def _words(dtype: str, width: int) -> tuple[int, str, str]:
+    """How an access of ``width`` elements is written: registers, their letter, and the type of one."""
+    if dtype not in HALVES:
+        register, suffix = _REGISTER[dtype]
+        return width, register, suffix
+    return (width // 2, "r", "b32") if width > 1 else (1, "h", "b16")
+
+
+def _widened(builder: Any, dtype: str, width: int, words: Sequence[Any]) -> list[Any]:
+    """float32 from the words of halves."""
+    from llvmlite import ir
+
+    f, i32 = ir.FloatType(), ir.IntType(32)
+    signature = ir.FunctionType(ir.LiteralStructType([f, f]), [i32])
+    convert = ir.InlineAsm(signature, _WIDEN[dtype], "=f,=f,r")
+    pairs = [builder.call(convert, [word if width > 1 else builder.zext(word, i32)]) for word in words]
+    return [builder.extract_value(pair, j) for pair in pairs for j in (0, 1)][:width]
+
+
+def _narrowed(builder: Any, dtype: str, values: Sequence[Any]) -> list[Any]:
+    """The words of halves, rounded to nearest."""
+    from llvmlite import ir
+
+    f, i32 = ir.FloatType(), ir.IntType(32)
+    convert = ir.InlineAsm(ir.FunctionType(i32, [f, f]), _NARROW[dtype], "=r,f,f")
+    if len(values) == 1:
+        return [builder.trunc(builder.call(convert, [values[0], ir.Constant(f, 0.0)]), ir.IntType(16))]
+    return [builder.call(convert, list(pair)) for pair in zip(values[::2], values[1::2], strict=True)]
+
+
 @cache
 def load(dtype: str, width: int, *, constant: bool = False) -> Pair:
-    """``(active, pointer, at) -> width elements``; ``constant``: nobody writes them while the kernel runs."""
+    """``(active, pointer, at) -> width elements``; ``constant``: nobody writes them while the kernel runs.
+
+    Halves are widened to float32.
+    """
     _at_most_16_bytes(dtype, width)
 
     def rule(active: Any, pointer: Any, at: Any) -> Any:
         from llvmlite import ir
         from numba.cuda import types
 
-        register, suffix = _REGISTER[dtype]
+        count, register, suffix = _words(dtype, width)
         kind = _llvm(register)
-        regs = ", ".join(f"${j}" for j in range(width))
-        what = f"ld.global{'.nc' if constant else ''}{f'.v{width}' if width > 1 else ''}.{suffix}"
-        asm = "{ .reg .pred p; setp.ne.b32 p, $" + f"{width + 1}, 0; "
-        asm += " ".join(_ZERO[register].format(j) for j in range(width))
-        asm += f" @p {what} {'{' + regs + '}' if width > 1 else regs}, [${width}]; }}"
-        result = ir.LiteralStructType([kind] * width) if width > 1 else kind
-        constraints = ",".join([f"=&{register}"] * width + ["l", "r"] + ([] if constant else ["~{memory}"]))
+        regs = ", ".join(f"${j}" for j in range(count))
+        what = f"ld.global{'.nc' if constant else ''}{f'.v{count}' if count > 1 else ''}.{suffix}"
+        asm = "{ .reg .pred p; setp.ne.b32 p, $" + f"{count + 1}, 0; "
+        asm += " ".join(_ZERO[register].format(j) for j in range(count))
+        asm += f" @p {what} {'{' + regs + '}' if count > 1 else regs}, [${count}]; }}"
+        result = ir.LiteralStructType([kind] * count) if count > 1 else kind
+        constraints = ",".join([f"=&{register}"] * count + ["l", "r"] + ([] if constant else ["~{memory}"]))
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             signature = ir.FunctionType(result, [ir.IntType(64), ir.IntType(32)])
             call = ir.InlineAsm(signature, asm, constraints, side_effect=True)
             on = builder.zext(args[0], ir.IntType(32))
             out = builder.call(call, [_address(builder, args[1], args[2]), on])
-            values = [builder.extract_value(out, j) for j in range(width)] if width > 1 else [out]
+            values = [builder.extract_value(out, j) for j in range(count)] if count > 1 else [out]
+            if dtype in HALVES:
+                values = _widened(builder, dtype, width, values)
             if dtype == "uint8":
                 values = [builder.trunc(value, ir.IntType(8)) for value in values]
             return context.make_tuple(builder, sig.return_type, values)
 
         return (
             types.UniTuple(device_type(dtype), width),
-            (types.boolean, types.CPointer(device_type(dtype)), types.int32),
+            (types.boolean, types.CPointer(stored_type(dtype)), types.int32),
             emit,
         )
 
@@ -185,33 +228,39 @@ def load_one(dtype: str, width: int) -> Pair:
 
 @cache
 def store(dtype: str, width: int) -> Pair:
-    """``(active, pointer, at, values)``"""
+    """``(active, pointer, at, values)``: float32 is rounded to halves on its way."""
     _at_most_16_bytes(dtype, width)
 
     def rule(active: Any, pointer: Any, at: Any, values: Any) -> Any:
         from llvmlite import ir
         from numba.cuda import types
 
-        register, suffix = _REGISTER[dtype]
+        count, register, suffix = _words(dtype, width)
         kind = _llvm(register)
-        regs = ", ".join(f"${j + 2}" for j in range(width))
-        what = f"st.global{f'.v{width}' if width > 1 else ''}.{suffix}"
-        asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {what} [$0], {'{' + regs + '}' if width > 1 else regs}; }}"
-        constraints = ",".join(["l", "r"] + [register] * width + ["~{memory}"])
+        regs = ", ".join(f"${j + 2}" for j in range(count))
+        what = f"st.global{f'.v{count}' if count > 1 else ''}.{suffix}"
+        asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {what} [$0], {'{' + regs + '}' if count > 1 else regs}; }}"
+        constraints = ",".join(["l", "r"] + [register] * count + ["~{memory}"])
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(32)] + [kind] * width)
+            signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(32)] + [kind] * count)
             elements = [builder.extract_value(args[3], j) for j in range(width)]
+            if dtype in HALVES:
+                elements = _narrowed(builder, dtype, elements)
             if dtype == "uint8":
                 elements = [builder.zext(e, ir.IntType(32)) for e in elements]
             call = ir.InlineAsm(signature, asm, constraints, side_effect=True)
             builder.call(call, [_address(builder, args[1], args[2]), builder.zext(args[0], ir.IntType(32)), *elements])
             return context.get_dummy_value()
 
-        element = device_type(dtype)
         return (
             types.void,
-            (types.boolean, types.CPointer(element), types.int32, types.UniTuple(element, width)),
+            (
+                types.boolean,
+                types.CPointer(stored_type(dtype)),
+                types.int32,
+                types.UniTuple(device_type(dtype), width),
+            ),
             emit,
         )
 

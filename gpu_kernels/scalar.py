@@ -20,7 +20,7 @@ from rapydli_flow import random
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Scalar
 
-from .pair import Pair, device_type
+from .pair import Pair, device_type, held
 
 # functions of `math` that NumPy does not have
 MISSING = {"erf": np.vectorize(math.erf, otypes=[np.float64])}
@@ -88,6 +88,7 @@ def _keep() -> Any:
 def formula(scalar: Scalar, dtypes: tuple[str, ...], out: str, lanes: int) -> Pair:
     """``(values, index) -> results``: values[operand][lane], results[output][lane]; lane j is element index + j."""
     text = _text(scalar)
+    out = held(out)
     of_type: dict[str, Any] = {"T": np.dtype(out).type, "U": np.uint64}
     vectors = ast.fix_missing_locations(_Vectorise().visit(ast.parse(text)))
     on_vectors = _compiled(vectors, {**of_type, **MISSING, "numpy": np, "keep": random.keep})

@@ -49,11 +49,11 @@ class Flat:
         return scope["kernel"]
 
 
-def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int) -> Flat:
-    """``kernel(ins, outs, extras, at)`` as a function of single pointers."""
-    groups = {"ins": ins, "outs": outs, "extras": extras}
+def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int, work: int = 0) -> Flat:
+    """``kernel(ins, outs, work, extras, at)`` as a function of single pointers."""
+    groups = {"ins": ins, "outs": outs, "work": work, "extras": extras}
     single = {name: [f"{name[0]}{i}" for i in range(size)] for name, size in groups.items()}
-    parameters = (*single["ins"], *single["outs"], *single["extras"], "at")
+    parameters = (*(one for ones in single.values() for one in ones), "at")
     lines = [f"{name} = ({''.join(f'{one}, ' for one in ones)})" for name, ones in single.items() if ones]
     body = _Rewriter(kernel, names := {}, count()).body()
     head = [f"def kernel({', '.join(parameters)}):", *textwrap.indent("\n".join(lines), "    ").splitlines()]

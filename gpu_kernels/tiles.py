@@ -226,7 +226,7 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue) -> Grid:
     fma = multiply_tile(t.bk, (t.tm, a.pitch, four_down), (t.tn, b.pitch, four_across))
     size_a, size_b = t.bk * a.pitch, t.bk * b.pitch
 
-    def kernel(ins: Any, outs: Any, extras: Any, at: Any) -> None:
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         shared_a = cuda.shared.array(t.stages * size_a, float32, alignment=16)
         shared_b = cuda.shared.array(t.stages * size_b, float32, alignment=16)
         held_a = cuda.local.array(a.held, float32)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .data import load as load
     from .graph import exact as exact
     from .graph import remat as remat
+    from .graph import tf32 as tf32
     from .graph import trace as trace
     from .graph import train_step as train_step
     from .logbook import runs as runs
@@ -93,7 +94,7 @@ _HOMES = {
     "callbacks": ("BestSnapshot", "EarlyStopping", "PlateauRate"),
     "config": ("settings",),
     "data": ("ingest", "load"),
-    "graph": ("exact", "remat", "trace", "train_step"),
+    "graph": ("exact", "remat", "tf32", "trace", "train_step"),
     "logbook": ("runs",),
     "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),

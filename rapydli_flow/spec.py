@@ -8,14 +8,19 @@ from itertools import pairwise, product
 from math import prod
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .errors import DTypeError, ShapeError
 
 Array = np.ndarray[Any, Any]
 
-DTYPES = ("float32", "float64", "int64", "int32", "uint8")
+HALVES = ("bfloat16", "float16")  # stored so; kernels and references compute with float32
+DTYPES = ("float32", "float64", *HALVES, "int64", "int32", "uint8")
+_FLOATING = ("float32", "float64", *HALVES)
 _SHORT = {"float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32", "uint8": "u8"}
+_SHORT |= {"bfloat16": "bf16", "float16": "f16"}
+assert np.dtype("bfloat16") == ml_dtypes.bfloat16  # NumPy knows the name since that import
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Spec:
 
     @property
     def floating(self) -> bool:
-        return self.dtype.startswith("float")
+        return self.dtype in _FLOATING
 
     def __str__(self) -> str:
         return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"

@@ -28,7 +28,9 @@ def test_spec_refuses_negative_sizes() -> None:
 
 
 def test_spec_refuses_unknown_dtypes() -> None:
-    with pytest.raises(DTypeError, match="Spec: dtype complex64 is not one of float32, float64, int64, int32, uint8"):
+    with pytest.raises(
+        DTypeError, match="Spec: dtype complex64 is not one of float32, float64, bfloat16, float16, int64, int32, uint8"
+    ):
         Spec((2,), "complex64")
 
 

@@ -7,7 +7,7 @@ from .fuse import Fused, fuse, parts
 from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
 from .remat import remat
-from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, training, with_batch
+from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, tf32, training, with_batch
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
 from .verify import checked, verify
@@ -32,6 +32,7 @@ __all__ = [
     "predicting",
     "remat",
     "rewrite",
+    "tf32",
     "to_json",
     "trace",
     "train_step",

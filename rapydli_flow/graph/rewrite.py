@@ -71,16 +71,31 @@ def predicting(graph: Graph) -> Graph:
 
 
 def exact(graph: Graph) -> Graph:
-    """The same graph with exact convolutions: no faster algorithm with larger rounding errors, such as Winograd's.
+    """The same graph with exact convolutions and matrix products: no faster algorithm with larger rounding errors, such
+    as Winograd's.
 
     The gradients of an exact convolution are exact as well: ``rf.train_step(rf.exact(rf.trace(network, x)), ...)``.
     """
+    return _with(graph, "exact")
+
+
+def tf32(graph: Graph) -> Graph:
+    """The same graph, whose convolutions and matrix products may round float32 operands to TF32 (10 bits of mantissa)
+    before they multiply them; sums stay float32. Their gradients may, too. On CPUs nothing changes.
+
+    ``rf.train_step(rf.tf32(rf.trace(network, x)), ...)``
+    """
+    return _with(graph, "tf32")
+
+
+def _with(graph: Graph, attribute: str) -> Graph:
+    """Every op that has an attribute, with it on."""
 
     def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
-        if getattr(node.op, "exact", None) is not False:
+        if getattr(node.op, attribute, None) is not False:
             return None
         op: Any = node.op
-        return new.add(replace(op, exact=True), inputs, node.name, node.at)
+        return new.add(replace(op, **{attribute: True}), inputs, node.name, node.at)
 
     return rewrite(graph, rule)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import GraphError, NotDifferentiable, ShapeError
 from ..index import Index, parse
-from ..spec import Array, Block, Spec
+from ..spec import HALVES, Array, Block, Spec
 
 registry: dict[str, type[Op]] = {}
 LETTERS = "abcdefgh"
@@ -168,7 +168,14 @@ class Op(ABC):
         return parse(self.index(*inputs))
 
     def run(self, *inputs: Array, at: Block | None = None) -> tuple[Array, ...]:
-        """`reference` with one return type; ``at`` is where the output lies, by default the whole array."""
+        """`reference` with one return type; ``at`` is where the output lies, by default the whole array.
+
+        Halves are computed with as float32, and rounded once.
+        """
+        if any(getattr(x, "dtype", None) in _HALVES for x in inputs):
+            outs = self.out_specs(*map(spec_of, inputs))
+            wide = self.run(*(np.asarray(x, np.float32) if spec_of(x).dtype in HALVES else x for x in inputs), at=at)
+            return tuple(np.asarray(y, spec.dtype) for y, spec in zip(wide, outs, strict=True))
         if self.indexed:
             at = at or Block.all(self.out_specs(*map(spec_of, inputs))[0].shape)
             out = self.reference(*inputs, at=at)
@@ -192,6 +199,9 @@ class Op(ABC):
         given = [(f.name, getattr(self, f.name)) for f in fields(self)]  # type: ignore[arg-type]
         told = (f"{k}={v}" for k, v in given if v is not False or k not in self.usual)
         return f"{self.name}({', '.join(told)})"
+
+
+_HALVES = tuple(map(np.dtype, HALVES))
 
 
 def _home(op: type[Op]) -> tuple[str, str]:

@@ -34,6 +34,7 @@ class _Sliding(Op, abstract=True):
     """The attributes that a convolution shares with its gradients.
 
     ``exact``: only kernels that add up the products of this formula, no faster algorithm with larger rounding errors.
+    ``tf32``: float32 operands may be rounded to 10 bits of mantissa before they are multiplied, where that is faster.
     """
 
     stride: tuple[int, ...]
@@ -41,11 +42,12 @@ class _Sliding(Op, abstract=True):
     dilation: tuple[int, ...]
     groups: int = 1
     exact: bool = False
-    usual: ClassVar[tuple[str, ...]] = ("exact",)
+    tf32: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32")
 
     @property
     def geometry(self) -> dict[str, Any]:
-        names = ("stride", "padding", "dilation", "groups", "exact")
+        names = ("stride", "padding", "dilation", "groups", "exact", "tf32")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,11 +12,32 @@ from ..spec import Array, Spec
 from .base import LETTERS, Op, Reject, Sample, refuse
 
 
-class Matmul(Op):
-    """y[m,k] = sum over i of a[m,i] b[i,k]; ``ta``: a is given as [i,m]; ``tb``: b is given as [k,i]."""
+class _Product(Op, abstract=True):
+    """The attributes of matrix products. ``ta``, ``tb``: an operand is given transposed.
+
+    ``exact``: only kernels that add up the products of the formula, each rounded once. ``tf32``: float32 operands may
+    be rounded to 10 bits of mantissa before they are multiplied, where that is faster.
+    """
 
     ta: bool = False
     tb: bool = False
+    exact: bool = False
+    tf32: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32")
+
+    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
+        a, b = inputs
+
+        def of(ta: bool, tb: bool) -> Op:
+            return replace(self, ta=ta, tb=tb)
+
+        da = of(self.tb, True)(b, dy) if self.ta else of(False, not self.tb)(dy, b)
+        db = of(True, self.ta)(dy, a) if self.tb else of(not self.ta, False)(a, dy)
+        return da, db
+
+
+class Matmul(_Product):
+    """y[m,k] = sum over i of a[m,i] b[i,k]; ``ta``: a is given as [i,m]; ``tb``: b is given as [k,i]."""
 
     def infer(self, a: Spec, b: Spec) -> Spec:
         operands = {"a": a, "b": b}
@@ -33,12 +55,6 @@ class Matmul(Op):
 
     def reference(self, a: Array, b: Array) -> Array:
         return (a.T if self.ta else a) @ (b.T if self.tb else b)
-
-    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        a, b = inputs
-        da = Matmul(ta=self.tb, tb=True)(b, dy) if self.ta else Matmul(tb=not self.tb)(dy, b)
-        db = Matmul(ta=True, tb=self.ta)(dy, a) if self.tb else Matmul(ta=not self.ta)(a, dy)
-        return da, db
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -59,11 +75,8 @@ class Matmul(Op):
         )
 
 
-class BatchMatmul(Op):
+class BatchMatmul(_Product):
     """y[n,m,k] = sum over i of a[n,m,i] b[n,i,k], for one or more leading axes n; ``ta``, ``tb`` as in `Matmul`."""
-
-    ta: bool = False
-    tb: bool = False
 
     def infer(self, a: Spec, b: Spec) -> Spec:
         operands = {"a": a, "b": b}
@@ -85,12 +98,6 @@ class BatchMatmul(Op):
     def reference(self, a: Array, b: Array) -> Array:
         left, right = np.swapaxes(a, -1, -2) if self.ta else a, np.swapaxes(b, -1, -2) if self.tb else b
         return np.asarray(np.matmul(left, right))
-
-    def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        a, b = inputs
-        da = BatchMatmul(ta=self.tb, tb=True)(b, dy) if self.ta else BatchMatmul(tb=not self.tb)(dy, b)
-        db = BatchMatmul(ta=True, tb=self.ta)(dy, a) if self.tb else BatchMatmul(ta=not self.ta)(a, dy)
-        return da, db
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpu_kernels import compile as compiling
-from gpu_kernels.compile import Request, capability_of, cubin, target_of
+from gpu_kernels.compile import Request, capability_of, cubins, target_of
 from rapydli_flow import ops
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -51,6 +51,9 @@ CASES = {
     "dropout": ("pointwise", ops.Dropout(rate=0.4, stream=9), (Spec((67, 12)), *[Spec((), "int64")] * 2)),
     "adam": ("pointwise", ops.Adam(), (*[Spec((512, 512))] * 4, *[Spec(())] * 3)),
     "cast": ("pointwise", ops.Cast(), (Spec((128, 28, 28, 1), "uint8"),)),
+    "add bf16": ("pointwise", ops.Add(), (Spec((64, 56, 56, 64), "bfloat16"), Spec((64,), "bfloat16"))),
+    "relu f16": ("pointwise", ops.Relu(), (Spec((64, 56, 56, 64), "float16"),)),
+    "cast to bf16": ("pointwise", ops.Cast(to="bfloat16"), (Spec((333,)),)),
     "cosine decay": ("pointwise", ops.CosineDecay(rate=0.1, steps=40, warmup=2), (Spec((), "int64"),)),
 }
 
@@ -82,7 +85,7 @@ def folder(tmp_path_factory):
 def test_default_config_is_clean(name, fused, target, folder, record_property):
     """Nothing spilled, nothing in local memory; ``fused``: with bias, residual and ReLU before the store."""
     wanted = request(*CASES[name], target=target, fused=fused)
-    made = cubin(wanted, folder)
+    (made,) = cubins(wanted, folder)
     record_property("cubin", json.dumps(made.report()))
     title = f"{name:26s} {'fused' if fused else '':5s} {target:7s}"
     print(title, f"{made.registers:3d} regs {made.shared_bytes:6d} B shared", *wanted.config.values())
@@ -97,9 +100,9 @@ def test_default_config_is_clean(name, fused, target, folder, record_property):
 @needs_compiler
 def test_cache_answers_without_compiling(tmp_path, monkeypatch):
     wanted = request(*CASES["matmul small"])
-    first = cubin(wanted, tmp_path)
+    first = cubins(wanted, tmp_path)
     monkeypatch.setattr(compiling, "compile_grid", lambda *args, **kwargs: pytest.fail("compiled twice"))
-    assert cubin(wanted, tmp_path) == first
+    assert cubins(wanted, tmp_path) == first
     assert len(list(tmp_path.glob("*.cubin"))) == 1
 
 
@@ -121,27 +124,27 @@ def test_a_carried_cubin_of_another_compiler_will_do(tmp_path, monkeypatch):
     monkeypatch.setattr(compiling, "missing", lambda: None)
     monkeypatch.setattr(compiling, "compiler", lambda: "another one")
     carried = compiling.Cubin(b"\x7fELF", "sm_90a", "kernel", 8, 64, 0, 4)
-    compiling._write(tmp_path / f"{wanted.key}-01234567.json", carried)
-    assert cubin(wanted, tmp_path) == carried
+    compiling._write(tmp_path / f"{wanted.key}-01234567.json", [carried])
+    assert cubins(wanted, tmp_path) == (carried,)
 
 
 def test_without_a_compiler_carried_cubins_are_used(tmp_path, monkeypatch):
     wanted = request(*CASES["matmul small"])
     monkeypatch.setattr(compiling, "missing", lambda: "compiling GPU kernels needs the package numba-cuda.")
     with pytest.raises(MissingDependency, match=r"needs the package numba-cuda\. Or carry .* is in"):
-        cubin(wanted, tmp_path)
+        cubins(wanted, tmp_path)
     carried = compiling.Cubin(b"\x7fELF", "sm_90a", "kernel", 8, 64, 0, 4, warnings=("a",))
-    compiling._write(tmp_path / f"{wanted.key}-01234567.json", carried)
-    assert cubin(wanted, tmp_path) == carried
+    compiling._write(tmp_path / f"{wanted.key}-01234567.json", [carried])
+    assert cubins(wanted, tmp_path) == (carried,)
 
 
 @pytest.mark.skipif(compiling.missing() is None, reason="a compiler is installed")
 def test_a_missing_compiler_names_what_to_install(tmp_path):
     match = r"pip install 'rapydli-flow\[cuda12\]' \(or cuda13"
     with pytest.raises(MissingDependency, match=match):
-        cubin(request(*CASES["matmul small"]), tmp_path)
+        cubins(request(*CASES["matmul small"]), tmp_path)
     with pytest.raises(MissingDependency, match=match):
-        compiling.compile_grid(request(*CASES["add"]).build(), ins=[], outs=[])
+        compiling.compile_grid(request(*CASES["add"]).grids()[0], ins=[], outs=[])
 
 
 @pytest.mark.parametrize(("target", "capability"), [("sm_80", (8, 0)), ("sm_90a", (9, 0, "a")), ("sm_120", (12, 0))])
@@ -157,5 +160,5 @@ def test_a_target_that_is_none():
 
 def test_report_leaves_out_the_code():
     made = compiling.Cubin(np.zeros(7, np.uint8).tobytes(), "sm_80", "kernel", 1, 32, 0, 2)
-    assert made.report()["code"] == 7
+    assert made.report()["size_bytes"] == 7
     assert made.clean

@@ -19,13 +19,12 @@ from gpu_kernels.specialise import flatten
 from rapydli_flow import ops
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.ops import Sample
-from rapydli_flow.spec import Block, Spec
-from rapydli_flow.template import Device, Epilogue, Scalar, templates
+from rapydli_flow.spec import HALVES, Block, Spec
+from rapydli_flow.template import Epilogue, templates
+from rapydli_flow.testing import gpu
+from rapydli_flow.testing.gpu import CARD, assert_close, bias_residual_relu, chosen, emulated, tolerance
 
-FAMILIES = ("matmul", "conv", "pointwise")
-CARD = Device("cuda", "a card that is not here", target="sm_90a", cores=132, vector_bytes=16)
-RANDOM_CONFIGS = 8
-RELU = "({0} if not {0} <= T(0.0) else T(0.0))"
+FAMILIES = sorted({cls.family for cls in ops.registry.values() if templates(cls.family, "cuda")})
 
 
 def conv(x, w, *, stride=1, padding=(0, 0), dilation=1):
@@ -60,78 +59,47 @@ BIGGER = {
 
 
 def samples_of(family):
-    known = [cls for cls in ops.registry.values() if cls.family == family or cls.name == family]
-    return [sample for cls in known for sample in cls.samples()] + BIGGER[family]
+    return gpu.samples_of(family) + BIGGER.get(family, [])
+
+
+def fitting(template, sample):
+    """Has a template a config for a sample?"""
+    return template.default(sample.op, sample.ins, sample.op.out_specs(*sample.ins), CARD) is not None
 
 
 def cases():
     for family in FAMILIES:
         for template in templates(family, "cuda"):
             for i, sample in enumerate(samples_of(family)):
-                outs = sample.op.out_specs(*sample.ins)
-                if template.default(sample.op, sample.ins, outs, CARD) is not None:
-                    yield pytest.param(template, sample, id=f"{template.name}-{i}-{sample.op.name}")
-
-
-def chosen(template, sample, *, seed, count=RANDOM_CONFIGS):
-    """The default, for each parameter both ends of its values, and a few at random: all that fit."""
-    outs = sample.op.out_specs(*sample.ins)
-    draw = random.Random(seed)
-    drawn = [{name: draw.choice(values) for name, values in template.space.items()} for _ in range(600)]
-    pool = [config for config in drawn if template.fits(sample.op, sample.ins, outs, CARD, **config)]
-    found = [template.default(sample.op, sample.ins, outs, CARD), *pool[:count]]
-    for name, values in template.space.items():
-        for value in (values[0], values[-1]):
-            if all(config[name] != value for config in found):
-                found += [config for config in pool if config[name] == value][:1]
-    return found
-
-
-def tolerance(sample):
-    """Rounding of float32 sums of this many terms."""
-    return 1e-6 * max(4, np.sqrt(sample.op.flops(*sample.ins) / max(1, sample.op.out_specs(*sample.ins)[0].size)))
-
-
-def assert_close(got, want, tol):
-    for y, expected in zip(got, want, strict=True):
-        assert y.dtype == expected.dtype
-        assert y.shape == expected.shape
-        scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
-        assert float(np.abs(y.astype(np.float64) - expected).max(initial=0.0)) <= tol * scale
+                for dtype in (None, *HALVES):
+                    if dtype and not any(spec.floating for spec in sample.ins):
+                        continue
+                    stored = gpu.as_dtype(sample, dtype) if dtype else sample
+                    if fitting(template, stored):
+                        name = f"{template.name}-{i}-{sample.op.name}" + (f"-{dtype}" if dtype else "")
+                        yield pytest.param(template, stored, id=f"{template.family}-{name}")
 
 
 @pytest.mark.parametrize(("template", "sample"), list(cases()))
 def test_template_equals_reference(template, sample):
-    outs = sample.op.out_specs(*sample.ins)
     values = sample.draw(np.random.default_rng(7))
-    want = sample.op.run(*values)
+    want = gpu.wanted(sample.op, values)
     for config in chosen(template, sample, seed=3):
-        template.check(sample.op, sample.ins, outs, CARD, config)
-        grid = template.build(sample.op, sample.ins, outs, Epilogue.none(outs[0]), **config)
-        assert_close(emulate.run(grid, values, outs), want, tolerance(sample))
+        assert_close(emulated(template, sample.op, values, config), want, tolerance(sample))
 
 
-def test_every_sample_without_groups_has_a_template():
+def test_every_float32_sample_without_groups_has_a_template():
     left_out = {
-        str(sample.op)
+        f"{family} {sample.op}"
         for family in FAMILIES
         for sample in samples_of(family)
-        for template in templates(family, "cuda")
-        if template.default(sample.op, sample.ins, sample.op.out_specs(*sample.ins), CARD) is None
+        if not any(fitting(template, sample) for template in templates(family, "cuda"))
     }
     assert all("groups=" in name and "groups=1" not in name for name in left_out), left_out
 
 
-def bias_residual_relu(out, *, scaled=False):
-    """relu(v + bias + residual), and optionally times a scalar."""
-    lines = ("t0 = v + e0", "t1 = t0 + e1", f"t2 = {RELU.format('t1')}", *(("t3 = t2 * e2",) if scaled else ()))
-    extras = (Spec(out.shape[-1:]), out, *((Spec(()),) if scaled else ()))
-    names = ("v", *(f"e{i}" for i in range(len(extras))))
-    return Epilogue(Scalar(names, lines, ("t3" if scaled else "t2",)), extras, out)
-
-
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BIGGER)
 def test_epilogue_is_applied_before_the_store(family, scaled):
     rng = np.random.default_rng(1)
     template = templates(family, "cuda")[0]
@@ -142,8 +110,8 @@ def test_epilogue_is_applied_before_the_store(family, scaled):
         values = sample.draw(rng)
         want = np.maximum(sample.op.run(*values)[0] + extras[0] + extras[1], 0) * (extras[2] if scaled else 1)
         for config in chosen(template, sample, seed=5, count=3)[:4]:
-            grid = template.build(sample.op, sample.ins, outs, epilogue, **config)
-            assert_close(emulate.run(grid, values, outs, extras=extras), (want,), tolerance(sample))
+            got = emulated(template, sample.op, values, config, epilogue=epilogue, extras=extras)
+            assert_close(got, (want,), tolerance(sample))
 
 
 @pytest.mark.parametrize("family", ["matmul", "pointwise"])
@@ -182,7 +150,7 @@ def test_grouped_convolution_does_not_fit():
         template.check(op, ins, outs, CARD, config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BIGGER)
 def test_the_space_has_what_fits(family):
     sample = BIGGER[family][0]
     outs, draw = sample.op.out_specs(*sample.ins), random.Random(5)
@@ -194,7 +162,7 @@ def test_the_space_has_what_fits(family):
             assert (config in space) == template.fits(sample.op, sample.ins, outs, CARD, **config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BIGGER)
 def test_what_does_not_fit_is_left_out(family):
     """float64 matrices have no fp32 template; too many elements for 32-bit indices none at all."""
     template = templates(family, "cuda")[0]
@@ -216,7 +184,7 @@ def test_what_does_not_fit_is_left_out(family):
 def through_shared(*, barrier):
     """Reverses 32 numbers through shared memory."""
 
-    def kernel(ins, outs, extras, at):
+    def kernel(ins, outs, work, extras, at):
         shared = cuda.shared.array(32, float32)
         held = cuda.local.array(1, float32)
         thread = cuda.threadIdx.x
@@ -240,7 +208,7 @@ def test_a_missing_barrier_is_a_fault():
 def copying(*, shift=0, guard=32, width=1, step=1):
     read, write = load("float32", width), store("float32", width)
 
-    def kernel(ins, outs, extras, at):
+    def kernel(ins, outs, work, extras, at):
         element = cuda.threadIdx.x * step
         write(element < guard, outs[0], element, read(element < guard, ins[0], element + shift))
 
@@ -282,7 +250,7 @@ def test_generated_text_has_constants_and_no_helpers():
 def test_a_kernel_that_computes_outside_intrinsics_is_refused():
     helper = np.ones(3)
 
-    def kernel(ins, outs, extras, at):
+    def kernel(ins, outs, work, extras, at):
         take(1)(helper.sum(), 0)
 
     with pytest.raises(TemplateError, match="inside an expression"):

@@ -1,6 +1,7 @@
 """Launching through the driver's C interface, with a driver made of Python: which calls are made, in which order."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_memory_goes_there_and_back():
 
 def test_launch_packs_arguments_once():
     gpu, library = card()
-    go = gpu.load(CODE).bind([0x100, 0x200])
+    go = gpu.load((CODE,)).bind([0x100, 0x200])
     go()
     go()
     first, second = library.named("cuLaunchKernel")
@@ -89,16 +90,22 @@ def test_launch_packs_arguments_once():
     assert [ctypes.c_uint64.from_address(place).value for place in first[9]] == [0x100, 0x200, 0]
 
 
+def test_kernels_of_one_call_run_in_their_order():
+    gpu, library = card()
+    gpu.load((CODE, replace(CODE, grid=3, block=32))).bind([0x100, 0x200])()
+    assert [(args[1].value, args[4].value) for args in library.named("cuLaunchKernel")] == [(7, 128), (3, 32)]
+
+
 def test_launch_on_another_stream():
     gpu, library = card()
-    gpu.load(CODE).bind([0x100, 0x200], at=0x300, stream=0x77)()
+    gpu.load((CODE,)).bind([0x100, 0x200], at=0x300, stream=0x77)()
     (args,) = library.named("cuLaunchKernel")
     assert args[8].value == 0x77
     assert ctypes.c_uint64.from_address(args[9][2]).value == 0x300
 
 
 def test_wrong_arguments():
-    kernel = card()[0].load(CODE)
+    kernel = card()[0].load((CODE,))
     with pytest.raises(DeviceFault, match="kernel takes 3 addresses but 2 are given"):
         kernel.bind([0x100])
     with pytest.raises(DeviceFault, match=r"addresses \['0x104'\] are not multiples of 16"):
@@ -107,7 +114,7 @@ def test_wrong_arguments():
 
 def test_large_dynamic_shared_memory_is_asked_for():
     gpu, library = card()
-    gpu.load(Cubin(b"", "sm_90a", "kernel", 1, 32, 100_000, 1))
+    gpu.load((Cubin(b"", "sm_90a", "kernel", 1, 32, 100_000, 1),))
     ((_, attribute, size),) = library.named("cuFuncSetAttribute")
     assert (attribute.value, size.value) == (8, 100_000)
 
