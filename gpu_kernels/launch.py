@@ -98,7 +98,7 @@ class Card:
 
     def array(self, data: Array) -> Memory:
         """A copy of ``data`` on the card."""
-        return Memory(self, np.ascontiguousarray(data))
+        return Memory(self, np.asarray(data, order="C"))
 
     def load(self, cubins: Sequence[Cubin]) -> Kernel:
         """The kernels of one call, ready to be bound to addresses."""
@@ -120,7 +120,7 @@ class Memory:
         self.write(data)
 
     def write(self, data: Array) -> None:
-        data = np.ascontiguousarray(data, self._dtype)
+        data = np.asarray(data, self._dtype, order="C")
         self._copy("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(self.address), _Pointer(data.ctypes.data), data.nbytes)
 
     def _copy(self, how: str, target: Any, source: Any, size_bytes: int) -> None:
