@@ -172,6 +172,15 @@ def project(out: tuple[int, ...], shape: tuple[int, ...]) -> Pair:
     return Pair("project_" + "_".join(map(str, out)) + "_from_" + "_".join(map(str, shape)), twin, rule)
 
 
+def _same_rule(element: Any) -> Any:
+    from numba.cuda import types
+
+    return types.int32, (types.int32,), lambda context, builder, sig, args: args[0]
+
+
+itself = Pair("itself", lambda element: element, _same_rule)  # `project` for operands of the output's shape
+
+
 @cache
 def place(out: tuple[int, ...]) -> Pair:
     """``(element, at) -> index``: where an element of the block ``out`` lies in the whole array, as uint64."""
