@@ -24,7 +24,7 @@ from rapydli_flow.template import Config, Device, Epilogue, Scalar, template
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
 from .ptx import append, cuda, load, load_one, store, unroll
-from .scalar import formula, itself, nowhere, place, project
+from .scalar import counted, formula, itself, nowhere, place, project
 
 SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1, 8), "items": (1, 2, 4)}
 LOADS = 4  # under way at once in a thread, where arrays are large
@@ -80,10 +80,13 @@ def _vectors(ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, ...]:
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
     """Small arrays are spread over many threads; of large ones a thread loads a few vectors at once."""
+    return prefer_of(ins, outs, device, indexed=bool(getattr(op, "indexed", False)))
+
+
+def prefer_of(ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, indexed: bool) -> Config:
+    """The same for any formula over operands that broadcast."""
     out, cores = outs[0], device.cores if device.cores > 1 else 132
-    vector = next(
-        v for v in (*_vectors(ins, outs), 1) if v == 1 or fits(op, ins, outs, device, threads=256, vector=v, items=1)
-    )
+    vector = next((v for v in _vectors(ins, outs) if _fits(ins, outs, v, indexed)), 1)
     streams = max(1, sum(_reach(spec, out) == "element" for spec in ins))
     items = max(n for n in (1, 2, 4) if n == 1 or (n * streams <= LOADS and out.size >= 256 * vector * n * cores * 8))
     return {"threads": 256, "vector": vector, "items": items}
@@ -123,8 +126,12 @@ def elements(
     threads: int,
     vector: int,
     items: int,
+    own_block: bool = False,
 ) -> Grid:
-    """The kernel of a formula over operands that broadcast to the outputs."""
+    """The kernel of a formula over operands that broadcast to the outputs.
+
+    ``own_block``: its index counts elements of the block, not of the whole array; then there is no epilogue with one.
+    """
     out, lanes, of_block = outs[0], vector, threads * vector
     size = out.size
     extras = epilogue.extras
@@ -134,7 +141,7 @@ def elements(
     own, tails = (_Operands(specs, out, lanes, of_block * (items > 1)) for specs in (ins, extras))
     apply = formula(scalar, tuple(spec.dtype for spec in ins), out.dtype, lanes)
     end = formula(epilogue.scalar, (out.dtype, *(spec.dtype for spec in extras)), out.dtype, lanes)
-    where = place(out.shape) if scalar.indexed or epilogue.scalar.indexed else nowhere()
+    where = counted() if own_block else place(out.shape) if scalar.indexed or epilogue.scalar.indexed else nowhere()
     writes = tuple(store(spec.dtype, lanes) for spec in outs)
     plain, results = epilogue.identity, len(outs)
 

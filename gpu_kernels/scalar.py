@@ -229,3 +229,19 @@ def nowhere() -> Pair:
         return types.uint64, (types.int32, types.CPointer(types.int64)), lambda *_: zero
 
     return Pair("nowhere", lambda element, at: np.uint64(0), rule)
+
+
+@cache
+def counted() -> Pair:
+    """`place` for formulas whose index counts the elements of the block."""
+
+    def rule(element: Any, at: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.zext(args[0], ir.IntType(64))
+
+        return types.uint64, (types.int32, types.CPointer(types.int64)), emit
+
+    return Pair("counted", lambda element, at: np.asarray(element).astype(np.uint64), rule)
