@@ -15,7 +15,7 @@ import numpy as np
 from rapydli_flow.spec import Array
 
 from .pair import Pair, device_type, held
-from .ptx import _array, _at, _number
+from .ptx import _array, _at, _number, load
 
 # ---- registers
 
@@ -214,23 +214,14 @@ def otherwise(dtype: str, width: int, value: float) -> Pair:
 # ---- whole numbers in 32 bits
 
 
-def _integers(name: str, count: int, twin: Callable[..., Any], emit: Callable[..., Any]) -> Pair:
-    """An intrinsic of int32 that gives an int32; ``emit(builder, *args)``."""
+def _integers(name: str, twin: Callable[..., Any], emit: Callable[..., Any]) -> Pair:
+    """An intrinsic that makes an int32 of one; ``emit(builder, value)``."""
 
-    def made(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return emit(builder, *args)
+    def rule(value: Any) -> Any:
+        integer = device_type("int32")
+        return integer, (integer,), lambda context, builder, sig, args: emit(builder, *args)
 
-    if count == 1:
-
-        def one(a: Any) -> Any:
-            return device_type("int32"), (device_type("int32"),), made
-
-        return Pair(name, twin, one)
-
-    def two(a: Any, b: Any) -> Any:
-        return device_type("int32"), (device_type("int32"),) * 2, made
-
-    return Pair(name, twin, two)
+    return Pair(name, twin, rule)
 
 
 @cache
@@ -254,7 +245,7 @@ def affine(sizes: tuple[int, ...], steps: tuple[int, ...], base: int) -> Pair:
         return total
 
     name = f"affine_{'_'.join(map(str, sizes))}_by_{'_'.join(map(str, steps))}_from_{base}"
-    return _integers(name, 1, twin, emit)
+    return _integers(name, twin, emit)
 
 
 Line = tuple[int, int, int, int]  # of an axis: size of y, size of x, position of x's first element in y, step
@@ -290,7 +281,7 @@ def lies_on(lines: tuple[Line, ...]) -> Pair:
             total, jump = builder.add(total, builder.mul(at, _number(jump))), jump * small
         return total if inside is None else builder.select(inside, total, _number(-1))
 
-    return _integers("lies_on_" + "_".join(str(v) for line in lines for v in line), 1, twin, emit)
+    return _integers("lies_on_" + "_by_".join(str(big) for big, *_ in lines), twin, emit)
 
 
 # ---- tiles that are turned in shared memory
@@ -336,3 +327,193 @@ def pick(width: int, step: int) -> Pair:
         return types.UniTuple(shared.dtype, width), (shared, types.int32), emit
 
     return Pair(f"pick{width}_{step}", twin, rule)
+
+
+# ---- numbers made of indices
+
+
+@cache
+def ratio(dtype: str, divisor: int) -> Pair:
+    """``(int32) -> that / divisor``, in the dtype that registers have."""
+    name = held(dtype)
+    kind = np.dtype(name).type
+
+    def rule(number: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        result = device_type(name)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            wide = context.get_value_type(result)
+            return builder.fdiv(builder.sitofp(args[0], wide), ir.Constant(wide, float(divisor)))
+
+        return result, (types.int32,), emit
+
+    return Pair(f"over_{divisor}_{name}", lambda number: kind(number) / kind(divisor), rule)
+
+
+@cache
+def one_over(dtype: str) -> Pair:
+    """``(int32) -> 1 / that``, in the dtype that registers have."""
+    name = held(dtype)
+    kind = np.dtype(name).type
+
+    def rule(number: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        result = device_type(name)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            wide = context.get_value_type(result)
+            return builder.fdiv(ir.Constant(wide, 1.0), builder.sitofp(args[0], wide))
+
+        return result, (types.int32,), emit
+
+    return Pair(f"one_over_{name}", lambda number: kind(1) / kind(number), rule)
+
+
+def _product_rule(a: Any, b: Any) -> Any:
+    return a, (a, a), lambda context, builder, sig, args: builder.fmul(*args)
+
+
+product_of = Pair("product_of", lambda a, b: a * b, _product_rule)
+
+
+@cache
+def times(width: int) -> Pair:
+    """``(values, factor) -> each of them times the factor``"""
+
+    def rule(values: Any, factor: Any) -> Any:
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            each = [builder.fmul(builder.extract_value(args[0], j), args[1]) for j in range(width)]
+            return context.make_tuple(builder, sig.return_type, each)
+
+        return values, (values, values.dtype), emit
+
+    return Pair(f"times{width}", lambda values, factor: tuple(v * factor for v in values), rule)
+
+
+@cache
+def repeated(width: int) -> Pair:
+    """``(int32) -> the same width times``"""
+
+    def rule(value: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return context.make_tuple(builder, sig.return_type, [args[0]] * width)
+
+        return types.UniTuple(types.int32, width), (types.int32,), emit
+
+    return Pair(f"repeated{width}", lambda value: (value,) * width, rule)
+
+
+@cache
+def chosen_of(dtype: str, size: int, otherwise: int) -> Pair:
+    """``(one whole number of this dtype) -> int32``: itself if 0 <= it < size."""
+
+    def twin(values: Sequence[Any]) -> Array:
+        at = np.asarray(values[0]).astype(np.int64)
+        return np.where((at >= 0) & (at < size), at, otherwise).astype(np.int32)
+
+    def rule(values: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            one = builder.extract_value(args[0], 0)
+            if one.type.width < 32:
+                one = builder.zext(one, ir.IntType(32))  # uint8
+            known = builder.icmp_unsigned("<", one, ir.Constant(one.type, size))
+            small = builder.trunc(one, ir.IntType(32)) if one.type.width > 32 else one
+            return builder.select(known, small, _number(otherwise))
+
+        return types.int32, (types.UniTuple(device_type(dtype), 1),), emit
+
+    return Pair(f"chosen_of_{size}_{dtype}", twin, rule)
+
+
+def _before_rule(total: Any, keys: Any, key: Any, first: Any, place: Any) -> Any:
+    from llvmlite import ir
+    from numba.cuda import types
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, wide = args[0], ir.IntType(32)
+        for j in range(keys.count):
+            earlier = builder.icmp_signed("<", builder.add(args[3], _number(j)), args[4])
+            bound = builder.add(args[2], builder.zext(earlier, wide))
+            smaller = builder.icmp_signed("<", builder.extract_value(args[1], j), bound)
+            total = builder.add(total, builder.zext(smaller, wide))
+        return total
+
+    return types.int32, (types.int32, keys, types.int32, types.int32, types.int32), emit
+
+
+def _before_twin(total: Any, keys: Sequence[Any], key: Any, first: Any, place: Any) -> Any:
+    return total + sum((k < key + (first + j < place)).astype(np.int32) for j, k in enumerate(keys))
+
+
+# ``(total, keys, key, first, place)``: total, and one for each of the keys of places first, first + 1, ... that comes
+# before ``key`` of ``place`` in a stable order
+before = Pair("before", _before_twin, _before_rule)
+
+
+@cache
+def plus_rows(dtype: str, width: int, length: int) -> Pair:
+    """``(registers, x, order, first, last, column)``: add ``width`` elements of rows order[first] ... order[last - 1].
+
+    Rows are ``length`` long and added in their order, four loads at a time.
+    """
+    read, number, together = load(dtype, width, constant=True), load("int32", 1, constant=True), 4
+
+    def twin(registers: Array, x: Any, order: Any, first: Array, last: Array, column: Array) -> None:
+        for step in range(int(np.max(last - first, initial=0))):
+            active = first + step < last
+            (row,) = number(active, order, first + step)
+            for j, value in enumerate(read(active, x, row * length + column)):
+                registers[j] += value
+
+    def rule(registers: Any, x: Any, order: Any, first: Any, last: Any, column: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+        from numba.cuda.cgutils import alloca_once_value
+
+        _, _, emit_read = read.rule(types.boolean, x, types.int32)
+        _, _, emit_number = number.rule(types.boolean, order, types.int32)
+        rows_type = types.UniTuple(device_type(dtype), width)
+        number_type = types.UniTuple(types.int32, 1)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, registers, args[0])
+            place = alloca_once_value(builder, args[3])
+            test, body, end = (builder.append_basic_block(f"rows_{name}") for name in ("test", "body", "end"))
+            builder.branch(test)
+            builder.position_at_end(test)
+            builder.cbranch(builder.icmp_signed("<", builder.load(place), args[4]), body, end)
+            builder.position_at_end(body)
+            own = builder.load(place)
+            places = [builder.add(own, _number(j)) for j in range(together)]
+            active = [builder.zext(builder.icmp_signed("<", at, args[4]), ir.IntType(8)) for at in places]
+            rows = []
+            for on, at in zip(active, places, strict=True):
+                found = emit_number(context, builder, sig.replace(return_type=number_type), [on, args[2], at])
+                start = builder.mul(builder.extract_value(found, 0), _number(length))
+                rows.append(builder.add(start, args[5]))
+            values = [
+                emit_read(context, builder, sig.replace(return_type=rows_type), [on, args[1], row])
+                for on, row in zip(active, rows, strict=True)
+            ]
+            for value in values:
+                for j in range(width):
+                    target = _at(builder, data, j)
+                    builder.store(builder.fadd(builder.load(target), builder.extract_value(value, j)), target)
+            builder.store(builder.add(own, _number(together)), place)
+            builder.branch(test)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void, (registers, x, order, types.int32, types.int32, types.int32), emit
+
+    return Pair(f"plus_rows{width}_{dtype}_{length}", twin, rule)

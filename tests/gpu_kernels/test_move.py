@@ -195,6 +195,94 @@ COPIES = [
 ]
 
 
+def adaptive(x, *size):
+    """Pooling to a size, and its gradients."""
+    x = Spec(x)
+    y, argmax = ops.AdaptiveMaxPool(size=size).infer(x)
+    return [
+        Sample(ops.AdaptiveAvgPool(size=size), (x,)),
+        Sample(ops.AdaptiveMaxPool(size=size), (x,)),
+        Sample(ops.AdaptiveAvgPoolGrad(size=x.shape[1:-1]), (y,)),
+        Sample(ops.AdaptiveMaxPoolGrad(size=x.shape[1:-1]), (y, argmax), {1: (0, int(np.prod(x.shape[1:-1])))}),
+    ]
+
+
+def resize(x, *size):
+    """Interpolation to a size, and the gradient of that from there."""
+    there = Spec((x[0], *size, x[-1]))
+    return [Sample(ops.Resize(size=size), (Spec(x),)), Sample(ops.ResizeGrad(size=x[1:-1]), (there,))]
+
+
+def embedding(size, length, *places, dtype="int64", reach=None):
+    ids = Spec(places, dtype)
+    bounds = {1: (0, reach or size)}
+    return [
+        Sample(ops.Embedding(), (Spec((size, length)), ids), {1: (0, size)}),
+        Sample(ops.EmbeddingGrad(vocabulary=size), (Spec((*places, length)), ids), bounds),
+    ]
+
+
+PLACED = [
+    *adaptive((3, 13, 11, 40), 6, 5),
+    *adaptive((2, 3, 7, 24), 5, 7),
+    *adaptive((2, 21, 23, 4), 1, 1),
+    *resize((2, 9, 7, 24), 21, 14),
+    *resize((3, 17, 12, 8), 5, 12),
+    *resize((2, 31, 6), 7),
+    *resize((1, 3, 4, 5, 16), 6, 4, 9),
+    *embedding(37, 24, 19, 11),
+    *embedding(5, 3, 130, dtype="uint8"),
+    *embedding(300, 16, 400, dtype="int32", reach=3),  # few rows have all places, most have none
+    Sample(ops.Gather(axis=1), (Spec((3, 50, 7)), Spec((3, 21, 7), "int32")), {1: (0, 50)}),
+    Sample(ops.GatherGrad(axis=1, size=30), (Spec((3, 21, 7)), Spec((3, 21, 7), "int64")), {1: (0, 30)}),
+]
+
+
+@pytest.mark.parametrize("sample", PLACED, ids=titles(PLACED))
+def test_what_is_placed_by_numbers(sample):
+    check(sample)
+
+
+PLACED_TAILED = [s for s in PLACED if len(s.op.out_specs(*s.ins)) == 1][:20]
+
+
+@pytest.mark.parametrize("sample", PLACED_TAILED, ids=titles(PLACED_TAILED))
+def test_tails_of_what_is_placed_by_numbers(sample):
+    check_tail(sample)
+
+
+@pytest.mark.parametrize("family", ["gather", "embedding"])
+def test_numbers_outside_of_the_axis_give_nan_and_no_gradient(family):
+    numbers = np.array([[0, -1], [7, 5], [2**40, 3], [-(2**40), 6]])
+    outside = (numbers < 0) | (numbers >= 7)
+    x, dy = np.ones((7, 2), np.float32), np.ones((4, 2), np.float32)
+    op, back = ops.Gather(axis=0), ops.GatherGrad(axis=0, size=7)
+    if family == "embedding":
+        op, back, dy = ops.Embedding(), ops.EmbeddingGrad(vocabulary=7), np.ones((4, 2, 2), np.float32)
+    for one, values in ((op, [x, numbers]), (back, [dy, numbers])):
+        sample = Sample(one, tuple(Spec(v.shape, v.dtype.name) for v in values))
+        for template in serving(sample):
+            for config in chosen(template, sample, seed=2, count=2):
+                (got,) = emulated(template, one, values, config)
+                np.testing.assert_array_equal(got, one.run(*values)[0])
+                if one is op:
+                    np.testing.assert_array_equal(np.isnan(got).reshape(4, 2, -1).any(-1), outside)
+
+
+def test_the_first_of_equal_values_wins_a_bin_and_a_nan_wins_over_all():
+    op = ops.AdaptiveMaxPool(size=(3, 4))
+    rng = np.random.default_rng(3)
+    x = rng.integers(0, 3, (2, 7, 9, 8)).astype(np.float32)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    x[1, :4, :4] = -np.inf
+    y, argmax = op.run(x)
+    (template,) = templates("adaptive_max_pool", "cuda")
+    for config in chosen(template, Sample(op, (Spec(x.shape),)), seed=2, count=3):
+        got, place = emulated(template, op, [x], config)
+        np.testing.assert_array_equal(place, argmax)
+        np.testing.assert_array_equal(got, y)
+
+
 @pytest.mark.parametrize("sample", RESPONSES, ids=titles(RESPONSES))
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_local_response_of_several_blocks(sample, dtype):

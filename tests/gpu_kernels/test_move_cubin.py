@@ -35,6 +35,18 @@ CASES = {
     "heads": (ops.Transpose(order=(0, 2, 1, 3)), (Spec((16, 512, 12, 64)),)),
     "fill": (ops.Fill(value=0.5, shape=(512, 512)), ()),
     "gaussian": (ops.Gaussian(sigma=2.0, center=(7.5, 7.5), shape=(16, 16, 3)), ()),
+    "adaptive_avg_pool": (ops.AdaptiveAvgPool(size=(6, 6)), (Spec((64, 13, 13, 256)),)),
+    "adaptive_max_pool_grad": (
+        ops.AdaptiveMaxPoolGrad(size=(13, 13)),
+        (Spec((64, 6, 6, 256)), Spec((64, 6, 6, 256), "int32")),
+    ),
+    "resize bf16": (ops.Resize(size=(64, 64)), (Spec((16, 32, 32, 64), "bfloat16"),)),
+    "resize_grad": (ops.ResizeGrad(size=(32, 32)), (Spec((16, 64, 64, 64)),)),
+    "embedding": (ops.Embedding(), (Spec((30000, 512)), Spec((64, 128), "int64"))),
+    "embedding_grad f16": (
+        ops.EmbeddingGrad(vocabulary=30000),
+        (Spec((64, 128, 512), "float16"), Spec((64, 128), "int64")),
+    ),
     "sum_pool of all": (ops.SumPool(**GLOBAL), (Spec((64, 7, 7, 1024)),)),
     "sum_pool_grad of all": (ops.SumPoolGrad(size=(7, 7), **GLOBAL), (Spec((64, 1, 1, 1024)),)),
 }
