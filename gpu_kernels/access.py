@@ -14,7 +14,8 @@ import numpy as np
 
 from rapydli_flow.spec import Array
 
-from .pair import Pair, device_type, held
+from .emulate import memory
+from .pair import Pair, device_type, held, stored_type
 from .ptx import _array, _at, _number, load
 
 # ---- registers
@@ -517,3 +518,38 @@ def plus_rows(dtype: str, width: int, length: int) -> Pair:
         return types.void, (registers, x, order, types.int32, types.int32, types.int32), emit
 
     return Pair(f"plus_rows{width}_{dtype}_{length}", twin, rule)
+
+
+# ---- tables
+
+
+def _number_rule(table: Any, at: Any) -> Any:
+    from llvmlite import ir
+    from numba.cuda import types
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        low = builder.bitcast(args[0], ir.PointerType(ir.IntType(32)))  # the lower half of an int64
+        return builder.load(builder.gep(low, [builder.mul(args[1], _number(2))]))
+
+    return types.int32, (types.CPointer(types.int64), types.int32), emit
+
+
+number_of = Pair("number_of", lambda table, at: int(table.data[at]), _number_rule)  # (table, at) -> int32, of a block
+
+
+@cache
+def address_of(dtype: str) -> Pair:
+    """``(table, at) -> the array`` whose address is there, the same for all threads of a block."""
+
+    def rule(table: Any, at: Any) -> Any:
+        from numba.cuda import types
+
+        result = types.CPointer(stored_type(dtype))
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            address = builder.load(builder.gep(args[0], [args[1]]))
+            return builder.inttoptr(address, context.get_value_type(result))
+
+        return result, (types.CPointer(types.int64), types.int32), emit
+
+    return Pair(f"address_of_{dtype}", lambda table, at: memory.at(int(table.data[at])), rule)
