@@ -8,7 +8,7 @@ lies behind the end is a load that is switched off. Fewer axes are taken as 3 by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,27 @@ class Pooled:
         return cls(d, h, w, channels, channels // vector, out.size // vector)
 
     @property
+    def find(self) -> Callable[..., None]:
+        """``(place, gathered)``: of a place of the result its image, the first of its interval along each axis, what is
+        behind the last, and its number in the image."""
+        d, h, w = self.d, self.h, self.w
+
+        def find(place: Any, gathered: Any) -> None:
+            at_d = place // (w.count * h.count) % d.count
+            at_h = place // w.count % h.count
+            at_w = place % w.count
+            gathered[0] = place // (w.count * h.count * d.count)
+            gathered[1] = at_d * d.length // d.count
+            gathered[2] = at_h * h.length // h.count
+            gathered[3] = at_w * w.length // w.count
+            gathered[4] = (at_d * d.length + (d.length + d.count - 1)) // d.count
+            gathered[5] = (at_h * h.length + (h.length + h.count - 1)) // h.count
+            gathered[6] = (at_w * w.length + (w.length + w.count - 1)) // w.count
+            gathered[7] = place % (w.count * h.count * d.count)
+
+        return find
+
+    @property
     def inner(self) -> Any:
         """The loop over the last axis."""
         return unroll if self.w.longest <= WRITTEN_OUT else range
@@ -79,36 +100,31 @@ def _averages(source: Spec, out: Spec, epilogue: Epilogue, *, back: bool, thread
     read, end = load(source.dtype, lanes, constant=True), tail(epilogue, lanes)
     start, add, add_share, result = spread(lanes, 0.0), plus(lanes), plus_times(lanes), take(lanes)
     share, scaled = one_over(out.dtype), times(lanes)
-    d, h, w, inner, longest_d, longest_h, longest_w = p.d, p.h, p.w, p.inner, p.d.longest, p.h.longest, p.w.longest
+    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
+    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
         on = thread < p.total
         channel = thread % p.panels * lanes
-        place = thread // p.panels
-        at_w = place % w.count
-        at_h = place // w.count % h.count
-        at_d = place // (w.count * h.count) % d.count
-        image = place // (w.count * h.count * d.count)
-        d_0 = at_d * d.length // d.count
-        d_1 = (at_d * d.length + (d.length + d.count - 1)) // d.count
-        h_0 = at_h * h.length // h.count
-        h_1 = (at_h * h.length + (h.length + h.count - 1)) // h.count
-        w_0 = at_w * w.length // w.count
-        w_1 = (at_w * w.length + (w.length + w.count - 1)) // w.count
+        gathered = cuda.local.array(8, int32)
+        find(thread // p.panels, gathered)
+        d_0 = gathered[1]
+        h_0 = gathered[2]
+        w_0 = gathered[3]
         acc = cuda.local.array(lanes, kind)
         start(acc)
         for i in range(longest_d):
             for j in range(longest_h):
-                in_row = on & (d_0 + i < d_1) & (h_0 + j < h_1)
-                row = ((image * d.length + d_0 + i) * h.length + h_0 + j) * w.length
+                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
+                row = ((gathered[0] * d.length + d_0 + i) * h.length + h_0 + j) * w.length
                 if back:
                     q = d_0 + i
                     r = h_0 + j
                     deep = (q * d.count + (d.count + d.length - 1)) // d.length - q * d.count // d.length
                     high = (r * h.count + (h.count + h.length - 1)) // h.length - r * h.count // h.length
                 for k in inner(longest_w):
-                    active = in_row & (w_0 + k < w_1)
+                    active = in_row & (w_0 + k < gathered[6])
                     values = read(active, ins[0], (row + w_0 + k) * p.channels + channel)
                     if back:
                         s = w_0 + k
@@ -120,7 +136,7 @@ def _averages(source: Spec, out: Spec, epilogue: Epilogue, *, back: bool, thread
         if back:
             end.finish(on, outs[0], result(acc, 0), element, channel, extras, at)
         else:
-            mean = scaled(result(acc, 0), share((d_1 - d_0) * (h_1 - h_0) * (w_1 - w_0)))
+            mean = scaled(result(acc, 0), share((gathered[4] - d_0) * (gathered[5] - h_0) * (gathered[6] - w_0)))
             end.finish(on, outs[0], mean, element, channel, extras, at)
 
     return Grid(kernel, blocks_of(p.total, threads), threads)
@@ -148,35 +164,30 @@ def maxima(
     read, end = load(out.dtype, lanes, constant=True), tail(epilogue, lanes)
     start, more, result, keep, same = spread(lanes, -np.inf), larger(lanes), take(lanes), hold(lanes), repeated(lanes)
     mark = store("int32", lanes)
-    d, h, w, inner, longest_d, longest_h, longest_w = p.d, p.h, p.w, p.inner, p.d.longest, p.h.longest, p.w.longest
+    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
+    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
         on = thread < p.total
         channel = thread % p.panels * lanes
-        place = thread // p.panels
-        at_w = place % w.count
-        at_h = place // w.count % h.count
-        at_d = place // (w.count * h.count) % d.count
-        image = place // (w.count * h.count * d.count)
-        d_0 = at_d * d.length // d.count
-        d_1 = (at_d * d.length + (d.length + d.count - 1)) // d.count
-        h_0 = at_h * h.length // h.count
-        h_1 = (at_h * h.length + (h.length + h.count - 1)) // h.count
-        w_0 = at_w * w.length // w.count
-        w_1 = (at_w * w.length + (w.length + w.count - 1)) // w.count
+        gathered = cuda.local.array(8, int32)
+        find(thread // p.panels, gathered)
+        d_0 = gathered[1]
+        h_0 = gathered[2]
+        w_0 = gathered[3]
         best = cuda.local.array(lanes, kind)
         which = cuda.local.array(lanes, int32)
         start(best)
         keep(which, 0, same((d_0 * h.length + h_0) * w.length + w_0))
         for i in range(longest_d):
             for j in range(longest_h):
-                in_row = on & (d_0 + i < d_1) & (h_0 + j < h_1)
+                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
                 row = ((d_0 + i) * h.length + h_0 + j) * w.length
                 for k in inner(longest_w):
-                    active = in_row & (w_0 + k < w_1)
+                    active = in_row & (w_0 + k < gathered[6])
                     inside = row + w_0 + k
-                    source = (image * (d.length * h.length * w.length) + inside) * p.channels + channel
+                    source = (gathered[0] * (d.length * h.length * w.length) + inside) * p.channels + channel
                     more(best, which, 0, read(active, ins[0], source), active, inside)
         end.finish(on, outs[0], result(best, 0), thread * lanes, channel, extras, at)
         mark(on, outs[1], thread * lanes, result(which, 0))
@@ -198,32 +209,27 @@ def winners(
         plus_chosen(lanes),
         take(lanes),
     )
-    d, h, w, inner, longest_d, longest_h, longest_w = p.d, p.h, p.w, p.inner, p.d.longest, p.h.longest, p.w.longest
+    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
+    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
         on = thread < p.total
         channel = thread % p.panels * lanes
-        place = thread // p.panels
-        at_w = place % w.count
-        at_h = place // w.count % h.count
-        at_d = place // (w.count * h.count) % d.count
-        image = place // (w.count * h.count * d.count)
-        d_0 = at_d * d.length // d.count
-        d_1 = (at_d * d.length + (d.length + d.count - 1)) // d.count
-        h_0 = at_h * h.length // h.count
-        h_1 = (at_h * h.length + (h.length + h.count - 1)) // h.count
-        w_0 = at_w * w.length // w.count
-        w_1 = (at_w * w.length + (w.length + w.count - 1)) // w.count
-        own = (at_d * h.count + at_h) * w.count + at_w
+        gathered = cuda.local.array(8, int32)
+        find(thread // p.panels, gathered)
+        d_0 = gathered[1]
+        h_0 = gathered[2]
+        w_0 = gathered[3]
+        own = gathered[7]
         acc = cuda.local.array(lanes, kind)
         start(acc)
         for i in range(longest_d):
             for j in range(longest_h):
-                in_row = on & (d_0 + i < d_1) & (h_0 + j < h_1)
-                row = ((image * d.length + d_0 + i) * h.length + h_0 + j) * w.length
+                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
+                row = ((gathered[0] * d.length + d_0 + i) * h.length + h_0 + j) * w.length
                 for k in inner(longest_w):
-                    active = in_row & (w_0 + k < w_1)
+                    active = in_row & (w_0 + k < gathered[6])
                     source = (row + w_0 + k) * p.channels + channel
                     add(acc, 0, read(active, ins[0], source), marked(active, ins[1], source), own)
         end.finish(on, outs[0], result(acc, 0), thread * lanes, channel, extras, at)

@@ -5,7 +5,7 @@ import pytest
 
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
-from rapydli_flow.spec import Spec
+from rapydli_flow.spec import DTYPES, Spec
 from rapydli_flow.template import Epilogue, Scalar, templates
 from rapydli_flow.testing.gpu import (
     CARD,
@@ -107,6 +107,26 @@ def test_of_equal_values_the_first_wins_and_a_nan_wins_over_all():
         np.testing.assert_array_equal(got, y)
     assert np.isnan(y).any()
     assert (y == -np.inf).any()
+
+
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_cast_to_every_other(dtype, to):
+    check(Sample(ops.Cast(to=to), (Spec((37, 12), dtype),), {0: (0, 9)}), count=2)
+
+
+def test_numbers_without_axes():
+    """Rates, and operands that are one number."""
+    for sample in (
+        Sample(ops.Multiply(), (Spec(()), Spec(()))),
+        Sample(ops.Multiply(), (Spec((300, 20)), Spec(()))),
+        Sample(ops.Multiply(), (Spec((1, 1)), Spec((300, 20)))),
+        Sample(ops.StepDecay(rate=0.1, factor=0.5, every=3), (Spec((), "int64"),), {0: (0, 9)}),
+        Sample(ops.ClipFactor(), (Spec(()),), {0: (0.2, 4.0)}),
+        Sample(ops.Momentum(), (*[Spec((7, 33))] * 3, Spec(()))),
+        Sample(ops.Where(), (*[Spec((40, 31))] * 2, Spec((31,)))),
+    ):
+        check(sample, count=3)
 
 
 TAILED = [POOLS[0], POOLS[1], POOLS[2], POOLS[3], POOLS[15]]
