@@ -99,7 +99,7 @@ class Request:
             self.template.family,
             self.template.name,
             self.template.source(),
-            *(f"{module} {text}" for module, text in _sources()),
+            *(f"{module} {text}" for module, text in sources()),
             *map(str, (self.op, *self.ins, "->", *self.outs)),
             repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
             repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
@@ -119,7 +119,7 @@ class Request:
 
 
 @cache
-def _sources() -> tuple[tuple[str, str], ...]:
+def sources() -> tuple[tuple[str, str], ...]:
     """The modules that templates are written with: those that define none themselves."""
     found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
     return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)

@@ -72,6 +72,41 @@ class Buffer:
             self.data[at[on] + j] = np.broadcast_to(value, machine.threads)[on]
 
 
+class Memory:
+    """Arrays by address, for kernels that read addresses from a table: each has a terabyte to itself."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Buffer] = []
+
+    def put(self, buffer: Buffer) -> int:
+        """An address for an array."""
+        self._arrays.append(buffer)
+        return len(self._arrays) << 40
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+    def at(self, address: int) -> Part:
+        """What lies from an address on."""
+        number, offset = (address >> 40) - 1, address & ((1 << 40) - 1)
+        if not 0 <= number < len(self._arrays):
+            raise KernelFault(f"no array lies at {hex(address)}.")
+        return Part(self._arrays[number], offset)
+
+
+class Part:
+    """An array from an address on."""
+
+    def __init__(self, buffer: Buffer, offset: int) -> None:
+        self._buffer, self._first = buffer, offset // buffer.data.itemsize
+
+    def read(self, active: Any, at: Any, width: int) -> tuple[Array, ...]:
+        return self._buffer.read(active, at + self._first, width)
+
+    def write(self, active: Any, at: Any, values: Sequence[Any]) -> None:
+        self._buffer.write(active, at + self._first, values)
+
+
 class Shared:
     """An array that the threads of one block share; each element knows when it was last written and read."""
 
@@ -119,6 +154,7 @@ class Machine:
 
 
 machine = Machine()
+memory = Memory()
 
 
 def run(
