@@ -4,7 +4,7 @@ A template writes its kernel as a readable Python function that closes over numb
 procedures. The emulator runs it as it is. For the GPU its source is rewritten:
 
 - names, attributes and subscripts whose value is known become constants; arithmetic on them is done here;
-- other ``+ - * // %`` become 32-bit operations (Numba would widen to 64 bits and check signs);
+- other ``+ - * // % ^`` become 32-bit operations (Numba would widen to 64 bits and check signs);
 - ``for i in unroll(n)`` is written out, and an ``if`` with a known condition is decided;
 - a call of a procedure (a function without result) is replaced by its body.
 
@@ -151,7 +151,7 @@ class _Rewriter(ast.NodeTransformer):
         a, b = self._value(left), self._value(right)
         if a is not _UNKNOWN and b is not _UNKNOWN:
             return self._known(_FOLD[name](a, b))
-        if (name, b) in (("Add", 0), ("Sub", 0), ("Mult", 1), ("FloorDiv", 1)):
+        if (name, b) in (("Add", 0), ("Sub", 0), ("Mult", 1), ("FloorDiv", 1), ("BitXor", 0)):
             return left
         if (name, a) in (("Add", 0), ("Mult", 1)):
             return right
