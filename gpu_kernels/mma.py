@@ -17,7 +17,6 @@ float32 is multiplied in three TF32 products (see `tensor_core`), or in one if t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,11 +30,24 @@ from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, broken
 
 from . import cost as costs
+from .arithmetic import indexing
 from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of, widest
 from .pair import Pair
-from .ptx import _array, _at, _number, clear, cuda, float32, hold, int32, load, select, store, take, unroll
+from .ptx import _array, _at, clear, cuda, float32, hold, int32, load, select, store, take, unroll
 from .tail import tail
-from .tensor_core import SPLIT, Layout, Operand, commit, copy_async, in_shared, layout_of, place_of, product, wait
+from .tensor_core import (
+    SPLIT,
+    Layout,
+    Operand,
+    commit,
+    copy_async,
+    in_shared,
+    layout_of,
+    own_place,
+    place_of,
+    product,
+    wait,
+)
 from .tiles import Share, share
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
@@ -277,30 +289,15 @@ class Scatter:
 def row_of(s: Scatter | None) -> Pair:
     """``(row) -> row of the output``: where a pixel of the part lies, or the same."""
 
-    def where(pixel: Any, add: Any, mul: Any, div: Any, mod: Any) -> Any:
+    def row(pixel: Any) -> Any:
         if s is None:
             return pixel
-        (_, high, wide), out = s.out, div(pixel, prod(s.out))
+        (_, high, wide), out = s.out, pixel // prod(s.out)
         for axis, inner in enumerate((high * wide, wide, 1)):
-            at = add(mul(mod(div(pixel, inner), s.out[axis]), s.step[axis]), s.first[axis])
-            out = add(mul(out, s.whole[axis]), at)
+            out = out * s.whole[axis] + (pixel // inner % s.out[axis] * s.step[axis] + s.first[axis])
         return out
 
-    def twin(pixel: Any) -> Any:
-        return where(pixel, operator.add, operator.mul, operator.floordiv, operator.mod)
-
-    def rule(pixel: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            def of(name: str) -> Any:
-                return lambda a, b: getattr(builder, name)(a, _number(b) if isinstance(b, int) else b)
-
-            return where(args[0], of("add"), of("mul"), of("udiv"), of("urem"))
-
-        return types.int32, (types.int32,), emit
-
-    return Pair("row_of", twin, rule)
+    return indexing("row_of", row)
 
 
 def lanes_of(p: Problem, epilogue: Epilogue) -> int:
@@ -320,7 +317,7 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter
     partial = store("float32", min(lanes, 4))
     sums, gather = clear(t.wm * t.wn // 32), take(lanes)
     fma = product(p.kind, t.bk, of_a, of_b)
-    place_a, place_b = place_of(of_a.layout), place_of(of_b.layout)
+    place_a, place_b = own_place(of_a), own_place(of_b)
     size_a, stage_size, arrived = of_a.layout.size, t.stage, wait(t.stages - 2)
     element_type, ahead = in_shared(p.dtype), t.stages - 1
     tiles, across = t.blocks_m * t.blocks_n, t.group * t.blocks_n
@@ -344,21 +341,8 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter
         lane = thread % 32
         warp_row = thread // 32 // t.warps_n * t.wm
         warp_column = thread // 32 % t.warps_n * t.wn
-        low = lane % 8
-        middle = lane // 8 % 2
-        high = lane // 16
-        if not of_a.matrices:
-            read_a = place_a(lane % 4, warp_row + lane // 4 * 4)
-        elif p.rows_a:
-            read_a = place_a(warp_row + lane % 16, high * of_a.layout.chunk)
-        else:
-            read_a = place_a(low + high * 8, warp_row + middle * 8)
-        if not of_b.matrices:
-            read_b = place_b(lane % 4, warp_column + lane // 4 * 4)
-        elif p.rows_b:
-            read_b = place_b(warp_column + low * 4 + high, middle * of_b.layout.chunk)
-        else:
-            read_b = place_b(low + middle * 8, warp_column + high * 8)
+        read_a = place_a(lane, warp_row)
+        read_b = place_b(lane, warp_column)
         sums(acc)
         a.prepare(state_a, row_0, thread)
         b.prepare(state_b, column_0, thread)

@@ -15,11 +15,10 @@ from functools import cache
 from math import prod
 from typing import Any
 
-import numpy as np
-
+from .arithmetic import indexing
 from .mma import Loader, moves
 from .pair import Pair
-from .ptx import _number, unroll
+from .ptx import select, unroll
 from .tensor_core import Layout, copy_async, place_of
 from .tiles import Share
 
@@ -56,57 +55,34 @@ class Slide:
 
 @cache
 def taps_inside(s: Slide) -> Pair:
-    """``(there, at_d, at_h, at_w) -> bits``: which taps of a pixel lie inside, for each axis; none if it is not there.
+    """``(at_d, at_h, at_w) -> bits``: which taps of a pixel lie inside, for each axis, and one that is always set.
 
     ``at``: where the first taps lie.
     """
-    tests = [(a, r * s.far[a], 1 << s.first_bit(a) + r) for a in s.asked for r in range(s.window[a])]
 
-    def twin(there: Any, *at: Any) -> Any:
-        bits = np.int32(1)
-        for axis, far, bit in tests:
-            bits = bits + np.where((at[axis] + far >= 0) & (at[axis] + far < s.size[axis]), np.int32(bit), np.int32(0))
-        return np.where(there, bits, np.int32(0))
+    def bits(at_d: Any, at_h: Any, at_w: Any) -> Any:
+        found: Any = 1
+        for axis, first in zip(s.asked, map(s.first_bit, s.asked), strict=True):
+            for tap in range(s.window[axis]):
+                at = (at_d, at_h, at_w)[axis] + tap * s.far[axis]
+                is_outside = (at | s.size[axis] - 1 - at) >> 31 & 1  # one of them is negative
+                found = (1 - is_outside << first + tap) | found
+        return found if s.asked else at_d * 0 + 1
 
-    def rule(there: Any, at_d: Any, at_h: Any, at_w: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            bits = _number(1)
-            for axis, far, bit in tests:
-                is_inside = builder.icmp_unsigned("<", builder.add(args[1 + axis], _number(far)), _number(s.size[axis]))
-                bits = builder.or_(bits, builder.select(is_inside, _number(bit), _number(0)))
-            return builder.select(args[0], bits, _number(0))
-
-        return types.int32, (types.boolean, types.int32, types.int32, types.int32), emit
-
-    return Pair("taps_inside", twin, rule)
+    return indexing("taps_inside", bits)
 
 
 @cache
 def bits_of_tap(s: Slide) -> Pair:
-    """``(valid, r_d, r_h, r_w) -> bits`` that a pixel must have for this tap; more than any has if not valid."""
-    firsts = [(axis, s.first_bit(axis)) for axis in s.asked]
+    """``(r_d, r_h, r_w) -> bits`` that a pixel must have for this tap."""
 
-    def twin(valid: Any, *tap: Any) -> Any:
-        bits = np.int64(1)
-        for axis, first in firsts:
-            bits = bits + (np.int64(1) << ((np.asarray(tap[axis], np.int64) + first) & 31))
-        return np.where(valid, bits, -1).astype(np.int32)
+    def bits(*tap: Any) -> Any:
+        found = tap[0] * 0 + 1
+        for axis, first in zip(s.asked, map(s.first_bit, s.asked), strict=True):
+            found = (1 << (tap[axis] + first & 31)) | found  # behind the last tap, 31 keeps the shift defined
+        return found
 
-    def rule(valid: Any, r_d: Any, r_h: Any, r_w: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            bits = _number(1)
-            for axis, first in firsts:  # a tap behind the last one is not valid: 31 keeps the shift defined
-                shift = builder.and_(builder.add(args[1 + axis], _number(first)), _number(31))
-                bits = builder.or_(bits, builder.shl(_number(1), shift))
-            return builder.select(args[0], bits, _number(-1))
-
-        return types.int32, (types.boolean, types.int32, types.int32, types.int32), emit
-
-    return Pair("bits_of_tap", twin, rule)
+    return indexing("bits_of_tap", lambda r_d, r_h, r_w: bits(r_d, r_h, r_w))
 
 
 def _has_rule(bits: Any, wanted: Any) -> Any:
@@ -143,7 +119,7 @@ def pixels_loader(
             at_w = pixel % wide * step_w + start_w
             image = pixel // (wide * high * out_d)
             state[2 * part] = (((image * depth + at_d) * height + at_h) * width + at_w) * channels
-            state[2 * part + 1] = bits(pixel < pixels, at_d, at_h, at_w)
+            state[2 * part + 1] = select(pixel < pixels, bits(at_d, at_h, at_w), 0)
 
     def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
         column = thread % s.across * s.vector
@@ -156,7 +132,7 @@ def pixels_loader(
         tap_d = tap // (taps_w * taps_h)
         tap_h = tap // taps_w % taps_h
         tap_w = tap % taps_w
-        need = wanted(k + column < terms, tap_d, tap_h, tap_w)
+        need = select(k + column < terms, wanted(tap_d, tap_h, tap_w), -1)  # no pixel has all bits
         offset = ((tap_d * (far_d * height) + tap_h * far_h) * width + tap_w * far_w) * channels + (base + channel)
         own = place(thread // s.across, column)
         for part in unroll(s.each):

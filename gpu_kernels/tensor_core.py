@@ -23,6 +23,7 @@ import numpy as np
 
 from rapydli_flow.spec import HALVES, Array
 
+from .arithmetic import indexing
 from .emulate import machine
 from .pair import Pair, stored_type
 from .ptx import _address, _array, _at, _number
@@ -68,8 +69,7 @@ class Layout:
 
     def place(self, line: Any, column: Any) -> Any:
         """Where an element lies."""
-        chunk = (line * self.pitch + column) // self.chunk ^ self.bits(line)
-        return chunk * self.chunk + column % self.chunk
+        return line * self.pitch + column ^ self.bits(line) * self.chunk
 
     def move(self, line: int, column: int) -> tuple[int, int]:
         """``(x, p)``: an element this far away lies at ``(place ^ x) + p``, if no bit of the sums carries."""
@@ -80,21 +80,7 @@ class Layout:
 @cache
 def place_of(layout: Layout) -> Pair:
     """``(line, column) -> place`` of an element."""
-
-    def rule(line: Any, column: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            line, column = args
-            bits = builder.and_(builder.lshr(line, _number(layout.shift)), _number(layout.mask))
-            bits = builder.mul(bits, _number(layout.chunk << layout.left))
-            whole = builder.add(builder.mul(line, _number(layout.pitch)), column)
-            return builder.xor(whole, bits)
-
-        return types.int32, (types.int32, types.int32), emit
-
-    name = f"place_{layout.pitch}_{layout.itemsize}_{layout.shift}_{layout.mask}_{layout.left}"
-    return Pair(name, lambda line, column: layout.place(np.asarray(line), np.asarray(column)), rule)
+    return indexing(f"place_{layout.pitch}_{layout.itemsize}_{layout.shift}_{layout.mask}_{layout.left}", layout.place)
 
 
 def _window(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -200,15 +186,18 @@ class Operand:
         """Is it read by ldmatrix, eight lines of 16 bytes at a time?"""
         return self.rows or self.dtype in HALVES
 
-    def own(self, lane: Any) -> tuple[Any, Any]:
-        """Line and column of what a thread of the warp reads first, or gives the address of."""
-        low, middle, high = lane % 8, lane // 8 % 2, lane // 16
-        chunk = self.layout.chunk
+    def own(self, lane: Any, first: Any) -> Any:
+        """The place of what a thread of the warp whose rows or columns start at ``first`` reads in its first load, or
+        tells ldmatrix the address of."""
+        chunk, low, middle, high = self.layout.chunk, lane % 8, lane // 8 % 2, lane // 16
         if not self.matrices:
-            return lane % 4, lane // 4 * 4
+            return self.layout.place(lane % 4, first + lane // 4 * 4)
+        if self.rows and self.left:
+            return self.layout.place(first + lane % 16, high * chunk)
         if self.rows:
-            return (lane % 16, high * chunk) if self.left else (low * 4 + high, middle * chunk)
-        return (low + high * 8, middle * 8) if self.left else (low + middle * 8, high * 8)
+            return self.layout.place(first + low * 4 + high, middle * chunk)
+        inner, outer = (high, middle) if self.left else (middle, high)
+        return self.layout.place(low + inner * 8, first + outer * 8)
 
     def loads(self, step: int) -> list[tuple[int, int, tuple[int, ...]]]:
         """How the fragments of an inner step are loaded: how far from the first, and where four registers go."""
@@ -241,6 +230,12 @@ class Operand:
     @property
     def registers(self) -> int:
         return self.fragments * (4 if self.left else 2)
+
+
+@cache
+def own_place(of: Operand) -> Pair:
+    """``(lane, first) -> place``: see `Operand.own`."""
+    return indexing(f"own_{_told(of)}", of.own)
 
 
 def layout_of(dtype: str, *, lines: int, pitch: int, rows: bool, left: bool) -> Layout:
@@ -403,4 +398,4 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
 
 
 def _told(of: Operand) -> str:
-    return f"{of.extent}{'rows' if of.rows else 'lines'}{of.layout.pitch}_{of.dtype}"
+    return f"{'a' if of.left else 'b'}{of.extent}{'rows' if of.rows else 'lines'}{of.layout.pitch}_{of.dtype}"
