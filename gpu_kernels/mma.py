@@ -41,6 +41,7 @@ from .tensor_core import (
     Operand,
     commit,
     copy_async,
+    exchange,
     in_shared,
     layout_of,
     own_place,
@@ -59,7 +60,8 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "stages": (3, 2, 4, 6),
     "group": (8, 1),  # blocks of rows that follow each other before the next column: they share b in the second cache
     "splits": (1, 2, 4, 8),
-    "resident": (1, 2, 3),
+    "resident": (2, 1, 3, 4),
+    "exchange": (True, False),  # threads exchange sums of halves, so that each stores 16 bytes instead of four
 }
 SHARED_KB = {
     "sm_80": 163,
@@ -119,6 +121,7 @@ class Tile:
     group: int
     splits: int
     resident: int
+    exchange: bool
 
     @property
     def itemsize(self) -> int:
@@ -181,11 +184,10 @@ class Tile:
     @property
     def registers(self) -> int:
         """A guess of what a thread needs."""
-        parts = self.a.registers + self.b.registers
-        parts += parts if self.p.kind == SPLIT else 0
+        held = self.wm * self.wn // 32 + self.a.registers + self.b.registers
         of_a = self.shares()[0]
         copies = 0 if of_a is None else of_a.each * self.p.state
-        return self.wm * self.wn // 32 + parts + copies + 40
+        return held * (2 if self.p.kind == SPLIT else 1) + copies + 24
 
 
 def cut(p: Problem, config: Config) -> Tile:
@@ -310,10 +312,12 @@ def lanes_of(p: Problem, epilogue: Epilogue) -> int:
 def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter | None = None) -> tuple[Grid, ...]:
     """The kernels: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[k, column])."""
     p, of_a, of_b = t.p, t.a, t.b
-    have = 8 if of_b.spread else 2  # neighbouring columns of a thread
     whole = t.splits == 1
-    lanes = min(have, lanes_of(p, epilogue) if whole else widest(p.n))
-    end = tail(epilogue, lanes if whole else 1)
+    widest_store = lanes_of(p, epilogue) if whole else widest(p.n)
+    swaps = t.exchange and not of_b.spread and widest_store > 2
+    have = 8 if of_b.spread or swaps else 2  # neighbouring columns of a thread
+    lanes = min(have, widest_store)
+    end, swap = tail(epilogue, lanes if whole else 1), exchange()
     partial = store("float32", min(lanes, 4))
     sums, gather = clear(t.wm * t.wn // 32), take(lanes)
     fma = product(p.kind, t.bk, of_a, of_b)
@@ -369,6 +373,9 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter
             else:
                 row = row_0 + warp_row + lane // 4 + i * 8
             row_out = moved(row)
+            if swaps:
+                for j in unroll(columns // 8):
+                    swap(acc, i * columns + j * 8)
             for j in unroll(columns // lanes):
                 first = j * lanes // have * (4 * have) + j * lanes % have
                 column = column_0 + warp_column + lane % 4 * have + first
@@ -471,6 +478,9 @@ def rules(problems: Make) -> dict[str, str | Callable[..., bool]]:
     def tiles(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
         return all(_whole(cut(p, config), device) for p in problems(op, ins, outs))
 
+    def exchanges(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, exchange: bool) -> bool:
+        return not exchange or all(p.kind == "half" and not p.rows_b for p in problems(op, ins, outs))
+
     def deep(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bk: int, splits: int) -> bool:
         return splits == 1 or all(p.k >= 2 * bk * splits for p in problems(op, ins, outs))
 
@@ -480,6 +490,7 @@ def rules(problems: Make) -> dict[str, str | Callable[..., bool]]:
         ),
         "copies of 4 bytes or more": vectors,
         "splits have steps": deep,
+        "fragments of lines of halves are exchanged": exchanges,
         "results in 32-bit indices": indices,
         "tiles in shared memory and registers, copies shared out evenly": tiles,
     }
@@ -490,26 +501,35 @@ def _whole(t: Tile, device: Device) -> bool:
     together = t.resident * (t.shared_bytes + 1024)
     if t.shared_bytes > limit or together > limit + 1024 or None in t.shares():
         return False
-    if t.bk < t.a.depth or t.a.layout.size * t.itemsize % 1024 or t.b.layout.size * t.itemsize % 1024:
+    if (
+        t.bk < t.a.depth
+        or t.bk > (64 if t.p.kind == "half" else 32)
+        or t.a.layout.size * t.itemsize % 1024
+        or t.b.layout.size * t.itemsize % 1024
+    ):
         return False
     return t.registers <= min(255, (device.registers or REGISTERS) // (t.threads * t.resident))
 
 
 # bm, bn, wm, wn, resident: the first are the best where there is work enough
-SHAPES = ((128, 128, 64, 64, 2), (128, 256, 64, 64, 1), (256, 128, 64, 64, 1), (128, 128, 64, 32, 1))
-SHAPES += ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (256, 64, 64, 32, 1), (64, 64, 32, 32, 3), (64, 64, 32, 32, 2))
-SHAPES += ((128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
+SHAPES = ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (128, 128, 64, 64, 2), (128, 256, 64, 64, 1))
+SHAPES += ((256, 128, 64, 64, 1), (128, 128, 64, 32, 1), (256, 64, 64, 32, 1), (64, 64, 32, 32, 4), (64, 64, 32, 32, 3))
+SHAPES += ((64, 64, 32, 32, 2), (128, 32, 32, 32, 3), (128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
+WARPS = 8  # of a multiprocessor, that hide what each of them waits for
 
 
 def estimate(t: Tile, device: Device, size_bytes: float) -> float:
     """A guess of the time of a tile's kernels."""
-    p = t.p
-    unit = {"half": "half"}.get(p.kind, p.kind)
-    share_of_rate = 1 / (1 + 12 / t.bm + 12 / t.bn)  # smaller tiles load more for each product
-    flops = 2 * t.blocks * t.bm * t.bn * (t.steps * t.bk + 2 * t.bk) / share_of_rate  # a pipeline fills for two steps
-    size_bytes += 0 if t.splits == 1 else 8 * t.splits * p.batch * p.m * p.n
-    seconds = costs.seconds(device, flops=flops, size_bytes=size_bytes, unit=unit, blocks=t.blocks, resident=t.resident)
-    return seconds + (0 if t.splits == 1 else costs.LAUNCH_S)
+    p, cores = t.p, device.cores if device.cores > 1 else 132
+    warps = min(t.resident, blocks_of(t.blocks, cores)) * t.threads / 32
+    lost = 12 / t.bm + 12 / t.bn + 4 / t.wm + 4 / t.wn  # smaller tiles load more for each product
+    lost += 0.1 if t.resident == 1 else 0  # all warps wait at one barrier
+    lost += max(0.0, WARPS / warps - 1)
+    flops = 2 * t.blocks * t.bm * t.bn * (t.steps + 2) * t.bk * (1 + lost)  # a pipeline fills for two steps
+    seconds = costs.seconds(device, flops=flops, size_bytes=size_bytes, unit=p.kind, blocks=t.blocks)
+    if t.splits > 1:
+        seconds += costs.LAUNCH_S + 8 * t.splits * p.batch * p.m * p.n / (costs.COPY_BYTES_S * cores)
+    return seconds
 
 
 def prefer(
@@ -527,7 +547,7 @@ def prefer(
         for (bm, bn, wm, wn, resident), splits in every(SHAPES, space["splits"]):
             for bk, stages in every((64, 32, 16) if half else (32, 16), (4, 3, 2)):
                 config = {"bm": bm, "bn": bn, "bk": bk, "wm": wm, "wn": wn, "stages": stages}
-                config |= {"group": 8, "splits": splits, "resident": resident}
+                config |= {"group": 8, "splits": splits, "resident": resident, "exchange": half and not found[0].rows_b}
                 if all(_whole(cut(p, config), device) for p in found):
                     time_s = sum(estimate(cut(p, config), device, 0) for p in found)
                     tried.append((time_s, len(tried), config))

@@ -85,7 +85,7 @@ class _Rewriter(ast.NodeTransformer):
         self.scope = {**closure.builtins, **closure.globals, **closure.nonlocals}
         self.names, self.serial = names, serial
         self.bound: dict[str, ast.expr] = dict(arguments or {})
-        self.suffix = "" if arguments is None else f"_{next(serial)}"
+        self.suffix = "" if arguments is None else f"__{next(serial)}"  # kernels have names like row_0
         stored = {n.id for n in ast.walk(self.definition) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         self.own = stored | {a.arg for a in self.definition.args.args}
         if again := sorted(stored & set(self.bound)):
@@ -215,7 +215,7 @@ class _Rewriter(ast.NodeTransformer):
         arguments: dict[str, ast.expr] = {}
         for name, arg in zip(inspect.signature(function).parameters, args, strict=True):
             if not isinstance(arg, ast.Constant | ast.Name | _Known):
-                fresh = f"{name}_{next(self.serial)}"
+                fresh = f"{name}__{next(self.serial)}"
                 before.append(ast.Assign([ast.Name(fresh, ast.Store())], arg))
                 arg = ast.Name(fresh, ast.Load())
             arguments[name] = arg

@@ -9,7 +9,9 @@ bits of mantissa. Halves have one. Sums are float32.
 
     x = hi + lo, hi = x rounded to TF32, lo = the rest, exactly       x y ~ lo hi' + hi lo' + hi hi'
 
-What is left out, lo lo', is at most 2^-22 of x y. Infinities and numbers that round to them become NaN.
+What is left out, lo lo', is at most 2^-22 of x y. Infinities and numbers that round to them become NaN. Tensor cores
+truncate where they add, so errors of long sums would grow with their length: sums of 32 products begin at zero, and
+are added to the others by the ordinary float32 units, which round to nearest.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product as every
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from .pair import Pair, stored_type
 from .ptx import _address, _array, _at, _number
 
 SPLIT = "3xtf32"
+CHAIN = 4  # inner steps of three products whose sums tensor cores add up
 _BITS = 0xFFFFE000  # sign, exponent and mantissa of TF32 in the bits of float32
 _HALF = 0x1000  # of the last place of TF32
 
@@ -375,19 +379,27 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
             sums = [builder.load(place) for place in places]
             # of the next step, loads are under way while this one's products are computed
             loaded = load(builder, window, a, args[2], 0), load(builder, window, b, args[3], 0)
+            zero = ir.Constant(f32, 0.0)
+
+            def multiply(into: list[Any], i: int, j: int, left: list[Any], right: list[Any]) -> None:
+                own = [place_of_sum(b, 2 * i + half, j, e) for half in (0, 1) for e in (0, 1)]
+                operands = left[4 * i : 4 * i + 4] + right[2 * j : 2 * j + 2] + [into[p] for p in own]
+                found = builder.call(mma, operands)
+                for k, p in enumerate(own):
+                    into[p] = builder.extract_value(found, k)
+
+            part = [zero] * len(sums) if kind == SPLIT else sums
             for step in steps:
                 x, y = (terms(builder, values) for values in loaded)
                 if step + 1 < len(steps):
                     loaded = load(builder, window, a, args[2], step + 1), load(builder, window, b, args[3], step + 1)
                 order = ((x[-1], y[0]), (x[0], y[-1]), (x[0], y[0])) if kind == SPLIT else ((x[0], y[0]),)
                 for left, right in order:  # all fragments between two products of one: they wait for each other
-                    for i in range(a.fragments):
-                        for j in range(b.fragments):
-                            own = [place_of_sum(b, 2 * i + half, j, e) for half in (0, 1) for e in (0, 1)]
-                            operands = left[4 * i : 4 * i + 4] + right[2 * j : 2 * j + 2] + [sums[p] for p in own]
-                            found = builder.call(mma, operands)
-                            for k, p in enumerate(own):
-                                sums[p] = builder.extract_value(found, k)
+                    for i, j in every(range(a.fragments), range(b.fragments)):
+                        multiply(part, i, j, left, right)
+                if kind == SPLIT and ((step + 1) % CHAIN == 0 or step + 1 == len(steps)):
+                    sums = [builder.fadd(one, other) for one, other in zip(sums, part, strict=True)]
+                    part = [zero] * len(sums)
             for place, value in zip(places, sums, strict=True):
                 builder.store(value, place)
             return context.get_dummy_value()
@@ -395,6 +407,51 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
         return types.void, (acc, shared, types.int32, types.int32), emit
 
     return Pair(f"product_{kind}_{depth}_{_told(a)}_{_told(b)}", twin, rule)
+
+
+@cache
+def exchange() -> Pair:
+    """``(acc, first)``: of eight registers, two of each of four fragments, a thread of four gets those of one fragment.
+
+    Before, thread t has columns 2 t and 2 t + 1 of fragments 0 to 3; after, columns 0 to 7 of fragment t: 16 bytes or
+    more that can be stored at once.
+    """
+
+    def twin(acc: Array, first: int) -> None:
+        pairs = acc[first : first + 8].reshape(4, 2, -1, 4)  # fragment, column, four threads, thread
+        acc[first : first + 8] = pairs.transpose(3, 1, 2, 0).reshape(8, -1)
+
+    def rule(acc: Any, first: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        i32, f32 = ir.IntType(32), ir.FloatType()
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, acc, args[0])
+            places = [_at(builder, data, args[1], i) for i in range(8)]
+            values = [builder.bitcast(builder.load(place), i32) for place in places]
+            lane = builder.call(ir.InlineAsm(ir.FunctionType(i32, []), "mov.u32 $0, %laneid;", "=r"), [])
+            for bit in (1, 2):
+                asm = f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;"
+                swap = ir.InlineAsm(ir.FunctionType(i32, [i32]), asm, "=r,r", side_effect=True)
+                upper = builder.icmp_unsigned("!=", builder.and_(lane, _number(bit)), _number(0))
+                for fragment in (f for f in range(4) if not f & bit):
+                    for j in (0, 1):
+                        low, high = 2 * fragment + j, 2 * (fragment + bit) + j
+                        given = builder.select(upper, values[low], values[high])
+                        taken = builder.call(swap, [given])
+                        values[low], values[high] = (
+                            builder.select(upper, taken, values[low]),
+                            builder.select(upper, values[high], taken),
+                        )
+            for place, value in zip(places, values, strict=True):
+                builder.store(builder.bitcast(value, f32), place)
+            return context.get_dummy_value()
+
+        return types.void, (acc, types.int32), emit
+
+    return Pair("exchange", twin, rule)
 
 
 def _told(of: Operand) -> str:

@@ -9,6 +9,7 @@ from gpu_kernels import emulate, mma, tensor_core
 from gpu_kernels.emulate import KernelFault
 from gpu_kernels.grid import Grid
 from gpu_kernels.ptx import cuda, store, take
+from gpu_kernels.specialise import flatten
 from gpu_kernels.tensor_core import SPLIT, Layout, Operand, commit, copy_async, in_shared, layout_of, wait
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
@@ -255,6 +256,29 @@ def test_dynamic_shared_memory_is_one_array():
 
     with pytest.raises(KernelFault, match="no dynamic shared memory, or it is taken"):
         emulate.run(Grid(kernel, 1, 32, 128), (), (Spec((1,)),))
+
+
+# ---- the text that is compiled
+
+
+@pytest.mark.parametrize("sample", [PRODUCTS[0], CONVOLUTIONS[5], *gradients(CONVOLUTIONS[2])], ids=name)
+def test_text_computes_what_the_kernel_does(sample):
+    """What is compiled, run by the emulator: procedures are written into it, and their names must not meet."""
+    template, values = of(sample.op.family), sample.draw(np.random.default_rng(2))
+    outs = sample.op.out_specs(*sample.ins)
+    config = template.default(sample.op, sample.ins, outs, CARD)
+    work = template.workspace(sample.op, sample.ins, outs, **config)
+
+    def of_text(grid):
+        flat = flatten(grid.kernel, ins=len(values), outs=1, work=len(work), extras=0)
+        scope = {**flat.names, "cuda": cuda}
+        exec(flat.source, scope)
+        kernel = scope["kernel"]
+        return replace(grid, kernel=lambda ins, outs, work, extras, at: kernel(*ins, *outs, *work, *extras, at))
+
+    built = template.build(sample.op, sample.ins, outs, gpu.Epilogue.none(outs[0]), **config)
+    got = emulate.run(tuple(map(of_text, built)), values, outs, work=work)
+    assert_close(got, gpu.wanted(sample.op, values), tolerance(sample))
 
 
 # ---- what must not fit
