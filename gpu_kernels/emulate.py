@@ -7,7 +7,8 @@ inside an intrinsic. The emulator refuses what a GPU would do silently wrong:
 - reads and writes outside an array, or not aligned to the vector;
 - an output element that is written twice, or never;
 - a race in shared memory: an element that is read, or written again, between the same two barriers as it
-  is written.
+  is written. What an asynchronous copy brings counts as written where the kernel waits for it, and may neither
+  be read nor written before; so it can be read after the next barrier.
 """
 
 from __future__ import annotations
@@ -111,21 +112,40 @@ class Shared:
     """An array that the threads of one block share; each element knows when it was last written and read."""
 
     def __init__(self, size: int, dtype: Any) -> None:
-        self.data = np.full(size, np.nan, dtype)
+        self.data = np.full(size * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype)  # NaN, whatever is stored
         self.written = np.full(size, -1)
         self.used = np.full(size, -1)
+        self.awaited = np.zeros(size, bool)  # by an asynchronous copy that is under way
 
-    def write(self, at: Array, value: Array) -> None:
-        """``at``: one place for each thread."""
+    def _overwrite(self, at: Array, value: Array) -> None:
         if np.any(self.used[at] == machine.interval):
             raise KernelFault("shared memory is overwritten before the barrier after its last read.")
         if np.any(self.written[at] == machine.interval) or np.unique(at).size != at.size:
             raise KernelFault("an element of shared memory is written twice between two barriers.")
+        if np.any(self.awaited[at]):
+            raise KernelFault("shared memory is written while an asynchronous copy to it is under way.")
         self.data[at] = value
+
+    def write(self, at: Array, value: Array) -> None:
+        """``at``: one place for each thread."""
+        self._overwrite(at, value)
+        self.written[at] = machine.interval
+
+    def copy(self, at: Array, value: Array) -> None:
+        """Begin an asynchronous copy to these places, as part of the group that is open."""
+        self._overwrite(at, value)
+        self.awaited[at] = True
+        machine.copies[-1].append((self, at))
+
+    def arrive(self, at: Array) -> None:
+        """The kernel has waited for a copy to these places."""
+        self.awaited[at] = False
         self.written[at] = machine.interval
 
     def read(self, at: Array) -> Array:
         """``at[..., thread]``."""
+        if np.any(self.awaited[at]):
+            raise KernelFault("shared memory is read while an asynchronous copy to it is under way.")
         if np.any(self.written[at] == machine.interval):
             raise KernelFault("shared memory is read before the barrier after its write.")
         self.used[at] = machine.interval
@@ -136,17 +156,38 @@ class Machine:
     """Stands where kernels say ``cuda``: one block at a time."""
 
     def __init__(self) -> None:
-        self.shared = SimpleNamespace(array=lambda size, dtype, alignment=None: Shared(size, dtype))
+        self.shared = SimpleNamespace(array=self._shared)
         self.local = SimpleNamespace(array=self._local)
         self.start(1, 0)
 
-    def start(self, threads: int, block: int) -> None:
-        self.threads, self.interval = threads, 0
+    def start(self, threads: int, block: int, shared_bytes: int = 0) -> None:
+        self.threads, self.interval, self.dynamic_bytes = threads, 0, shared_bytes
+        self.copies: list[list[tuple[Shared, Array]]] = [[]]  # groups of copies under way; the last one is open
         self.threadIdx = SimpleNamespace(x=np.arange(threads, dtype=np.int32))
         self.blockIdx = SimpleNamespace(x=block)
 
     def syncthreads(self) -> None:
         self.interval += 1
+
+    def commit_copies(self) -> None:
+        """Close the open group."""
+        self.copies.append([])
+
+    def wait_copies(self, groups: int) -> None:
+        """Until no more than this many closed groups are under way."""
+        closed = len(self.copies) - 1
+        for group in self.copies[: max(0, closed - groups)]:
+            for shared, at in group:
+                shared.arrive(at)
+        del self.copies[: max(0, closed - groups)]
+
+    def _shared(self, size: int, dtype: Any, alignment: int | None = None) -> Shared:
+        """``size`` 0: all of the dynamic shared memory, which is one array."""
+        if size == 0:
+            size, self.dynamic_bytes = self.dynamic_bytes // np.dtype(dtype).itemsize, 0
+            if size == 0:
+                raise KernelFault("the grid has no dynamic shared memory, or it is taken by another array.")
+        return Shared(size, dtype)
 
     def _local(self, size: int, dtype: Any) -> Array:
         poison = np.nan if np.dtype(dtype).kind == "f" else -(2**20)
@@ -178,7 +219,7 @@ def run(
         for buffer in space:
             buffer.begin()
         for block in range(grid.grid):
-            machine.start(grid.block, block)
+            machine.start(grid.block, block, grid.shared_bytes)
             with np.errstate(all="ignore"):  # inactive lanes compute with zeros
                 grid.kernel(inputs, outputs, space, tail, place)
         for buffer in space:

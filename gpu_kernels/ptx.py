@@ -104,6 +104,7 @@ ARITHMETIC = {
     "Mult": _binary("mul", lambda a, b: a * b),
     "FloorDiv": _binary("udiv", lambda a, b: a // b),  # operands are never negative
     "Mod": _binary("urem", lambda a, b: a % b),
+    "BitXor": _binary("xor", lambda a, b: a ^ b),
 }
 
 
