@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Config, Device, Epilogue, template
+from rapydli_flow.template import Device, Epilogue, template
 
 from . import wgmma as machinery
 from .grid import Grid, blocks_of
@@ -31,17 +31,10 @@ RULES = {
     "rows of 16 bytes": _strides,
     **machinery.rules(size),
 }
+PREFER, COST = machinery.preferring(RULES, size), machinery.costing(size)
 
 
-def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    return machinery.first(RULES, op, ins, outs, device, size)
-
-
-def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> float:
-    return machinery.seconds(size(op, ins, outs), device, config)
-
-
-@template("matmul", "cuda", space=SPACE, fits=RULES, prefer=prefer)
+@template("matmul", "cuda", space=SPACE, fits=RULES, prefer=PREFER, cost=COST)
 def wgmma(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Warpgroup products; both operands come through the copy engine as they lie."""
     t = cut(ins[0].dtype, size(op, ins, outs), config)

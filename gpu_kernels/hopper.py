@@ -530,3 +530,26 @@ def _columns_rule(acc: Any, first: Any) -> Any:
 # (acc, first) -> 8 sums: register first + 4 j + e, j < 4, e < 2, holds column 8 j + 2 (lane % 4) + e of a row; after
 # an exchange with its neighbours a thread has columns 8 (lane % 4) + 0..7
 columns = Pair("columns", _columns_twin, _columns_rule)
+
+
+@cache
+def add(width: int) -> Pair:
+    """``(registers, first, values)``: registers += values."""
+
+    def twin(held: Array, first: int, values: Sequence[Any]) -> None:
+        for j in range(width):
+            held[first + j] += values[j]
+
+    def rule(held: Any, first: Any, values: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, sig.args[0], args[0])
+            for j in range(width):
+                place = _at(builder, data, args[1], j)
+                builder.store(builder.fadd(builder.load(place), builder.extract_value(args[2], j)), place)
+            return context.get_dummy_value()
+
+        return types.void, (held, types.int32, types.UniTuple(held.dtype, width)), emit
+
+    return Pair(f"add{width}", twin, rule)
