@@ -28,7 +28,7 @@ from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Epilogue, Template
 
-from .grid import Grid, grids_of
+from .grid import Grid, TensorMap, grids_of
 from .pair import stored_type
 from .specialise import flatten
 
@@ -52,6 +52,7 @@ class Cubin:
     stack_bytes: int = 0
     spill_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    maps: tuple[TensorMap, ...] = ()  # arguments after the pointers: descriptors of arrays
 
     @property
     def clean(self) -> bool:
@@ -183,7 +184,9 @@ def _read(path: Path) -> tuple[Cubin, ...]:
     whole, first, out = path.with_suffix(".cubin").read_bytes(), 0, []
     for each in described:
         size = each.pop("size_bytes")
-        out.append(Cubin(**{**each, "warnings": tuple(each["warnings"]), "code": whole[first : first + size]}))
+        maps = tuple(TensorMap.read(one) for one in each["maps"])
+        code = whole[first : first + size]
+        out.append(Cubin(**{**each, "warnings": tuple(each["warnings"]), "maps": maps, "code": code}))
         first += size
     return tuple(out)
 
@@ -216,9 +219,10 @@ def compile_grid(
     from numba import cuda
     from numba.cuda import types
 
-    flat = flatten(grid.kernel, ins=len(ins), outs=len(outs), work=len(work), extras=len(extras))
+    counts = {"ins": len(ins), "outs": len(outs), "work": len(work), "extras": len(extras)}
+    flat = flatten(grid.kernel, **counts, maps=len(grid.maps))
     pointers = [types.CPointer(stored_type(spec.dtype)) for spec in (*ins, *outs, *work, *extras)]
-    signature = types.void(*pointers, types.CPointer(types.int64))
+    signature = types.void(*pointers, types.CPointer(types.int64), *[types.CPointer(types.uint64)] * len(grid.maps))
     ltoir, _ = cuda.compile(
         flat.function(cuda=cuda),
         signature,
@@ -249,10 +253,11 @@ def compile_grid(
         grid.grid,
         grid.block,
         grid.shared_bytes,
-        len(flat.parameters),
+        len(flat.parameters) - len(grid.maps),
         registers=number(r"Used (\d+) registers"),
         shared_bytes=number(r"(\d+) bytes smem"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         spill_bytes=number(r"(\d+) bytes spill"),
         warnings=tuple(re.findall(r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*", log)),
+        maps=grid.maps,
     )

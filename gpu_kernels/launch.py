@@ -19,6 +19,7 @@ from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
 from .compile import Cubin
+from .grid import TensorMap
 
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
@@ -33,6 +34,9 @@ _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
 }
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
+_MAP_BYTES = 128
+_MAP_DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
+_SWIZZLE_128, _PROMOTE_256 = 3, 3
 
 
 class DeviceFault(RapydliError, RuntimeError):
@@ -147,6 +151,28 @@ class Memory:
         self.free()
 
 
+def described(call: Driver, m: TensorMap, address: int) -> bytes:
+    """The descriptor of an array at an address; lines of 128 bytes are swizzled in shared memory."""
+
+    def array(kind: Any, values: Sequence[int]) -> Any:
+        return (kind * len(values))(*values)
+
+    memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+    start = -ctypes.addressof(memory) % _MAP_BYTES
+    rank, size = len(m.dims), np.dtype(m.dtype).itemsize
+    what = [_Pointer(ctypes.addressof(memory) + start), ctypes.c_int(_MAP_DTYPES[m.dtype]), _Unsigned(rank)]
+    what += [_Pointer(address), array(ctypes.c_uint64, m.dims)]
+    what += [array(ctypes.c_uint64, [size * pitch for pitch in m.pitches])]
+    how = [ctypes.c_int(value) for value in (0, _SWIZZLE_128, _PROMOTE_256, 0)]  # not interleaved; zeros outside
+    if m.lower:
+        corners = [array(ctypes.c_int, m.lower), array(ctypes.c_int, m.upper)]
+        steps = array(ctypes.c_uint32, (1, *m.steps, 1))
+        call("cuTensorMapEncodeIm2col", *what, *corners, *map(_Unsigned, m.box), steps, *how)
+    else:
+        call("cuTensorMapEncodeTiled", *what, array(ctypes.c_uint32, m.box), array(ctypes.c_uint32, [1] * rank), *how)
+    return memory.raw[start : start + _MAP_BYTES]
+
+
 class Kernel:
     """The cubins of a call, on the card; keep it as long as launches of it."""
 
@@ -179,12 +205,17 @@ class Launch:
 
     def __init__(self, kernel: Kernel, addresses: Sequence[int], stream: int) -> None:
         self._kernel = kernel
-        self._values = [ctypes.c_uint64(address) for address in addresses]
-        self._packed = (_Pointer * len(self._values))(*[ctypes.addressof(value) for value in self._values])
-        self._args = []
+        self._args: list[Any] = []
+        self._kept: list[Any] = []  # what the arguments point to
         for cubin, function in zip(kernel.cubins, kernel.functions, strict=True):
+            codes = b"".join(described(kernel.card.call, m, addresses[m.array]) for m in cubin.maps)
+            maps = kernel.card.array(np.frombuffer(codes, np.uint8)) if codes else None
+            places = [maps.address + i * _MAP_BYTES for i in range(len(cubin.maps))] if maps else []
+            values = [ctypes.c_uint64(address) for address in (*addresses, *places)]
+            packed = (_Pointer * len(values))(*[ctypes.addressof(value) for value in values])
+            self._kept += [values, maps]
             sizes = [_Unsigned(size) for size in (cubin.grid, 1, 1, cubin.block, 1, 1, cubin.dynamic_bytes)]
-            self._args.append((function, *sizes, _Pointer(stream), self._packed, _Pointer(0)))
+            self._args.append((function, *sizes, _Pointer(stream), packed, _Pointer(0)))
 
     def __call__(self) -> None:
         for args in self._args:

@@ -155,6 +155,8 @@ def test_the_space_has_what_fits(family):
     sample = BIGGER[family][0]
     outs, draw = sample.op.out_specs(*sample.ins), random.Random(5)
     for template in templates(family, "cuda"):
+        if template.default(sample.op, sample.ins, outs, CARD) is None:
+            continue  # of other dtypes
         space = template.space_of(sample.op, sample.ins, outs, CARD)
         assert 0 < len(space) <= space.cartesian
         for _ in range(200):
