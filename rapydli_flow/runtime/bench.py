@@ -19,10 +19,10 @@ from ..config import settings
 from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Request, Trial
+from .building import build
 from .contained import Contained, Failed, Lost, share
 from .measure import Measure
 from .own import carry, unpack
-from .rank import kernel_of
 
 COMPILE_S = 120.0  # for compiling a kernel
 LIMIT_S = 60.0  # for running a kernel the first time, and for all rounds of a batch
@@ -162,7 +162,7 @@ def _request(packed: bytes) -> Request:
 
 def compile_one(packed: bytes, choice: Choice, device: Device, *, say: Any) -> bool:
     """Compile a choice into the kernel cache."""
-    kernel_of(_request(packed), choice, device)
+    build(_request(packed), choice, device)
     return True
 
 

@@ -25,7 +25,8 @@ from ..ops import Sample
 from ..spec import Array, Block, Spec
 from ..template import Device
 from ..tuner import Choice, Request, Trial, Tuning
-from .rank import ALIGN, at_array, kernel_of, memory_of
+from .participant import at_array
+from .rank import ALIGN, kernel_of, memory_of
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
 ROUNDS, THOROUGH = 20, 60
