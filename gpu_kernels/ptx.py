@@ -399,7 +399,8 @@ def put(width: int) -> Pair:
             vector = ir.Constant(ir.VectorType(values[0].type, width), ir.Undefined)
             for j, value in enumerate(values):
                 vector = builder.insert_element(vector, value, _number(j))
-            builder.store(vector, _vector_pointer(builder, target, width), align=4 * width)
+            size = registers.dtype.bitwidth // 8
+            builder.store(vector, _vector_pointer(builder, target, width), align=size * width)
             return context.get_dummy_value()
 
         return types.void, (shared, types.int32, registers, types.int32), emit
@@ -439,7 +440,7 @@ def multiply_tile(depth: int, a: tuple[int, int, int], b: tuple[int, int, int]) 
             return out
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = ir.FloatType()
+            kind = ir.FloatType() if acc.dtype.bitwidth == 32 else ir.DoubleType()
             fma = builder.module.declare_intrinsic(_FULL, [kind], ir.FunctionType(kind, [kind] * 3))
             data, of_a, of_b = (_array(context, builder, t, v) for t, v in zip(sig.args[:3], args[:3], strict=True))
             places = [_at(builder, data, i) for i in range(rows * columns)]
