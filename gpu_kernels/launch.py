@@ -37,6 +37,15 @@ _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
 _CAPTURE_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is none of its business
 _STICKY = {"ILLEGAL_ADDRESS", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "ILLEGAL_INSTRUCTION"}
 _STICKY |= {"HARDWARE_STACK_ERROR", "LAUNCH_FAILED", "LAUNCH_TIMEOUT", "ECC_UNCORRECTABLE", "ASSERT"}
+_FACTS = {  # CU_DEVICE_ATTRIBUTE_..., for people
+    "clock_khz": 13,
+    "memory_clock_khz": 36,
+    "memory_bus_bits": 37,
+    "l2_bytes": 38,
+    "threads_per_core": 39,
+    "shared_bytes_per_core": 81,
+    "shared_bytes_opt_in": 97,
+}
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
 _MAP_BYTES = 128
@@ -45,7 +54,14 @@ _SWIZZLE_128, _PROMOTE_256 = 3, 3
 
 
 class DeviceFault(RapydliError, RuntimeError):
-    """The CUDA driver refused a call; the message has its name for the error."""
+    """The CUDA driver refused a call; the message has its name for the error.
+
+    ``sticky``: nothing works on the card in this process any more.
+    """
+
+    def __init__(self, message: str, *, sticky: bool = False) -> None:
+        super().__init__(message)
+        self.sticky = sticky
 
 
 class Driver:
@@ -62,6 +78,18 @@ class Driver:
                 ) from None
         self._library = library
         self("cuInit", _Unsigned(0))
+
+    def count(self) -> int:
+        """GPUs that are visible."""
+        number = ctypes.c_int()
+        self("cuDeviceGetCount", ctypes.byref(number))
+        return number.value
+
+    def version(self) -> str:
+        """The newest CUDA that it runs."""
+        number = ctypes.c_int()
+        self("cuDriverGetVersion", ctypes.byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     def __call__(self, name: str, *args: Any) -> None:
         code = getattr(self._library, name)(*args)
@@ -86,7 +114,8 @@ def _error(name: str, known: str, code: int) -> Exception:
         return DeviceFault(f"{said} This machine code is for another card than this one: compile it for this one.")
     if known.removeprefix("CUDA_ERROR_") in _STICKY:
         return DeviceFault(
-            f"{said} A kernel failed on the card. Nothing works on it from now on in this process: start another one."
+            f"{said} A kernel failed on the card. Nothing works on it from now on in this process: start another one.",
+            sticky=True,
         )
     return DeviceFault(said)
 
@@ -120,11 +149,14 @@ class Card(Accelerator):
         sizes = {"vector_bytes": 16, "memory_bytes": total.value}
         return Device("cuda", name.value.decode(), target=target, number=self._number, **sizes, **limits)
 
-    def attribute(self, number: int) -> int:
-        """A CU_DEVICE_ATTRIBUTE of the card."""
-        value = ctypes.c_int()
-        self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), self._device)
-        return value.value
+    def facts(self) -> dict[str, int]:
+        """More of what the driver knows, for people."""
+        found = {}
+        for key, attribute in _FACTS.items():
+            value = ctypes.c_int()
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
+            found[key] = value.value
+        return found
 
     def free_bytes(self) -> int:
         self.use()

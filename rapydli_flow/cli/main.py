@@ -13,6 +13,7 @@ from ..runtime.events import Callback
 from ..runtime.feeding import label_classes
 from ..version import __version__
 from .cluster import cluster
+from .devices import devices
 from .failing import plain_errors
 from .recipe import Recipe
 from .time import time, warm
@@ -29,6 +30,7 @@ def main() -> None:
 
 
 main.add_command(tune)
+main.add_command(devices)
 main.add_command(time)
 main.add_command(warm)
 

@@ -20,8 +20,9 @@ from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Request, Trial
 from .building import build
+from .card_measure import CardMeasure
 from .contained import Contained, Failed, Lost, share
-from .measure import Measure
+from .measure import Measure, Measuring
 from .own import carry, unpack
 
 COMPILE_S = 120.0  # for compiling a kernel
@@ -147,7 +148,7 @@ def _alone(kind: int) -> Iterator[None]:
 
 # in the children -----------------------------------------------------------------------------------------
 
-_measures: dict[str, Measure] = {}
+_measures: dict[str, Measuring] = {}
 _requests: dict[bytes, Request] = {}
 
 
@@ -177,5 +178,9 @@ def measure_all(
     say: Any,
 ) -> list[Trial]:
     """Check and time choices. The child belongs to one `Bench`, so that ``how`` is always the same."""
-    measure = _measures.setdefault(device.key, Measure(device, **how))
+    if device.key not in _measures:
+        made = Measure(device, **how) if device.kind == "cpu" else CardMeasure(device, **how)
+        made.contained = True
+        _measures[device.key] = made
+    measure = _measures[device.key]
     return measure(_request(packed), choices, against=against, thorough=thorough, say=say)

@@ -33,6 +33,7 @@ from ..template import Device
 from .building import card_request
 from .devices import card_of
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
+from .rank import memory_of
 from .timeline import Took
 from .transport import Transport
 
@@ -61,12 +62,12 @@ class CardRank(Participant):
         self.card.use()
         self._places = self._laid_out()
         self._memory: list[int] = []
-        weakref.finalize(self, _let_go, self.card, self._memory).atexit = False
+        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
         self._aside_at = 0
-        self._mirror = np.empty(program.arena_bytes, np.uint8)  # pages that nothing touches are not there
+        self._mirror = memory_of(self._size_bytes)  # pages that nothing touches are not there
         self._checked, self._replay = False, replay
         self._steps = 0
         self._taken: list[Scalars] = []
@@ -93,10 +94,12 @@ class CardRank(Participant):
         self._memory.append(self.card.reserve(size_bytes))
         return self._memory[-1]
 
+    def _offset(self, buffer: Buffer) -> int:
+        """Where a buffer begins in the rank's memory; lent leaves have copies there."""
+        return buffer.offset if buffer.offset >= 0 else self._places[self.program.lent[-1 - buffer.offset]]
+
     def _address(self, buffer: Buffer) -> int:
-        if buffer.offset < 0:
-            return self._base + self._places[self.program.lent[-1 - buffer.offset]]
-        return self._base + buffer.offset
+        return self._base + self._offset(buffer)
 
     def put(self, values: Mapping[str, Array]) -> None:
         self.card.use()
@@ -312,7 +315,9 @@ class CardRank(Participant):
                 self.card.wait()
         except DeviceFault as error:
             call = run.calls[i]
-            raise DeviceFault(f"{described(call)} with {call.choice} on {self.device.name}: {error}") from error
+            raise DeviceFault(
+                f"{described(call)} with {call.choice} on {self.device.name}: {error}", sticky=error.sticky
+            ) from error
 
     def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
         self.set_clock(seed, step, clocks)
@@ -360,13 +365,13 @@ class CardRank(Participant):
     # the mirror -------------------------------------------------------------------------------------
 
     def _view(self, buffer: Buffer) -> Array:
-        spec = buffer.spec
-        return self._mirror[buffer.offset : buffer.offset + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
+        spec, first = buffer.spec, self._offset(buffer)
+        return self._mirror[first : first + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
 
     def _mirrored(self, buffers: Sequence[Buffer]) -> list[Array]:
-        """Buffers as arrays of the host: their places in the mirror, or copies of what would be lent."""
+        """Buffers as arrays of the host. They lie as in the arena: where NumPy's lie decides the bits of its sums."""
         self.card.use()
-        found = [self._view(b) if b.offset >= 0 else np.empty(b.spec.shape, b.spec.dtype) for b in buffers]
+        found = [self._view(b) for b in buffers]
         for array, buffer in zip(found, buffers, strict=True):
             self.card.download(array, self._address(buffer))
         self.card.wait()
@@ -391,10 +396,10 @@ class CardRank(Participant):
     def close(self) -> None:
         super().close()
         self._parts = []
-        _let_go(self.card, self._memory)
+        let_go(self.card, self._memory)
 
 
-def _let_go(card: Accelerator, memory: list[int]) -> None:
+def let_go(card: Accelerator, memory: list[int]) -> None:
     """Give everything back; of a card that failed nothing can be, nor need it."""
     with suppress(DeviceFault):
         while memory:

@@ -39,7 +39,7 @@ def _named(name: str) -> Device:
         return host()
     if name == "emulated":
         return emulated.device()
-    return supported(_opened(name).describe())
+    return supported(card_named(name).describe())
 
 
 def supported(device: Device) -> Device:
@@ -54,7 +54,7 @@ def supported(device: Device) -> Device:
 
 
 @cache
-def _opened(name: str) -> Card:
+def card_named(name: str) -> Card:
     """One for the process, to ask for what is known of a card."""
     return Card(int(name.partition(":")[2] or 0))
 
@@ -78,7 +78,7 @@ def free_bytes(device: Device) -> tuple[int, str]:
         return int(psutil.virtual_memory().available), "in this process"
     if device.emulated:
         return emulated.Emulated().free_bytes(), "for the emulated card"
-    card = _opened(f"cuda:{device.number}")
+    card = card_named(f"cuda:{device.number}")
     return card.free_bytes(), f"on {card.name} ({device.name})"
 
 
