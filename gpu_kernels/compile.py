@@ -28,11 +28,11 @@ from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Epilogue, Template
 
-from .grid import Grid, grids_of
+from .grid import Grid, TensorMap, grids_of
 from .pair import stored_type
 from .specialise import flatten
 
-_ELSEWHERE = ("emulate", "launch")  # what they say does not change machine code
+_ELSEWHERE = ("card", "emulate", "emulated", "launch")  # what they say does not change machine code
 Capability = tuple[int, int] | tuple[int, int, str]
 
 
@@ -52,6 +52,7 @@ class Cubin:
     stack_bytes: int = 0
     spill_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    maps: tuple[TensorMap, ...] = ()  # arguments after the pointers: descriptors of arrays
 
     @property
     def clean(self) -> bool:
@@ -99,7 +100,7 @@ class Request:
             self.template.family,
             self.template.name,
             self.template.source(),
-            *(f"{module} {text}" for module, text in _sources()),
+            *(f"{module} {text}" for module, text in sources()),
             *map(str, (self.op, *self.ins, "->", *self.outs)),
             repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
             repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
@@ -119,7 +120,7 @@ class Request:
 
 
 @cache
-def _sources() -> tuple[tuple[str, str], ...]:
+def sources() -> tuple[tuple[str, str], ...]:
     """The modules that templates are written with: those that define none themselves."""
     found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
     return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
@@ -157,6 +158,17 @@ def compiler() -> str:
     return " ".join(f"{name} {version(name)}" for name in names)
 
 
+def kept(request: Request) -> bool:
+    """Are the cubins of a call in the cache, so that nothing need be compiled?"""
+    folder = settings().cache_dir / "cubins"
+    return any(folder.glob(f"{request.key}-*.json")) if missing() else _path(request, folder).exists()
+
+
+def _path(request: Request, folder: Path) -> Path:
+    """Where this compiler's cubins of a call are kept."""
+    return folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
+
+
 def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
     """One for each kernel of a call: from the cache, else compiled and kept there.
 
@@ -169,7 +181,7 @@ def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
         return _read(found[0])
     if why:
         raise MissingDependency(f"{why} Or carry compiled kernels: none for {request.key} is in {folder}.")
-    path = folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
+    path = _path(request, folder)
     if path.exists():
         return _read(path)
     specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}
@@ -183,7 +195,9 @@ def _read(path: Path) -> tuple[Cubin, ...]:
     whole, first, out = path.with_suffix(".cubin").read_bytes(), 0, []
     for each in described:
         size = each.pop("size_bytes")
-        out.append(Cubin(**{**each, "warnings": tuple(each["warnings"]), "code": whole[first : first + size]}))
+        maps = tuple(TensorMap.read(one) for one in each["maps"])
+        code = whole[first : first + size]
+        out.append(Cubin(**{**each, "warnings": tuple(each["warnings"]), "maps": maps, "code": code}))
         first += size
     return tuple(out)
 
@@ -216,9 +230,10 @@ def compile_grid(
     from numba import cuda
     from numba.cuda import types
 
-    flat = flatten(grid.kernel, ins=len(ins), outs=len(outs), work=len(work), extras=len(extras))
+    counts = {"ins": len(ins), "outs": len(outs), "work": len(work), "extras": len(extras)}
+    flat = flatten(grid.kernel, **counts, maps=len(grid.maps))
     pointers = [types.CPointer(stored_type(spec.dtype)) for spec in (*ins, *outs, *work, *extras)]
-    signature = types.void(*pointers, types.CPointer(types.int64))
+    signature = types.void(*pointers, types.CPointer(types.int64), *[types.CPointer(types.uint64)] * len(grid.maps))
     ltoir, _ = cuda.compile(
         flat.function(cuda=cuda),
         signature,
@@ -249,10 +264,11 @@ def compile_grid(
         grid.grid,
         grid.block,
         grid.shared_bytes,
-        len(flat.parameters),
+        len(flat.parameters) - len(grid.maps),
         registers=number(r"Used (\d+) registers"),
         shared_bytes=number(r"(\d+) bytes smem"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         spill_bytes=number(r"(\d+) bytes spill"),
         warnings=tuple(re.findall(r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*", log)),
+        maps=grid.maps,
     )

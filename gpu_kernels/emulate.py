@@ -9,11 +9,17 @@ inside an intrinsic. The emulator refuses what a GPU would do silently wrong:
 - a race in shared memory: an element that is read, or written again, between the same two barriers as it
   is written. What an asynchronous copy brings counts as written where the kernel waits for it, and may neither
   be read nor written before; so it can be read after the next barrier.
+
+Where warpgroups have roles, each runs the kernel for itself, in turns: one goes on until it waits for another,
+and the first in their order that can go on is next. So the producer runs ahead as far as it may, every run is the
+same, and that none can go on is known at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +28,7 @@ import numpy as np
 from rapydli_flow.errors import RapydliError
 from rapydli_flow.spec import HALVES, Array, Block, Spec
 
-from .grid import Grid, grids_of
+from .grid import WARPGROUP, Grid, TensorMap, grids_of
 
 
 class KernelFault(RapydliError, RuntimeError):
@@ -73,6 +79,41 @@ class Buffer:
             self.data[at[on] + j] = np.broadcast_to(value, machine.threads)[on]
 
 
+class Memory:
+    """Arrays by address, for kernels that read addresses from a table: each has a terabyte to itself."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Buffer] = []
+
+    def put(self, buffer: Buffer) -> int:
+        """An address for an array."""
+        self._arrays.append(buffer)
+        return len(self._arrays) << 40
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+    def at(self, address: int) -> Part:
+        """What lies from an address on."""
+        number, offset = (address >> 40) - 1, address & ((1 << 40) - 1)
+        if not 0 <= number < len(self._arrays):
+            raise KernelFault(f"no array lies at {hex(address)}.")
+        return Part(self._arrays[number], offset)
+
+
+class Part:
+    """An array from an address on."""
+
+    def __init__(self, buffer: Buffer, offset: int) -> None:
+        self._buffer, self._first = buffer, offset // buffer.data.itemsize
+
+    def read(self, active: Any, at: Any, width: int) -> tuple[Array, ...]:
+        return self._buffer.read(active, at + self._first, width)
+
+    def write(self, active: Any, at: Any, values: Sequence[Any]) -> None:
+        self._buffer.write(active, at + self._first, values)
+
+
 class Shared:
     """An array that the threads of one block share; each element knows when it was last written and read."""
 
@@ -81,6 +122,7 @@ class Shared:
         self.written = np.full(size, -1)
         self.used = np.full(size, -1)
         self.awaited = np.zeros(size, bool)  # by an asynchronous copy that is under way
+        self.notes: dict[str, Any] = {}  # of intrinsics, on what is under way
 
     def _overwrite(self, at: Array, value: Array) -> None:
         if np.any(self.used[at] == machine.interval):
@@ -117,6 +159,101 @@ class Shared:
         return self.data[at]
 
 
+class View:
+    """An array as the copy engine sees it."""
+
+    def __init__(self, description: TensorMap, buffer: Buffer) -> None:
+        self.description, self.buffer = description, buffer
+
+
+class _Stopped(BaseException):
+    """Another warpgroup has failed."""
+
+
+class _Member:
+    """A warpgroup that runs the kernel for itself, in a thread of its own, whenever it is its turn."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.arrays = number, 0
+        self.ready: Callable[[], bool] = lambda: True
+        self.turn = threading.Semaphore(0)
+        self.done = False
+
+
+class _Crew:
+    """The warpgroups of a block, one of which runs at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.members = [_Member(i) for i in range(count)]
+        self.shared: list[Shared] = []
+        self.back = threading.Semaphore(0)
+        self.current = self.members[0]
+        self.arrived, self.error = 0, None
+        self.stopped = False
+
+    def run(self, program: Callable[[], None]) -> None:
+        def work(me: _Member) -> None:
+            me.turn.acquire()
+            try:
+                with np.errstate(all="ignore"):
+                    if not self.stopped:
+                        program()
+            except _Stopped:
+                pass
+            except BaseException as error:
+                self.error = error
+            me.done = True
+            self.back.release()
+
+        threads = [threading.Thread(target=work, args=(member,), daemon=True) for member in self.members]
+        for thread in threads:
+            thread.start()
+        while self.error is None and not all(member.done for member in self.members):
+            able = [member for member in self.members if not member.done and member.ready()]
+            if not able:
+                waiting = [member.number for member in self.members if not member.done]
+                self.error = KernelFault(f"deadlock: warpgroups {waiting} wait for what nobody will do.")
+                break
+            self._let(able[0])
+        self.stopped = True
+        for member in self.members:
+            if not member.done:
+                self._let(member)
+        for thread in threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _let(self, member: _Member) -> None:
+        self.current = member
+        machine.take_place(member.number)
+        member.turn.release()
+        self.back.acquire()
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """The current warpgroup goes on when ``ready`` is true."""
+        if ready():
+            return
+        me, me.ready = self.current, ready
+        self.back.release()
+        me.turn.acquire()
+        if self.stopped:
+            raise _Stopped
+
+    def array(self, make: Callable[[], Shared]) -> Shared:
+        """The array that the other warpgroups get where they ask for it."""
+        me = self.current
+        if me.arrays == len(self.shared):
+            self.shared.append(make())
+        me.arrays += 1
+        return self.shared[me.arrays - 1]
+
+    def synchronise(self) -> None:
+        self.arrived += 1
+        whole = -(-self.arrived // len(self.members)) * len(self.members)
+        self.wait(lambda: self.arrived >= whole)
+
+
 class Machine:
     """Stands where kernels say ``cuda``: one block at a time."""
 
@@ -128,11 +265,37 @@ class Machine:
     def start(self, threads: int, block: int, shared_bytes: int = 0) -> None:
         self.threads, self.interval, self.dynamic_bytes = threads, 0, shared_bytes
         self.copies: list[list[tuple[Shared, Array]]] = [[]]  # groups of copies under way; the last one is open
+        self.crew: _Crew | None = None
         self.threadIdx = SimpleNamespace(x=np.arange(threads, dtype=np.int32))
         self.blockIdx = SimpleNamespace(x=block)
 
+    def start_roles(self, threads: int, block: int, shared_bytes: int) -> _Crew:
+        self.start(WARPGROUP, block, shared_bytes)
+        self.crew = _Crew(threads // WARPGROUP)
+        return self.crew
+
+    def take_place(self, warpgroup: int) -> None:
+        """Be one of several warpgroups."""
+        self.threadIdx.x = np.arange(WARPGROUP, dtype=np.int32) + warpgroup * WARPGROUP
+
     def syncthreads(self) -> None:
-        self.interval += 1
+        if self.crew is not None:
+            self.crew.synchronise()
+        else:
+            self.interval += 1
+
+    def _shared(self, size: int, dtype: Any, alignment: int | None = None) -> Shared:
+        if self.crew is not None:
+            return self.crew.array(lambda: self._made(size, dtype))
+        return self._made(size, dtype)
+
+    def _made(self, size: int, dtype: Any) -> Shared:
+        """``size`` 0: all of the dynamic shared memory, which is one array."""
+        if size == 0:
+            size, self.dynamic_bytes = self.dynamic_bytes // np.dtype(dtype).itemsize, 0
+            if size == 0:
+                raise KernelFault("the grid has no dynamic shared memory, or it is taken by another array.")
+        return Shared(size, dtype)
 
     def commit_copies(self) -> None:
         """Close the open group."""
@@ -146,20 +309,13 @@ class Machine:
                 shared.arrive(at)
         del self.copies[: max(0, closed - groups)]
 
-    def _shared(self, size: int, dtype: Any, alignment: int | None = None) -> Shared:
-        """``size`` 0: all of the dynamic shared memory, which is one array."""
-        if size == 0:
-            size, self.dynamic_bytes = self.dynamic_bytes // np.dtype(dtype).itemsize, 0
-            if size == 0:
-                raise KernelFault("the grid has no dynamic shared memory, or it is taken by another array.")
-        return Shared(size, dtype)
-
     def _local(self, size: int, dtype: Any) -> Array:
         poison = np.nan if np.dtype(dtype).kind == "f" else -(2**20)
         return np.full((size, self.threads), poison, dtype)
 
 
 machine = Machine()
+memory = Memory()
 
 
 def run(
@@ -182,10 +338,16 @@ def run(
     for grid in grids_of(built):
         for buffer in space:
             buffer.begin()
+        arrays = (*inputs, *outputs, *space, *tail)
+        views = (tuple(View(m, arrays[m.array]) for m in grid.maps),) if grid.maps else ()
+        program = partial(grid.kernel, inputs, outputs, space, tail, place, *views)
         for block in range(grid.grid):
+            if grid.roles:
+                machine.start_roles(grid.block, block, grid.shared_bytes).run(program)
+                continue
             machine.start(grid.block, block, grid.shared_bytes)
             with np.errstate(all="ignore"):  # inactive lanes compute with zeros
-                grid.kernel(inputs, outputs, space, tail, place)
+                program()
         for buffer in space:
             buffer.check_once()
     for buffer in outputs:

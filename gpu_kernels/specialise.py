@@ -49,11 +49,13 @@ class Flat:
         return scope["kernel"]
 
 
-def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int, work: int = 0) -> Flat:
-    """``kernel(ins, outs, work, extras, at)`` as a function of single pointers."""
+def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int, work: int = 0, maps: int = 0) -> Flat:
+    """``kernel(ins, outs, work, extras, at)`` or, with ``maps`` as sixth argument, as a function of single pointers."""
     groups = {"ins": ins, "outs": outs, "work": work, "extras": extras}
     single = {name: [f"{name[0]}{i}" for i in range(size)] for name, size in groups.items()}
-    parameters = (*(one for ones in single.values() for one in ones), "at")
+    descriptors = [f"m{i}" for i in range(maps)]
+    parameters = (*(one for ones in single.values() for one in ones), "at", *descriptors)
+    single["maps"] = descriptors
     lines = [f"{name} = ({''.join(f'{one}, ' for one in ones)})" for name, ones in single.items() if ones]
     body = _Rewriter(kernel, names := {}, count()).body()
     head = [f"def kernel({', '.join(parameters)}):", *textwrap.indent("\n".join(lines), "    ").splitlines()]
