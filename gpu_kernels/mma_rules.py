@@ -109,6 +109,7 @@ def _whole(t: Tile, device: Device) -> bool:
 SHAPES = ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (128, 128, 64, 64, 2), (128, 256, 64, 64, 1))
 SHAPES += ((256, 128, 64, 64, 1), (128, 128, 64, 32, 1), (256, 64, 64, 32, 1), (64, 64, 32, 32, 4), (64, 64, 32, 32, 3))
 SHAPES += ((64, 64, 32, 32, 2), (128, 32, 32, 32, 3), (128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
+LOST = 0.47  # of the first of these, which rates of `cost` are of
 WARPS = 8  # of a multiprocessor, that hide what each of them waits for
 
 
@@ -119,8 +120,10 @@ def estimate(t: Tile, device: Device, size_bytes: float) -> float:
     lost = 12 / t.bm + 12 / t.bn + 4 / t.wm + 4 / t.wn  # smaller tiles load more for each product
     lost += 0.1 if t.resident == 1 else 0  # all warps wait at one barrier
     lost += max(0.0, WARPS / warps - 1)
-    flops = 2 * t.blocks * t.bm * t.bn * (t.steps + 2) * t.bk * (1 + lost)  # a pipeline fills for two steps
+    relative = (1 + lost) / (1 + LOST)
+    flops = 2 * t.blocks * t.bm * t.bn * (t.steps + 1) * t.bk * relative  # a pipeline has to fill
     seconds = costs.seconds(device, flops=flops, size_bytes=size_bytes, unit=p.kind, blocks=t.blocks)
+    seconds += size_bytes / (2 * costs.COPY_BYTES_S * cores)  # blocks start and end together: copies wait for products
     if t.splits > 1:
         seconds += costs.LAUNCH_S + 8 * t.splits * p.batch * p.m * p.n / (costs.COPY_BYTES_S * cores)
     return seconds
