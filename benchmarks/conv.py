@@ -2,6 +2,7 @@
 
     python benchmarks/conv.py [--shapes FILE.json] [--only PART] [--directions forward,input,filter] [--threads 2]
                               [--tune SECONDS] [--scaling] [--name conv]
+    python benchmarks/conv.py --device cuda ...    see conv_cuda.py
 
 A shape is ``[name, N, C, [spatial], K, [window], [stride], [padding], groups, dilation]``, with 1 to 3 spatial axes.
 PyTorch runs in both of its layouts, the ratio is to the faster one. GFLOP/s are effective: operations of the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -317,6 +319,11 @@ def summary(rows: list[dict[str, Any]], shapes: dict[str, Shape]) -> dict[str, f
 
 def main() -> None:
     """Measure every shape in every direction, print a table, write JSON."""
+    if "cuda" in sys.argv:
+        from conv_cuda import main as on_a_gpu
+
+        on_a_gpu()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES, help="a JSON file with a list of shapes")
     parser.add_argument("--only", default="", help="shapes whose names contain this")

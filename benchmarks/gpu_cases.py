@@ -1,114 +1,125 @@
-"""What `gpu_check.py` checks and times: ops on specs, and the configs of their templates."""
+"""What `gpu_check.py` checks: every GPU template on the samples of its ops and on larger, odd sizes."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from gpu_kernels.compile import Request
 from rapydli_flow import ops
-from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, Scalar, templates
+from rapydli_flow.ops import Sample
+from rapydli_flow.spec import HALVES, Spec
+from rapydli_flow.template import Device, Epilogue, Template, templates
+from rapydli_flow.testing.gpu import as_dtype, bias_residual_relu, samples_of
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op on operands; ``fused`` adds bias and ReLU."""
+    """A template on a sample; ``fused``: with bias, residual and ReLU before the store."""
 
     name: str
-    family: str
-    op: Any
-    ins: tuple[Spec, ...]
+    template: Template
+    sample: Sample
     fused: bool = False
 
     @property
     def outs(self) -> tuple[Spec, ...]:
-        return self.op.out_specs(*self.ins)
+        return self.sample.op.out_specs(*self.sample.ins)
 
     @property
     def epilogue(self) -> Epilogue:
-        out = self.outs[0]
-        if not self.fused:
-            return Epilogue.none(out)
-        lines = ("t0 = v + e0", "t1 = (t0 if not t0 <= T(0.0) else T(0.0))")
-        return Epilogue(Scalar(("v", "e0"), lines, ("t1",)), (Spec(out.shape[-1:]),), out)
+        return bias_residual_relu(self.outs[0]) if self.fused else Epilogue.none(self.outs[0])
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(spec.size_bytes for spec in (*self.ins, *self.outs))
+    def request(self, card: Device, config: dict[str, Any]) -> Request:
+        return Request(self.template, self.sample.op, self.sample.ins, self.outs, self.epilogue, config, card.target)
 
-    def request(self, card: Device, **changes: Any) -> Request | None:
-        """The default config with changes; None where that does not fit."""
-        template = templates(self.family, "cuda")[0]
-        config = template.default(self.op, self.ins, self.outs, card)
-        if config is None or set(changes) - set(config):
-            return None
-        config = {**config, **changes}
-        if not template.fits(self.op, self.ins, self.outs, card, **config):
-            return None
-        return Request(template, self.op, self.ins, self.outs, self.epilogue, config, card.target)
+    def requests(self, card: Device, *, others: int) -> list[Request]:
+        """The default config and ``others`` more by chance."""
+        op, ins, outs, template = self.sample.op, self.sample.ins, self.outs, self.template
+        default = template.default(op, ins, outs, card)
+        if default is None:
+            return []
+        draw, found = random.Random(self.name), [default]
+        for _ in range(300 if others else 0):
+            if len(found) > others:
+                break
+            config = {name: draw.choice(values) for name, values in template.space.items()}
+            if config not in found and template.fits(op, ins, outs, card, **config):
+                found.append(config)
+        return [self.request(card, config) for config in found]
 
 
-def conv(name: str, x: tuple[int, ...], w: tuple[int, ...], *, stride: int = 1, padding: int = 0) -> Case:
+def conv(x: tuple[int, ...], w: tuple[int, ...], **how: Any) -> tuple[Any, tuple[Spec, Spec]]:
+    """A convolution with one stride, padding and dilation for all axes."""
     n = len(x) - 2
-    op = ops.Conv(stride=(stride,) * n, padding=((padding, padding),) * n, dilation=(1,) * n)
-    return Case(name, "conv", op, (Spec(x), Spec(w)))
+    stride, padding, dilation, groups = (
+        how.get(k, d) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+    )
+    pairs = ((padding, padding),) * n
+    return ops.Conv(stride=(stride,) * n, padding=pairs, dilation=(dilation,) * n, groups=groups), (Spec(x), Spec(w))
 
 
-def matmul(name: str, m: int, i: int, k: int, *, ta: bool = False, tb: bool = False) -> Case:
-    ins = (Spec((i, m) if ta else (m, i)), Spec((k, i) if tb else (i, k)))
-    return Case(name, "matmul", ops.Matmul(ta=ta, tb=tb), ins)
-
-
-def to_check() -> list[Case]:
-    """Every sample of the ops, and odd sizes that fill several blocks."""
-    cases = []
-    for family in ("matmul", "conv", "pointwise"):
-        for cls in ops.registry.values():
-            if family in (cls.family, cls.name):
-                cases += [Case(f"{cls.name} {i}", family, s.op, s.ins) for i, s in enumerate(cls.samples())]
-    cases += [matmul(f"matmul odd {ta:d}{tb:d}", 131, 75, 67, ta=ta, tb=tb) for ta in (0, 1) for tb in (0, 1)]
-    cases += [
-        conv("conv odd", (2, 29, 31, 5), (3, 3, 5, 37), padding=1),
-        conv("conv strided", (2, 33, 31, 12), (5, 3, 12, 132), stride=2, padding=2),
-        conv("conv 3-D", (1, 9, 8, 7, 4), (3, 3, 3, 4, 20), padding=1),
-        matmul("matmul 512", 512, 512, 512),
-        Case("add odd", "pointwise", ops.Add(), (Spec((3, 7, 1029)), Spec((7, 1)))),
+def three(op: Any, ins: tuple[Spec, Spec]) -> list[Sample]:
+    """A convolution and its gradients."""
+    x, w = ins
+    y = op.infer(x, w)
+    return [
+        Sample(op, (x, w)),
+        Sample(ops.ConvInputGrad(size=x.shape[1:-1], **op.geometry), (y, w)),
+        Sample(ops.ConvFilterGrad(window=w.shape[:-2], **op.geometry), (x, y)),
     ]
-    tiled = [case for case in cases if case.family != "pointwise" and not case.name[-1].isdigit()]
-    return cases + [replace(case, name=f"{case.name} + bias + relu", fused=True) for case in tiled]
 
 
-def to_time() -> list[Case]:
-    plain = [
-        matmul("dense 4096", 4096, 4096, 4096),
-        matmul("dense 256x9216x4096", 256, 9216, 4096),
-        conv("conv 7x7/2 3-64", (64, 224, 224, 3), (7, 7, 3, 64), stride=2, padding=3),
-        conv("conv 3x3 64-64", (64, 56, 56, 64), (3, 3, 64, 64), padding=1),
-        conv("conv 3x3 128-128", (64, 28, 28, 128), (3, 3, 128, 128), padding=1),
-        conv("conv 3x3 256-256", (64, 14, 14, 256), (3, 3, 256, 256), padding=1),
-        conv("conv 1x1 64-256", (64, 56, 56, 64), (1, 1, 64, 256)),
+def matmul(m: int, i: int, k: int, *, ta: bool = False, tb: bool = False) -> Sample:
+    return Sample(ops.Matmul(ta=ta, tb=tb), (Spec((i, m) if ta else (m, i)), Spec((k, i) if tb else (i, k))))
+
+
+def larger() -> list[Sample]:
+    """Odd sizes that fill several blocks."""
+    convolutions = [
+        conv((2, 29, 31, 5), (3, 3, 5, 37), padding=1),
+        conv((2, 33, 31, 12), (5, 3, 12, 132), stride=2, padding=2),
+        conv((1, 9, 8, 7, 4), (3, 3, 3, 4, 20), padding=1),
+        conv((3, 14, 14, 64), (3, 3, 64, 128), padding=1),
+        conv((3, 28, 28, 128), (1, 1, 128, 256)),
+        conv((2, 56, 56, 64), (3, 3, 64, 64), padding=1, stride=2),
+        conv((2, 65, 65, 3), (7, 7, 3, 64), stride=2, padding=3),
+        conv((2, 15, 15, 64), (3, 3, 32, 64), padding=1, groups=2),
+        conv((2, 20, 21, 32), (3, 3, 1, 32), padding=1, groups=32),
+        conv((2, 24, 24, 64), (3, 3, 64, 64), padding=2, dilation=2),
     ]
-    image = Spec((64, 56, 56, 256))
-    pointwise = [
-        Case("add", "pointwise", ops.Add(), (image, image)),
-        Case("add channel", "pointwise", ops.Add(), (image, Spec((256,)))),
-        Case("relu", "pointwise", ops.Relu(), (image,)),
+    products = [matmul(131, 75, 67, ta=ta, tb=tb) for ta in (False, True) for tb in (False, True)]
+    products += [matmul(512, 512, 512), matmul(384, 1024, 256, ta=True), matmul(256, 512, 384, tb=True)]
+    batched = [Sample(ops.BatchMatmul(), (Spec((3, 2, 77, 64)), Spec((3, 2, 64, 77))))]
+    return [
+        *(sample for each in convolutions for sample in three(*each)),
+        *products,
+        *batched,
+        Sample(ops.Add(), (Spec((3, 7, 1029)), Spec((7, 1)))),
     ]
-    return plain + [replace(case, name=f"{case.name} + bias + relu", fused=True) for case in plain] + pointwise
 
 
-def variants(case: Case, card: Device, *, count: int) -> list[Request]:
-    """The default and ``count`` others at random."""
-    default = case.request(card)
-    if default is None:
-        return []
-    draw, found = random.Random(case.name), [default]
-    for _ in range(400):
-        if len(found) > count:
-            break
-        changes = {name: draw.choice(values) for name, values in default.template.space.items()}
-        made = case.request(card, **changes)
-        found += [made] if made else []
-    return found
+def to_check(families: str = "") -> Iterator[tuple[Case, int]]:
+    """Cases, and how many other configs of each to try; ``families``: names, parted by commas (default: all)."""
+    wanted = set(families.split(",")) if families else None
+    found = sorted({cls.family for cls in ops.registry.values() if templates(cls.family, "cuda")})
+    bigger: dict[str, list[Sample]] = {}
+    for sample in larger():
+        bigger.setdefault(type(sample.op).family, []).append(sample)
+    for family in found:
+        if wanted is not None and family not in wanted:
+            continue
+        samples = samples_of(family)
+        for template in templates(family, "cuda"):
+            for i, sample in enumerate([*samples, *bigger.get(family, [])]):
+                large = i >= len(samples)
+                for dtype in ("float32", *HALVES):
+                    if dtype != "float32" and not any(spec.floating for spec in sample.ins):
+                        continue
+                    name = f"{family}/{template.name} {type(sample.op).name} {i} {dtype}"
+                    case = Case(name, template, as_dtype(sample, dtype) if dtype != "float32" else sample)
+                    yield case, 2 if large else int(dtype == "float32")
+                    if large and family in ("conv", "matmul", "pointwise"):
+                        yield Case(f"{name} fused", template, case.sample, fused=True), 0

@@ -17,7 +17,13 @@ from torch import nn
 from rapydli_flow.graph import Graph
 from rapydli_flow.ops import Reshape
 
-FLAT = {"lenet": 800, "cifar10_quick": 1024, "alexnet": 9216, "vgg_a": 25088}  # what the first dense layer reads
+FLAT = {
+    "lenet": 800,
+    "cifar10_quick": 1024,
+    "alexnet": 9216,
+    "overfeat": 36864,
+    "vgg_a": 25088,
+}  # what the first dense layer reads
 
 
 def lenet(flat: int, classes: int, _: float) -> nn.Module:
@@ -57,6 +63,15 @@ def alexnet(flat: int, classes: int, dropout: float) -> nn.Module:
     layers += [nn.MaxPool2d(3, 2), nn.Flatten()]
     for features in (flat, 4096):
         layers += [nn.Dropout(dropout), nn.Linear(features, 4096), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(4096, classes))
+
+
+def overfeat(flat: int, classes: int, dropout: float) -> nn.Module:
+    layers = [*_conv(3, 96, 11, stride=4), nn.MaxPool2d(2), *_conv(96, 256, 5), nn.MaxPool2d(2)]
+    layers += [*_conv(256, 512, 3, padding=1), *_conv(512, 1024, 3, padding=1), *_conv(1024, 1024, 3, padding=1)]
+    layers += [nn.MaxPool2d(2), nn.Flatten()]
+    for inputs, features in ((flat, 3072), (3072, 4096)):
+        layers += [nn.Linear(inputs, features), nn.ReLU(inplace=True), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(4096, classes))
 
 
@@ -159,7 +174,7 @@ def _unit(channels: int, filters: int, window: int, stride: int = 1) -> list[nn.
     return [conv, nn.BatchNorm2d(filters)]
 
 
-MAKERS = {f.__name__: f for f in (lenet, cifar10_quick, alexnet, vgg_a, googlenet, resnet18, resnet50)}
+MAKERS = {f.__name__: f for f in (lenet, cifar10_quick, alexnet, overfeat, vgg_a, googlenet, resnet18, resnet50)}
 
 
 def published(name: str, classes: int, *, dropout: float) -> nn.Module:

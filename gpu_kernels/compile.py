@@ -32,7 +32,7 @@ from .grid import Grid, TensorMap, grids_of
 from .pair import stored_type
 from .specialise import flatten
 
-_ELSEWHERE = ("emulate", "launch")  # what they say does not change machine code
+_ELSEWHERE = ("card", "emulate", "emulated", "launch")  # what they say does not change machine code
 Capability = tuple[int, int] | tuple[int, int, str]
 
 
@@ -100,7 +100,7 @@ class Request:
             self.template.family,
             self.template.name,
             self.template.source(),
-            *(f"{module} {text}" for module, text in _sources()),
+            *(f"{module} {text}" for module, text in sources()),
             *map(str, (self.op, *self.ins, "->", *self.outs)),
             repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
             repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
@@ -120,7 +120,7 @@ class Request:
 
 
 @cache
-def _sources() -> tuple[tuple[str, str], ...]:
+def sources() -> tuple[tuple[str, str], ...]:
     """The modules that templates are written with: those that define none themselves."""
     found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
     return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
@@ -158,6 +158,17 @@ def compiler() -> str:
     return " ".join(f"{name} {version(name)}" for name in names)
 
 
+def kept(request: Request) -> bool:
+    """Are the cubins of a call in the cache, so that nothing need be compiled?"""
+    folder = settings().cache_dir / "cubins"
+    return any(folder.glob(f"{request.key}-*.json")) if missing() else _path(request, folder).exists()
+
+
+def _path(request: Request, folder: Path) -> Path:
+    """Where this compiler's cubins of a call are kept."""
+    return folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
+
+
 def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
     """One for each kernel of a call: from the cache, else compiled and kept there.
 
@@ -170,7 +181,7 @@ def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
         return _read(found[0])
     if why:
         raise MissingDependency(f"{why} Or carry compiled kernels: none for {request.key} is in {folder}.")
-    path = folder / f"{request.key}-{hashlib.sha256(compiler().encode()).hexdigest()[:8]}.json"
+    path = _path(request, folder)
     if path.exists():
         return _read(path)
     specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}

@@ -1,42 +1,56 @@
-"""Matrix product: y[m, k] = sum over i of a[m, i] b[i, k], either operand transposed, in fp32."""
+"""Matrix products by fused multiply-adds: y[m, k] = sum over i of a[m, i] b[i, k], either operand transposed.
+
+Leading axes of `batch_matmul` are products of a batch, in one launch. Where there are few outputs for a long sum, the
+sum is split over blocks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Config, Device, Epilogue, template
+from rapydli_flow.template import Device, Epilogue, template
 
-from . import tiles
+from . import tile_space
 from .grid import Grid
-from .tiles import SPACE, Product, columns_loader, multiply, rows_loader
+from .tile_space import SPACE
+from .tiles import Product, columns_loader, multiply, rows_loader
 
 
 def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     """m, n and k of the operands, and which way they lie."""
-    a, b = ins
-    return Product(a.shape[int(op.ta)], b.shape[1 - op.tb], a.shape[1 - op.ta], rows_a=not op.ta, rows_b=op.tb)
+    a = ins[0]
+    m, k = (a.shape[-1], a.shape[-2]) if op.ta else (a.shape[-2], a.shape[-1])
+    n = outs[0].shape[-1]
+    batch = prod(a.shape[:-2])
+    base = (m * k, k * n, m * n) if batch > 1 else (0, 0, 0)
+    return Product(m, n, k, rows_a=not op.ta, rows_b=op.tb, dtype=a.dtype, batch=batch, base=base)
 
 
 def _vectors(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector_a: int, vector_b: int
 ) -> bool:
-    return ins[0].shape[1] % vector_a == 0 and ins[1].shape[1] % vector_b == 0
+    return ins[0].shape[-1] % vector_a == 0 and ins[1].shape[-1] % vector_b == 0
 
 
-RULES = {"float32 operands": tiles.fp32, "loads divide rows": _vectors, **tiles.rules(product)}
+RULES = {"floats": tile_space.floats, "loads divide rows": _vectors, **tile_space.rules(product)}
+DECLARED = {
+    "space": SPACE,
+    "fits": RULES,
+    "prefer": tile_space.prefer(RULES, product),
+    "workspace": tile_space.workspace,
+    "cost": tile_space.cost(product),
+}
 
 
-def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    return tiles.first(RULES, op, ins, outs, device, tiles.prefer(*outs[0].shape, device))
-
-
-@template("matmul", "cuda", space=SPACE, fits=RULES, prefer=prefer)
-def simt(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
+@template("batch_matmul", "cuda", **DECLARED)
+@template("matmul", "cuda", **DECLARED)
+def simt(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> tuple[Grid, ...]:
     """Register tiles of fused multiply-adds; both operands pass through shared memory."""
     p = product(op, ins, outs)
     (t, a, b), (pad_a, pad_b) = p.cut(config), p.pads(config["pad"])
-    load_a = columns_loader(t.m, t.k, a, t.bm) if op.ta else rows_loader(t.m, t.k, a, t.bm + pad_a)
-    load_b = rows_loader(t.n, t.k, b, t.bn + pad_b) if op.tb else columns_loader(t.n, t.k, b, t.bn)
+    load_a = (columns_loader if op.ta else rows_loader)(p.dtype, t.m, t.k, a, pitch=t.bm + pad_a, base=p.base[0])
+    load_b = (rows_loader if op.tb else columns_loader)(p.dtype, t.n, t.k, b, pitch=t.bn + pad_b, base=p.base[1])
     return multiply(t, load_a, load_b, epilogue)

@@ -7,7 +7,8 @@ inside an intrinsic. The emulator refuses what a GPU would do silently wrong:
 - reads and writes outside an array, or not aligned to the vector;
 - an output element that is written twice, or never;
 - a race in shared memory: an element that is read, or written again, between the same two barriers as it
-  is written.
+  is written. What an asynchronous copy brings counts as written where the kernel waits for it, and may neither
+  be read nor written before; so it can be read after the next barrier.
 
 Where warpgroups have roles, each runs the kernel for itself, in turns: one goes on until it waits for another,
 and the first in their order that can go on is next. So the producer runs ahead as far as it may, every run is the
@@ -78,6 +79,41 @@ class Buffer:
             self.data[at[on] + j] = np.broadcast_to(value, machine.threads)[on]
 
 
+class Memory:
+    """Arrays by address, for kernels that read addresses from a table: each has a terabyte to itself."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Buffer] = []
+
+    def put(self, buffer: Buffer) -> int:
+        """An address for an array."""
+        self._arrays.append(buffer)
+        return len(self._arrays) << 40
+
+    def clear(self) -> None:
+        self._arrays.clear()
+
+    def at(self, address: int) -> Part:
+        """What lies from an address on."""
+        number, offset = (address >> 40) - 1, address & ((1 << 40) - 1)
+        if not 0 <= number < len(self._arrays):
+            raise KernelFault(f"no array lies at {hex(address)}.")
+        return Part(self._arrays[number], offset)
+
+
+class Part:
+    """An array from an address on."""
+
+    def __init__(self, buffer: Buffer, offset: int) -> None:
+        self._buffer, self._first = buffer, offset // buffer.data.itemsize
+
+    def read(self, active: Any, at: Any, width: int) -> tuple[Array, ...]:
+        return self._buffer.read(active, at + self._first, width)
+
+    def write(self, active: Any, at: Any, values: Sequence[Any]) -> None:
+        self._buffer.write(active, at + self._first, values)
+
+
 class Shared:
     """An array that the threads of one block share; each element knows when it was last written and read."""
 
@@ -85,19 +121,38 @@ class Shared:
         self.data = np.full(size * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype)  # NaN, whatever is stored
         self.written = np.full(size, -1)
         self.used = np.full(size, -1)
+        self.awaited = np.zeros(size, bool)  # by an asynchronous copy that is under way
         self.notes: dict[str, Any] = {}  # of intrinsics, on what is under way
 
-    def write(self, at: Array, value: Array) -> None:
-        """``at``: one place for each thread."""
+    def _overwrite(self, at: Array, value: Array) -> None:
         if np.any(self.used[at] == machine.interval):
             raise KernelFault("shared memory is overwritten before the barrier after its last read.")
         if np.any(self.written[at] == machine.interval) or np.unique(at).size != at.size:
             raise KernelFault("an element of shared memory is written twice between two barriers.")
+        if np.any(self.awaited[at]):
+            raise KernelFault("shared memory is written while an asynchronous copy to it is under way.")
         self.data[at] = value
+
+    def write(self, at: Array, value: Array) -> None:
+        """``at``: one place for each thread."""
+        self._overwrite(at, value)
+        self.written[at] = machine.interval
+
+    def copy(self, at: Array, value: Array) -> None:
+        """Begin an asynchronous copy to these places, as part of the group that is open."""
+        self._overwrite(at, value)
+        self.awaited[at] = True
+        machine.copies[-1].append((self, at))
+
+    def arrive(self, at: Array) -> None:
+        """The kernel has waited for a copy to these places."""
+        self.awaited[at] = False
         self.written[at] = machine.interval
 
     def read(self, at: Array) -> Array:
         """``at[..., thread]``."""
+        if np.any(self.awaited[at]):
+            raise KernelFault("shared memory is read while an asynchronous copy to it is under way.")
         if np.any(self.written[at] == machine.interval):
             raise KernelFault("shared memory is read before the barrier after its write.")
         self.used[at] = machine.interval
@@ -209,6 +264,7 @@ class Machine:
 
     def start(self, threads: int, block: int, shared_bytes: int = 0) -> None:
         self.threads, self.interval, self.dynamic_bytes = threads, 0, shared_bytes
+        self.copies: list[list[tuple[Shared, Array]]] = [[]]  # groups of copies under way; the last one is open
         self.crew: _Crew | None = None
         self.threadIdx = SimpleNamespace(x=np.arange(threads, dtype=np.int32))
         self.blockIdx = SimpleNamespace(x=block)
@@ -241,12 +297,25 @@ class Machine:
                 raise KernelFault("the grid has no dynamic shared memory, or it is taken by another array.")
         return Shared(size, dtype)
 
+    def commit_copies(self) -> None:
+        """Close the open group."""
+        self.copies.append([])
+
+    def wait_copies(self, groups: int) -> None:
+        """Until no more than this many closed groups are under way."""
+        closed = len(self.copies) - 1
+        for group in self.copies[: max(0, closed - groups)]:
+            for shared, at in group:
+                shared.arrive(at)
+        del self.copies[: max(0, closed - groups)]
+
     def _local(self, size: int, dtype: Any) -> Array:
         poison = np.nan if np.dtype(dtype).kind == "f" else -(2**20)
         return np.full((size, self.threads), poison, dtype)
 
 
 machine = Machine()
+memory = Memory()
 
 
 def run(

@@ -1,24 +1,26 @@
 """Runs cubins: the CUDA driver through ctypes, with nothing but the driver installed.
 
 A launch is prepared once (function, sizes, packed arguments) and costs one call of `cuLaunchKernel` after
-that. Work goes to one non-blocking stream, or to one that the caller has (PyTorch's, CuPy's). The primary
-context is used, so that arrays of those libraries can be passed by address. Without a driver or a device
-the first use raises `MissingDependency`.
+that; several become one CUDA graph with `Card.capture`. Work goes to one non-blocking stream, or to one that the
+caller has (PyTorch's, CuPy's). The primary context is used, so that arrays of those libraries can be passed by
+address. Without a driver or a device the first use raises `MissingDependency`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from rapydli_flow.errors import MissingDependency, RapydliError
+from rapydli_flow.errors import MissingDependency, RapydliError, TooLittleMemory
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
-from .compile import Cubin
+from .card import Accelerator, Mark
+from .compile import Cubin, Request, cubins
 from .grid import TensorMap
 
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
@@ -32,6 +34,18 @@ _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
     "shared_bytes": 8,
     "registers": 82,
 }
+_CAPTURE_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is none of its business
+_STICKY = {"ILLEGAL_ADDRESS", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "ILLEGAL_INSTRUCTION"}
+_STICKY |= {"HARDWARE_STACK_ERROR", "LAUNCH_FAILED", "LAUNCH_TIMEOUT", "ECC_UNCORRECTABLE", "ASSERT"}
+_FACTS = {  # CU_DEVICE_ATTRIBUTE_..., for people
+    "clock_khz": 13,
+    "memory_clock_khz": 36,
+    "memory_bus_bits": 37,
+    "l2_bytes": 38,
+    "threads_per_core": 39,
+    "shared_bytes_per_core": 81,
+    "shared_bytes_opt_in": 97,
+}
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
 _MAP_BYTES = 128
@@ -40,7 +54,14 @@ _SWIZZLE_128, _PROMOTE_256 = 3, 3
 
 
 class DeviceFault(RapydliError, RuntimeError):
-    """The CUDA driver refused a call; the message has its name for the error."""
+    """The CUDA driver refused a call; the message has its name for the error.
+
+    ``sticky``: nothing works on the card in this process any more.
+    """
+
+    def __init__(self, message: str, *, sticky: bool = False) -> None:
+        super().__init__(message)
+        self.sticky = sticky
 
 
 class Driver:
@@ -58,21 +79,52 @@ class Driver:
         self._library = library
         self("cuInit", _Unsigned(0))
 
+    def count(self) -> int:
+        """GPUs that are visible."""
+        number = ctypes.c_int()
+        self("cuDeviceGetCount", ctypes.byref(number))
+        return number.value
+
+    def version(self) -> str:
+        """The newest CUDA that it runs."""
+        number = ctypes.c_int()
+        self("cuDriverGetVersion", ctypes.byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
     def __call__(self, name: str, *args: Any) -> None:
         code = getattr(self._library, name)(*args)
         if code:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
             known = text.value.decode() if text.value else "unknown error"
-            if known in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_INVALID_DEVICE"):
-                raise MissingDependency(f"the CUDA driver is there but no such device ({name}: {known}).")
-            raise DeviceFault(f"{name}: {known} ({code}).")
+            raise _error(name, known, code)
 
 
-class Card:
+def _error(name: str, known: str, code: int) -> Exception:
+    """What a refusal of the driver means, and what can be done about it."""
+    if known in ("CUDA_ERROR_NO_DEVICE", "CUDA_ERROR_INVALID_DEVICE"):
+        return MissingDependency(
+            f"the CUDA driver is there but no such device ({name}: {known}). `rapydli devices` lists those that are "
+            "visible; CUDA_VISIBLE_DEVICES may hide some."
+        )
+    said = f"{name}: {known} ({code})."
+    if known == "CUDA_ERROR_OUT_OF_MEMORY":
+        return TooLittleMemory(f"the card has too little memory free: {said} Other programs may hold some of it.")
+    if known == "CUDA_ERROR_NO_BINARY_FOR_GPU":
+        return DeviceFault(f"{said} This machine code is for another card than this one: compile it for this one.")
+    if known.removeprefix("CUDA_ERROR_") in _STICKY:
+        return DeviceFault(
+            f"{said} A kernel failed on the card. Nothing works on it from now on in this process: start another one.",
+            sticky=True,
+        )
+    return DeviceFault(said)
+
+
+class Card(Accelerator):
     """One GPU: memory, cubins and a stream of its own."""
 
     def __init__(self, number: int = 0, *, driver: Driver | None = None) -> None:
+        self.name = f"cuda:{number}"
         self.call = driver or Driver()
         device, context, stream = ctypes.c_int(), _Pointer(), _Pointer()
         self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
@@ -80,6 +132,7 @@ class Card:
         self.call("cuCtxSetCurrent", context)
         self.call("cuStreamCreate", ctypes.byref(stream), _Unsigned(_NON_BLOCKING))
         self._device, self._context, self.stream = device, context, int(stream.value or 0)
+        self._number, self._pinned = number, list[int]()
 
     def describe(self) -> Device:
         """What templates are told of this card."""
@@ -94,7 +147,22 @@ class Card:
         target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] >= 9 else "")
         limits = {key: found[key] for key in ("cores", "threads", "shared_bytes", "registers")}
         sizes = {"vector_bytes": 16, "memory_bytes": total.value}
-        return Device("cuda", name.value.decode(), target=target, **sizes, **limits)
+        return Device("cuda", name.value.decode(), target=target, number=self._number, **sizes, **limits)
+
+    def facts(self) -> dict[str, int]:
+        """More of what the driver knows, for people."""
+        found = {}
+        for key, attribute in _FACTS.items():
+            value = ctypes.c_int()
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
+            found[key] = value.value
+        return found
+
+    def free_bytes(self) -> int:
+        self.use()
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def use(self) -> None:
         """Make this card's context the thread's current one."""
@@ -102,7 +170,7 @@ class Card:
 
     def array(self, data: Array) -> Memory:
         """A copy of ``data`` on the card."""
-        return Memory(self, np.ascontiguousarray(data))
+        return Memory(self, np.asarray(data, order="C"))
 
     def load(self, cubins: Sequence[Cubin]) -> Kernel:
         """The kernels of one call, ready to be bound to addresses."""
@@ -111,6 +179,117 @@ class Card:
     def wait(self) -> None:
         """Until all work of the stream is done; faults of kernels are raised here."""
         self.call("cuStreamSynchronize", _Pointer(self.stream))
+
+    # memory -----------------------------------------------------------------------------------------
+
+    def reserve(self, size_bytes: int) -> int:
+        self.use()
+        address = ctypes.c_uint64()
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(ALIGNMENT, size_bytes)))
+        return int(address.value)
+
+    def free(self, address: int) -> None:
+        self.use()
+        self.call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def pinned(self, size_bytes: int) -> Array:
+        self.use()
+        address, size = _Pointer(), max(ALIGNMENT, size_bytes)
+        self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), _Unsigned(0))
+        assert address.value is not None
+        self._pinned.append(address.value)
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value), np.uint8)
+
+    def upload(self, address: int, data: Array) -> None:
+        if data.nbytes:
+            source, size = _Pointer(data.ctypes.data), ctypes.c_size_t(data.nbytes)
+            self.call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), source, size, _Pointer(self.stream))
+
+    def download(self, data: Array, address: int) -> None:
+        if data.nbytes:
+            target, size = _Pointer(data.ctypes.data), ctypes.c_size_t(data.nbytes)
+            self.call("cuMemcpyDtoHAsync_v2", target, ctypes.c_uint64(address), size, _Pointer(self.stream))
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        if size_bytes:
+            places = ctypes.c_uint64(target), ctypes.c_uint64(source)
+            self.call("cuMemcpyDtoDAsync_v2", *places, ctypes.c_size_t(size_bytes), _Pointer(self.stream))
+
+    def fill(self, address: int, size_bytes: int, byte: int) -> None:
+        size = ctypes.c_size_t(size_bytes)
+        self.call("cuMemsetD8Async", ctypes.c_uint64(address), ctypes.c_ubyte(byte), size, _Pointer(self.stream))
+
+    # work -------------------------------------------------------------------------------------------
+
+    def prepare(self, request: Request) -> Kernel:
+        self.use()
+        return self.load(cubins(request))
+
+    def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        graph, stream = _Pointer(), _Pointer(self.stream)
+        self.call("cuStreamBeginCapture_v2", stream, ctypes.c_int(_CAPTURE_THIS_THREAD))
+        try:
+            for launch in launches:
+                launch()
+        except BaseException:
+            with suppress(DeviceFault):  # the first error says more
+                self.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+            raise
+        self.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        return Replay(self, graph, launches)
+
+    def mark(self) -> Event:
+        return Event(self)
+
+    def close(self) -> None:
+        self.use()
+        self.wait()
+        while self._pinned:
+            self.call("cuMemFreeHost", _Pointer(self._pinned.pop()))
+        if self.stream:
+            self.call("cuStreamDestroy_v2", _Pointer(self.stream))
+            self.stream = 0
+
+
+class Replay:
+    """A CUDA graph of launches, ready to be launched itself; it holds on to what they need."""
+
+    def __init__(self, card: Card, graph: Any, launches: Sequence[Callable[[], None]]) -> None:
+        self._card, self._launches, self._ready = card, tuple(launches), _Pointer()
+        card.call("cuGraphInstantiateWithFlags", ctypes.byref(self._ready), graph, ctypes.c_ulonglong(0))
+        card.call("cuGraphDestroy", graph)
+
+    def __call__(self) -> None:
+        self._card.call("cuGraphLaunch", self._ready, _Pointer(self._card.stream))
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # of a card that failed, or at the end of the process
+            self._card.use()
+            self._card.call("cuGraphExecDestroy", self._ready)
+
+
+class Event(Mark):
+    """A moment of a card's stream."""
+
+    def __init__(self, card: Card) -> None:
+        self._card, self._event = card, _Pointer()
+        card.call("cuEventCreate", ctypes.byref(self._event), _Unsigned(0))
+
+    def set(self) -> None:
+        self._card.call("cuEventRecord", self._event, _Pointer(self._card.stream))
+
+    def wait(self) -> None:
+        self._card.call("cuEventSynchronize", self._event)
+
+    def seconds_since(self, before: Mark) -> float:
+        assert isinstance(before, Event)
+        time_ms = ctypes.c_float()
+        self._card.call("cuEventElapsedTime", ctypes.byref(time_ms), before._event, self._event)
+        return time_ms.value * 1e-3
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # of a card that failed, or at the end of the process
+            self._card.call("cuEventDestroy_v2", self._event)
 
 
 class Memory:
@@ -124,7 +303,7 @@ class Memory:
         self.write(data)
 
     def write(self, data: Array) -> None:
-        data = np.ascontiguousarray(data, self._dtype)
+        data = np.asarray(data, self._dtype, order="C")
         self._copy("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(self.address), _Pointer(data.ctypes.data), data.nbytes)
 
     def _copy(self, how: str, target: Any, source: Any, size_bytes: int) -> None:
@@ -188,6 +367,12 @@ class Kernel:
                 card.call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), size)
             self._modules.append(module)
             self.functions.append(function)
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # of a card that failed, or at the end of the process
+            self.card.use()
+            for module in self._modules:
+                self.card.call("cuModuleUnload", module)
 
     def bind(self, addresses: Sequence[int], *, at: int = 0, stream: int | None = None) -> Launch:
         """Pack the arguments: addresses of inputs, outputs, workspaces and extras, and of the output's lo and whole."""

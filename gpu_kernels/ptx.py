@@ -104,6 +104,7 @@ ARITHMETIC = {
     "Mult": _binary("mul", lambda a, b: a * b),
     "FloorDiv": _binary("udiv", lambda a, b: a // b),  # operands are never negative
     "Mod": _binary("urem", lambda a, b: a % b),
+    "BitXor": _binary("xor", lambda a, b: a ^ b),
 }
 
 
@@ -134,10 +135,12 @@ _WIDEN = {
 
 def _words(dtype: str, width: int) -> tuple[int, str, str]:
     """How an access of ``width`` elements is written: registers, their letter, and the type of one."""
-    if dtype not in HALVES:
-        register, suffix = _REGISTER[dtype]
-        return width, register, suffix
-    return (width // 2, "r", "b32") if width > 1 else (1, "h", "b16")
+    if dtype in HALVES:
+        return (width // 2, "r", "b32") if width > 1 else (1, "h", "b16")
+    if dtype == "uint8" and width >= 4:
+        return width // 4, "r", "b32"
+    register, suffix = _REGISTER[dtype]
+    return width, register, suffix
 
 
 def _widened(builder: Any, dtype: str, width: int, words: Sequence[Any]) -> list[Any]:
@@ -160,6 +163,31 @@ def _narrowed(builder: Any, dtype: str, values: Sequence[Any]) -> list[Any]:
     if len(values) == 1:
         return [builder.trunc(builder.call(convert, [values[0], ir.Constant(f, 0.0)]), ir.IntType(16))]
     return [builder.call(convert, list(pair)) for pair in zip(values[::2], values[1::2], strict=True)]
+
+
+def _bytes(builder: Any, width: int, words: Sequence[Any]) -> list[Any]:
+    """uint8 from words: four in each if there are four or more, the first one lowest."""
+    from llvmlite import ir
+
+    each = min(4, width // len(words))
+    parts = [builder.lshr(word, _number(8 * j)) for word in words for j in range(each)]
+    return [builder.trunc(part, ir.IntType(8)) for part in parts]
+
+
+def _packed(builder: Any, values: Sequence[Any]) -> list[Any]:
+    """The reverse of `_bytes`."""
+    from llvmlite import ir
+
+    wide = [builder.zext(value, ir.IntType(32)) for value in values]
+    if len(wide) < 4:
+        return wide
+    words = []
+    for first in range(0, len(wide), 4):
+        word = wide[first]
+        for j in range(1, 4):
+            word = builder.or_(word, builder.shl(wide[first + j], _number(8 * j)))
+        words.append(word)
+    return words
 
 
 @cache
@@ -193,7 +221,7 @@ def load(dtype: str, width: int, *, constant: bool = False) -> Pair:
             if dtype in HALVES:
                 values = _widened(builder, dtype, width, values)
             if dtype == "uint8":
-                values = [builder.trunc(value, ir.IntType(8)) for value in values]
+                values = _bytes(builder, width, values)
             return context.make_tuple(builder, sig.return_type, values)
 
         return (
@@ -248,7 +276,7 @@ def store(dtype: str, width: int) -> Pair:
             if dtype in HALVES:
                 elements = _narrowed(builder, dtype, elements)
             if dtype == "uint8":
-                elements = [builder.zext(e, ir.IntType(32)) for e in elements]
+                elements = _packed(builder, elements)
             call = ir.InlineAsm(signature, asm, constraints, side_effect=True)
             builder.call(call, [_address(builder, args[1], args[2]), builder.zext(args[0], ir.IntType(32)), *elements])
             return context.get_dummy_value()
@@ -371,7 +399,8 @@ def put(width: int) -> Pair:
             vector = ir.Constant(ir.VectorType(values[0].type, width), ir.Undefined)
             for j, value in enumerate(values):
                 vector = builder.insert_element(vector, value, _number(j))
-            builder.store(vector, _vector_pointer(builder, target, width), align=4 * width)
+            size = registers.dtype.bitwidth // 8
+            builder.store(vector, _vector_pointer(builder, target, width), align=size * width)
             return context.get_dummy_value()
 
         return types.void, (shared, types.int32, registers, types.int32), emit
@@ -411,7 +440,7 @@ def multiply_tile(depth: int, a: tuple[int, int, int], b: tuple[int, int, int]) 
             return out
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = ir.FloatType()
+            kind = ir.FloatType() if acc.dtype.bitwidth == 32 else ir.DoubleType()
             fma = builder.module.declare_intrinsic(_FULL, [kind], ir.FunctionType(kind, [kind] * 3))
             data, of_a, of_b = (_array(context, builder, t, v) for t, v in zip(sig.args[:3], args[:3], strict=True))
             places = [_at(builder, data, i) for i in range(rows * columns)]

@@ -172,6 +172,15 @@ def project(out: tuple[int, ...], shape: tuple[int, ...]) -> Pair:
     return Pair("project_" + "_".join(map(str, out)) + "_from_" + "_".join(map(str, shape)), twin, rule)
 
 
+def _same_rule(element: Any) -> Any:
+    from numba.cuda import types
+
+    return types.int32, (types.int32,), lambda context, builder, sig, args: args[0]
+
+
+itself = Pair("itself", lambda element: element, _same_rule)  # `project` for operands of the output's shape
+
+
 @cache
 def place(out: tuple[int, ...]) -> Pair:
     """``(element, at) -> index``: where an element of the block ``out`` lies in the whole array, as uint64."""
@@ -220,3 +229,19 @@ def nowhere() -> Pair:
         return types.uint64, (types.int32, types.CPointer(types.int64)), lambda *_: zero
 
     return Pair("nowhere", lambda element, at: np.uint64(0), rule)
+
+
+@cache
+def counted() -> Pair:
+    """`place` for formulas whose index counts the elements of the block."""
+
+    def rule(element: Any, at: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.zext(args[0], ir.IntType(64))
+
+        return types.uint64, (types.int32, types.CPointer(types.int64)), emit
+
+    return Pair("counted", lambda element, at: np.asarray(element).astype(np.uint64), rule)

@@ -4,7 +4,7 @@ A template writes its kernel as a readable Python function that closes over numb
 procedures. The emulator runs it as it is. For the GPU its source is rewritten:
 
 - names, attributes and subscripts whose value is known become constants; arithmetic on them is done here;
-- other ``+ - * // %`` become 32-bit operations (Numba would widen to 64 bits and check signs);
+- other ``+ - * // % ^`` become 32-bit operations (Numba would widen to 64 bits and check signs);
 - ``for i in unroll(n)`` is written out, and an ``if`` with a known condition is decided;
 - a call of a procedure (a function without result) is replaced by its body.
 
@@ -87,7 +87,7 @@ class _Rewriter(ast.NodeTransformer):
         self.scope = {**closure.builtins, **closure.globals, **closure.nonlocals}
         self.names, self.serial = names, serial
         self.bound: dict[str, ast.expr] = dict(arguments or {})
-        self.suffix = "" if arguments is None else f"_{next(serial)}"
+        self.suffix = "" if arguments is None else f"__{next(serial)}"  # kernels have names like row_0
         stored = {n.id for n in ast.walk(self.definition) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         self.own = stored | {a.arg for a in self.definition.args.args}
         if again := sorted(stored & set(self.bound)):
@@ -153,7 +153,7 @@ class _Rewriter(ast.NodeTransformer):
         a, b = self._value(left), self._value(right)
         if a is not _UNKNOWN and b is not _UNKNOWN:
             return self._known(_FOLD[name](a, b))
-        if (name, b) in (("Add", 0), ("Sub", 0), ("Mult", 1), ("FloorDiv", 1)):
+        if (name, b) in (("Add", 0), ("Sub", 0), ("Mult", 1), ("FloorDiv", 1), ("BitXor", 0)):
             return left
         if (name, a) in (("Add", 0), ("Mult", 1)):
             return right
@@ -217,7 +217,7 @@ class _Rewriter(ast.NodeTransformer):
         arguments: dict[str, ast.expr] = {}
         for name, arg in zip(inspect.signature(function).parameters, args, strict=True):
             if not isinstance(arg, ast.Constant | ast.Name | _Known):
-                fresh = f"{name}_{next(self.serial)}"
+                fresh = f"{name}__{next(self.serial)}"
                 before.append(ast.Assign([ast.Name(fresh, ast.Store())], arg))
                 arg = ast.Name(fresh, ast.Load())
             arguments[name] = arg

@@ -1,7 +1,7 @@
 """The tail of a kernel: a fused op's epilogue applied to elements in registers, and the store.
 
-Operands of the epilogue are read where the element lies ('element'), by its channel, or once ('scalar');
-`finish` is a procedure that templates call for every few neighbouring elements.
+Operands of the epilogue are read where the element lies ('element'), where the op read it ('source'), by its channel,
+or once ('scalar'); `finish` is a procedure that templates call for every few neighbouring elements.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from .scalar import formula, nowhere, place
 
 @dataclass(frozen=True)
 class Tail:
-    """``finish(active, y, values, element, channel, extras, at)`` stores ``lanes`` neighbours of one row."""
+    """``finish(active, y, values, element, channel, extras, at)`` stores ``lanes`` neighbours of one row.
+
+    ``finish_part`` is for ops that take a part of an operand: after the element it takes where that was read.
+    """
 
     finish: Callable[..., None]
+    finish_part: Callable[..., None]
     lanes: int
 
 
@@ -41,11 +45,23 @@ def tail(epilogue: Epilogue, lanes: int) -> Tail:
     def plain(active: Any, y: Any, values: Any, element: Any, channel: Any, extras: Any, at: Any) -> None:
         write(active, y, element, values)
 
+    def plain_part(
+        active: Any, y: Any, values: Any, element: Any, source: Any, channel: Any, extras: Any, at: Any
+    ) -> None:
+        write(active, y, element, values)
+
     def finish(active: Any, y: Any, values: Any, element: Any, channel: Any, extras: Any, at: Any) -> None:
+        finish_part(active, y, values, element, element, channel, extras, at)
+
+    def finish_part(
+        active: Any, y: Any, values: Any, element: Any, source: Any, channel: Any, extras: Any, at: Any
+    ) -> None:
         operands = (values,)
         for k in unroll(count):
             if reach[k] == "element":
                 operands = append(operands, loads[k](active, extras[k], element))
+            elif reach[k] == "source":
+                operands = append(operands, loads[k](active, extras[k], source))
             elif reach[k] == "channel":
                 operands = append(operands, loads[k](active, extras[k], channel))
             else:
@@ -53,4 +69,4 @@ def tail(epilogue: Epilogue, lanes: int) -> Tail:
         results = apply(operands, where(element, at))
         write(active, y, element, results[0])
 
-    return Tail(plain if identity else finish, lanes)
+    return Tail(plain, plain_part, lanes) if identity else Tail(finish, finish_part, lanes)

@@ -1,4 +1,4 @@
-"""Register-tiled matrix product in fp32: what dense layers and convolutions share.
+"""Register-tiled matrix product by fused multiply-adds: what dense layers and convolutions share.
 
 ::
 
@@ -10,63 +10,109 @@
         +------+   +-------------+                 read neighbouring 16 bytes.
 
 The next tile is loaded into registers while this one is multiplied. With two stages there is one barrier
-a step instead of two. Where rows or columns end, loads give zeros and stores are switched off.
+a step instead of two. Where rows or columns end, loads give zeros and stores are switched off. Halves are
+widened on their way to shared memory.
 
 A loader brings one operand: `prepare` once, `fetch` from global memory to registers, `put` from there to
 shared memory. ``rows`` loads neighbours along the inner sum (and transposes), ``columns`` along the outer axis.
+
+One launch computes all products of a batch (groups of channels, leading axes) and all phases of a strided gradient.
+The inner sum can be split into parts: each writes its sums to the workspace, and a second kernel adds them in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
-from rapydli_flow.spec import Spec
-from rapydli_flow.template import Config, Device, Epilogue, broken
+import numpy as np
 
-from .grid import INDEX_LIMIT, REGISTERS, STATIC_SHARED_BYTES, Grid, blocks_of, widest
+from rapydli_flow.template import Config, Epilogue
+
+from .grid import Grid, blocks_of, widest
+from .pair import Pair, held
 from .ptx import (
+    FAR,
     clear,
     cuda,
-    float32,
     hold,
     int32,
     load,
     multiply_tile,
     put,
+    select,
+    store,
     take,
     unroll,
 )
 from .tail import tail
 
-SPACE: Mapping[str, tuple[Any, ...]] = {
-    "bm": (128, 64, 32, 256),
-    "bn": (128, 64, 32, 256),
-    "bk": (16, 8, 32),
-    "tm": (8, 4),
-    "tn": (8, 4),
-    "stages": (2, 1),
-    "vector_a": (4, 2, 1),
-    "vector_b": (4, 2, 1),
-    "pad": (4, 0),  # of the rows of a transposed operand in shared memory
-    "order": ("columns", "rows"),  # which neighbour block comes next: the one that shares rows, or columns
-    "resident": (1, 2, 4),
-}
-# bm, bn, bk, tm, tn of the defaults; 128 x 128 x 16 needs more than the 128 registers that two blocks leave
-SHAPES = ((128, 128, 8, 8, 8), (128, 64, 16, 8, 8), (64, 128, 16, 8, 8), (64, 64, 16, 8, 4))
-SHAPES += ((64, 32, 16, 4, 4), (32, 64, 16, 4, 4), (32, 32, 16, 4, 4))
-STAGED_VALUES = 32  # the most elements that a thread may have under way
+ADDERS = 128  # threads of a block that adds parts
+NOW = 16  # numbers that loaders share; the first ones are
+MEMBER, INNER = 0, 1  # which product of the batch this block computes a part of, and how long its sum is
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A product of ``m x n`` outputs over ``k``, and how it is cut."""
+class Product:
+    """What is multiplied: ``m x n`` sums over ``k``. ``rows_a``, ``rows_b``: k runs along the operand's memory, so that
+    it is transposed on its way to shared memory, where its rows are padded. ``state``: registers of a thread for each
+    of its loads of a.
+
+    ``batch`` products of this form lie ``base`` elements apart in a, b and the result, whose rows begin ``pitch``
+    elements apart (0: n). ``channels``: how far apart they are in the result's last axis. ``phases``: row sets with
+    inner sums of their own, of which ``k`` is the longest.
+    """
 
     m: int
     n: int
     k: int
+    rows_a: bool
+    rows_b: bool
+    state: int = 0
+    dtype: str = "float32"
+    batch: int = 1
+    base: tuple[int, int, int] = (0, 0, 0)
+    pitch: int = 0
+    channels: int = 0
+    phases: int = 1
+    work: float = 0  # multiply-adds of all products; 0: batch * m * n * k
+
+    @property
+    def row_pitch(self) -> int:
+        return self.pitch or self.n
+
+    @property
+    def held_bytes(self) -> int:
+        """Of an element in registers and shared memory."""
+        return np.dtype(held(self.dtype)).itemsize
+
+    def shares(self, vector_a: int, vector_b: int, *, threads: int, bm: int, bn: int, bk: int) -> list[Share | None]:
+        """What a thread loads of either operand."""
+        of_a = (bm, bk) if self.rows_a else (bk, bm)
+        of_b = (bn, bk) if self.rows_b else (bk, bn)
+        return [share(*of_a, vector_a, threads), share(*of_b, vector_b, threads)]
+
+    def pads(self, pad: int) -> tuple[int, int]:
+        """Values after a row of either operand in shared memory."""
+        return pad if self.rows_a else 0, pad if self.rows_b else 0
+
+    def cut(self, config: Config) -> tuple[Tile, Share, Share]:
+        """The tile of a config that keeps the rules, and what a thread loads."""
+        names = ("bm", "bn", "bk", "tm", "tn", "stages", "order", "splits", "resident")
+        t = Tile(self, **{name: config[name] for name in names})
+        vectors = config["vector_a"], config["vector_b"]
+        a, b = self.shares(*vectors, threads=t.threads, bm=t.bm, bn=t.bn, bk=t.bk)
+        assert a is not None, "loads of a are not shared out evenly"
+        assert b is not None, "loads of b are not shared out evenly"
+        return t, a, b
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A product, and how it is cut."""
+
+    p: Product
     bm: int
     bn: int
     bk: int
@@ -74,7 +120,20 @@ class Tile:
     tn: int
     stages: int
     order: str
+    splits: int
     resident: int
+
+    @property
+    def m(self) -> int:
+        return self.p.m
+
+    @property
+    def n(self) -> int:
+        return self.p.n
+
+    @property
+    def k(self) -> int:
+        return self.p.k
 
     @property
     def across(self) -> int:
@@ -101,10 +160,18 @@ class Tile:
     def steps(self) -> int:
         return blocks_of(self.k, self.bk)
 
+    @property
+    def blocks(self) -> int:
+        return self.blocks_m * self.blocks_n * self.splits * self.p.phases * self.p.batch
+
 
 @dataclass(frozen=True)
 class Loader:
-    """How one operand gets into shared memory; ``pitch`` is the length of a row there."""
+    """How one operand gets into shared memory; ``pitch`` is the length of a row there.
+
+    ``prepare(state, first, thread, now)``, ``fetch(pointer, held, state, first, k, thread, now)`` and
+    ``put(shared, held, at, thread)``; ``now`` is what the block computes, see `MEMBER`.
+    """
 
     prepare: Callable[..., None]
     fetch: Callable[..., None]
@@ -133,41 +200,22 @@ def share(rows: int, columns: int, vector: int, threads: int) -> Share | None:
     return Share(vector, across, step, rows // step)
 
 
-@dataclass(frozen=True)
-class Product:
-    """What is multiplied: ``m x n`` sums over ``k``. ``rows_a``, ``rows_b``: k runs along the operand's memory, so that
-    it is transposed on its way to shared memory, where its rows are padded. ``state``: registers of a thread for each
-    of its loads of a."""
-
-    m: int
-    n: int
-    k: int
-    rows_a: bool
-    rows_b: bool
-    state: int = 0
-
-    def shares(self, vector_a: int, vector_b: int, *, threads: int, bm: int, bn: int, bk: int) -> list[Share | None]:
-        """What a thread loads of either operand."""
-        of_a = (bm, bk) if self.rows_a else (bk, bm)
-        of_b = (bn, bk) if self.rows_b else (bk, bn)
-        return [share(*of_a, vector_a, threads), share(*of_b, vector_b, threads)]
-
-    def pads(self, pad: int) -> tuple[int, int]:
-        """Values after a row of either operand in shared memory."""
-        return pad if self.rows_a else 0, pad if self.rows_b else 0
-
-    def cut(self, config: Config) -> tuple[Tile, Share, Share]:
-        """The tile of a config that keeps the rules, and what a thread loads."""
-        names = ("bm", "bn", "bk", "tm", "tn", "stages", "order", "resident")
-        t = Tile(self.m, self.n, self.k, **{name: config[name] for name in names})
-        vectors = config["vector_a"], config["vector_b"]
-        a, b = self.shares(*vectors, threads=t.threads, bm=t.bm, bn=t.bn, bk=t.bk)
-        assert a is not None, "loads of a are not shared out evenly"
-        assert b is not None, "loads of b are not shared out evenly"
-        return t, a, b
+def _uniform_twin(value: Any) -> int:
+    values = np.unique(value)
+    assert values.size == 1, "a number differs between the threads of a block"
+    return int(values[0])
 
 
-def nothing(state: Any, first: Any, thread: Any) -> None:
+def _uniform_rule(value: Any) -> Any:
+    from numba.cuda import types
+
+    return types.int32, (types.int32,), lambda context, builder, sig, args: args[0]
+
+
+uniform = Pair("uniform", _uniform_twin, _uniform_rule)  # a number that all threads of a block have alike
+
+
+def nothing(state: Any, first: Any, thread: Any, now: Any) -> None:
     """A loader that has nothing to prepare."""
 
 
@@ -184,58 +232,106 @@ def put_transposed(s: Share, pitch: int) -> Callable[..., None]:
     return procedure
 
 
-def rows_loader(extent: int, inner: int, s: Share, pitch: int) -> Loader:
-    """An operand stored as ``[extent, inner]``: k runs along memory."""
-    read, keep = load("float32", s.vector, constant=True), hold(s.vector)
+def put_straight(s: Share, pitch: int) -> Callable[..., None]:
+    """Vectors along rows or columns to ``shared[k, row]``."""
+    write = put(s.vector)
 
-    def fetch(pointer: Any, held: Any, state: Any, first: Any, k: Any, thread: Any) -> None:
-        at_k = k + thread % s.across * s.vector
-        row = first + thread // s.across
-        for part in unroll(s.each):
-            active = (row + part * s.step < extent) & (at_k < inner)
-            keep(held, part * s.vector, read(active, pointer, (row + part * s.step) * inner + at_k))
-
-    return Loader(nothing, fetch, put_transposed(s, pitch), s.each * s.vector, pitch)
-
-
-def columns_loader(extent: int, inner: int, s: Share, pitch: int) -> Loader:
-    """An operand stored as ``[inner, extent]``: rows or columns run along memory."""
-    read, keep, write = load("float32", s.vector, constant=True), hold(s.vector), put(s.vector)
-
-    def fetch(pointer: Any, held: Any, state: Any, first: Any, k: Any, thread: Any) -> None:
-        at = first + thread % s.across * s.vector
-        at_k = k + thread // s.across
-        for part in unroll(s.each):
-            active = (at_k + part * s.step < inner) & (at < extent)
-            keep(held, part * s.vector, read(active, pointer, (at_k + part * s.step) * extent + at))
-
-    def place(shared: Any, held: Any, at: Any, thread: Any) -> None:
+    def procedure(shared: Any, held: Any, at: Any, thread: Any) -> None:
         here = at + thread // s.across * pitch + thread % s.across * s.vector
         for part in unroll(s.each):
             write(shared, here + part * s.step * pitch, held, part * s.vector)
 
-    return Loader(nothing, fetch, place, s.each * s.vector, pitch)
+    return procedure
 
 
-def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue) -> Grid:
-    """The kernel: outs[0][row, column] = epilogue(sum over k of a[k, row] * b[k, column])."""
-    lanes = widest(t.n)
-    end = tail(epilogue, lanes)
+def rows_loader(dtype: str, extent: int, inner: int, s: Share, *, pitch: int, base: int = 0) -> Loader:
+    """An operand stored as ``[extent, inner]``: k runs along memory. ``base``: between products of the batch."""
+    read, keep = load(dtype, s.vector, constant=True), hold(s.vector)
+
+    def fetch(pointer: Any, held: Any, state: Any, first: Any, k: Any, thread: Any, now: Any) -> None:
+        at_k = k + thread % s.across * s.vector
+        row = first + thread // s.across
+        for part in unroll(s.each):
+            active = (row + part * s.step < extent) & (at_k < inner)
+            keep(
+                held, part * s.vector, read(active, pointer, (row + part * s.step) * inner + at_k + now[MEMBER] * base)
+            )
+
+    return Loader(nothing, fetch, put_transposed(s, pitch), s.each * s.vector, pitch)
+
+
+def columns_loader(
+    dtype: str, extent: int, inner: int, s: Share, *, pitch: int, line: int = 0, base: int = 0
+) -> Loader:
+    """An operand stored as ``[inner, extent]``, of rows ``line`` apart: rows or columns run along memory."""
+    read, keep = load(dtype, s.vector, constant=True), hold(s.vector)
+    line = line or extent
+
+    def fetch(pointer: Any, held: Any, state: Any, first: Any, k: Any, thread: Any, now: Any) -> None:
+        at = first + thread % s.across * s.vector
+        at_k = k + thread // s.across
+        for part in unroll(s.each):
+            active = (at_k + part * s.step < inner) & (at < extent)
+            keep(held, part * s.vector, read(active, pointer, (at_k + part * s.step) * line + at + now[MEMBER] * base))
+
+    return Loader(nothing, fetch, put_straight(s, pitch), s.each * s.vector, pitch)
+
+
+def begin_plain(now: Any, phase: Any) -> None:
+    """Nothing to say of a phase where there is one."""
+
+
+def locate_rows(p: Product) -> Callable[..., None]:
+    """Rows of the result lie one after the other."""
+
+    def locate(spot: Any, row: Any, now: Any) -> None:
+        spot[0] = row * p.row_pitch + now[MEMBER] * p.base[2]
+        spot[1] = select(row < p.m, 1, 0)
+
+    return locate
+
+
+def multiply(
+    t: Tile,
+    a: Loader,
+    b: Loader,
+    epilogue: Epilogue,
+    *,
+    begin: Callable[..., None] = begin_plain,
+    locate: Callable[..., None] | None = None,
+) -> tuple[Grid, ...]:
+    """The kernels: outs[0][row, column] = epilogue(sum over k of a[k, row] * b[k, column]).
+
+    ``begin(now, phase)`` says what the loaders share; ``locate(spot, row, now)`` where a row of the result begins, and
+    whether there is one.
+    """
+    p, size = t.p, epilogue.out.size
+    lanes = widest(t.n, p.row_pitch, p.base[2], p.channels, itemsize=p.held_bytes)
+    split = t.splits > 1
+    end, write = tail(epilogue, lanes), store(held(p.dtype), lanes)
     sums, gather = clear(t.tm * t.tn), take(lanes)
+    where = locate or locate_rows(p)
     four_down, four_across = 4 * t.down, 4 * t.across
     fma = multiply_tile(t.bk, (t.tm, a.pitch, four_down), (t.tn, b.pitch, four_across))
     size_a, size_b = t.bk * a.pitch, t.bk * b.pitch
+    tiles = t.blocks_m * t.blocks_n
+    number = getattr(np, held(p.dtype))
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        shared_a = cuda.shared.array(t.stages * size_a, float32, alignment=16)
-        shared_b = cuda.shared.array(t.stages * size_b, float32, alignment=16)
-        held_a = cuda.local.array(a.held, float32)
-        held_b = cuda.local.array(b.held, float32)
+        shared_a = cuda.shared.array(t.stages * size_a, number, alignment=16)
+        shared_b = cuda.shared.array(t.stages * size_b, number, alignment=16)
+        held_a = cuda.local.array(a.held, number)
+        held_b = cuda.local.array(b.held, number)
         state_a = cuda.local.array(a.state, int32)
         state_b = cuda.local.array(b.state, int32)
-        acc = cuda.local.array(t.tm * t.tn, float32)
+        now = cuda.local.array(NOW, int32)
+        spot = cuda.local.array(2, int32)
+        acc = cuda.local.array(t.tm * t.tn, number)
         thread = cuda.threadIdx.x
-        block = cuda.blockIdx.x
+        block = cuda.blockIdx.x % tiles
+        rest = cuda.blockIdx.x // tiles
+        part = rest % t.splits
+        now[MEMBER] = rest // (t.splits * p.phases) % p.batch
         if t.order == "columns":
             row_0 = block // t.blocks_n * t.bm
             column_0 = block % t.blocks_n * t.bn
@@ -244,145 +340,95 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue) -> Grid:
             column_0 = block // t.blocks_m * t.bn
         own_row = thread // t.across * 4
         own_column = thread % t.across * 4
+        begin(now, rest // t.splits % p.phases)
+        steps = t.steps
+        if p.phases > 1:
+            steps = (uniform(now[INNER]) + (t.bk - 1)) // t.bk
+        first = part * steps // t.splits
+        last = (part + 1) * steps // t.splits
         sums(acc)
-        a.prepare(state_a, row_0, thread)
-        b.prepare(state_b, column_0, thread)
-        a.fetch(ins[0], held_a, state_a, row_0, 0, thread)
-        b.fetch(ins[1], held_b, state_b, column_0, 0, thread)
-        for step in range(t.steps):
+        a.prepare(state_a, row_0, thread, now)
+        b.prepare(state_b, column_0, thread, now)
+        a.fetch(ins[0], held_a, state_a, row_0, first * t.bk, thread, now)
+        b.fetch(ins[1], held_b, state_b, column_0, first * t.bk, thread, now)
+        for step in range(first, last):
             stage = step % t.stages
             a.put(shared_a, held_a, stage * size_a, thread)
             b.put(shared_b, held_b, stage * size_b, thread)
             cuda.syncthreads()
-            a.fetch(ins[0], held_a, state_a, row_0, step * t.bk + t.bk, thread)
-            b.fetch(ins[1], held_b, state_b, column_0, step * t.bk + t.bk, thread)
+            after = step * t.bk + t.bk
+            if split:
+                after = select(step + 1 < last, after, FAR)
+            a.fetch(ins[0], held_a, state_a, row_0, after, thread, now)
+            b.fetch(ins[1], held_b, state_b, column_0, after, thread, now)
             fma(acc, shared_a, shared_b, stage * size_a + own_row, stage * size_b + own_column)
             if t.stages == 1:
                 cuda.syncthreads()
         for i in unroll(t.tm):
-            row = row_0 + own_row + (i // 4 * four_down + i % 4)
-            for part in unroll(t.tn // lanes):
-                column = column_0 + own_column + (part * lanes // 4 * four_across + part * lanes % 4)
-                active = (row < t.m) & (column < t.n)
-                values = gather(acc, i * t.tn + part * lanes)
-                end.finish(active, outs[0], values, row * t.n + column, column, extras, at)
+            where(spot, row_0 + own_row + (i // 4 * four_down + i % 4), now)
+            for j in unroll(t.tn // lanes):
+                column = column_0 + own_column + (j * lanes // 4 * four_across + j * lanes % 4)
+                active = (spot[1] > 0) & (column < t.n)
+                values = gather(acc, i * t.tn + j * lanes)
+                if split:
+                    write(active, work[0], part * size + spot[0] + column, values)
+                else:
+                    end.finish(active, outs[0], values, spot[0] + column, column + now[MEMBER] * p.channels, extras, at)
 
-    return Grid(kernel, t.blocks_m * t.blocks_n, t.threads, resident=t.resident)
-
-
-def rules(product: Callable[[Any, Sequence[Spec], Sequence[Spec]], Product]) -> dict[str, str | Callable[..., bool]]:
-    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a product."""
-
-    def loads(
-        op: Any,
-        ins: Sequence[Spec],
-        outs: Sequence[Spec],
-        device: Device,
-        *,
-        bm: int,
-        bn: int,
-        bk: int,
-        tm: int,
-        tn: int,
-        vector_a: int,
-        vector_b: int,
-    ) -> bool:
-        return _held(product(op, ins, outs), bm, bn, bk, tm, tn, vector_a, vector_b) is not None
-
-    def registers(
-        op: Any,
-        ins: Sequence[Spec],
-        outs: Sequence[Spec],
-        device: Device,
-        *,
-        bm: int,
-        bn: int,
-        bk: int,
-        tm: int,
-        tn: int,
-        vector_a: int,
-        vector_b: int,
-        resident: int,
-    ) -> bool:
-        held = _held(product(op, ins, outs), bm, bn, bk, tm, tn, vector_a, vector_b)
-        threads = bm // tm * (bn // tn)
-        used = tm * tn + tm + tn + 24 + (held or 0)
-        return used <= min(255, (device.registers or REGISTERS) // (threads * resident))
-
-    def shared(
-        op: Any,
-        ins: Sequence[Spec],
-        outs: Sequence[Spec],
-        device: Device,
-        *,
-        bm: int,
-        bn: int,
-        bk: int,
-        stages: int,
-        pad: int,
-    ) -> bool:
-        rows = bm + bn + sum(product(op, ins, outs).pads(pad))
-        return 4 * stages * bk * rows <= min(STATIC_SHARED_BYTES, device.shared_bytes or STATIC_SHARED_BYTES)
-
-    def indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int, bn: int) -> bool:
-        p = product(op, ins, outs)
-        return (p.m + bm) * (p.n + bn) < INDEX_LIMIT
-
-    return {
-        "whole warps, few enough threads": (
-            "bm % tm == 0 and bn % tn == 0 and bm // tm * (bn // tn) % 32 == 0 and bm // tm * (bn // tn) <= threads"
-        ),
-        "loads shared out evenly": loads,
-        "sums and loads in registers": registers,
-        "tiles in shared memory": shared,
-        "results in 32-bit indices": indices,
-    }
+    products = Grid(kernel, t.blocks, t.threads, resident=t.resident)
+    return (products, add_parts(epilogue, t.splits, size)) if split else (products,)
 
 
-def _held(p: Product, bm: int, bn: int, bk: int, tm: int, tn: int, vector_a: int, vector_b: int) -> int | None:
-    """Registers of a thread for its loads and their state; None where they are not shared out evenly, or too many."""
-    shares = p.shares(vector_a, vector_b, threads=bm // tm * (bn // tn), bm=bm, bn=bn, bk=bk)
-    values = sum(s.each * s.vector for s in shares if s is not None)
-    if None in shares or values > STAGED_VALUES:
-        return None
-    return values + p.state * (shares[0].each if shares[0] is not None else 0)
+def add_parts(epilogue: Epilogue, parts: int, size: int) -> Grid:
+    """outs[0] = epilogue(sum of the parts in work[0], first to last)."""
+    out = epilogue.out
+    channels = out.shape[-1]
+    number = held(out.dtype)
+    lanes = 1 if size < 2**20 else widest(channels, itemsize=np.dtype(number).itemsize)
+    end, read, keep, gather = tail(epilogue, lanes), load(number, lanes), hold(lanes), take(lanes)
+    more, sums, at_once = add_up(lanes), clear(lanes), min(parts, 8)
+    kind = getattr(np, number)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        acc = cuda.local.array(lanes, kind)
+        ahead = cuda.local.array(lanes * at_once, kind)
+        element = (cuda.blockIdx.x * ADDERS + cuda.threadIdx.x) * lanes
+        active = element < size
+        sums(acc)
+        for some in range(parts // at_once):
+            for j in unroll(at_once):
+                keep(ahead, j * lanes, read(active, work[0], (some * at_once + j) * size + element))
+            for j in unroll(at_once):
+                more(acc, ahead, j * lanes)
+        for j in unroll(parts % at_once):
+            keep(ahead, 0, read(active, work[0], (parts // at_once * at_once + j) * size + element))
+            more(acc, ahead, 0)
+        end.finish(active, outs[0], gather(acc, 0), element, element % channels, extras, at)
+
+    return Grid(kernel, blocks_of(size, ADDERS * lanes), ADDERS)
 
 
-def prefer(m: int, n: int, device: Device, *, largest: int = 128 * 128) -> Iterator[dict[str, Any]]:
-    """Configs in the order in which to try them: the tile with the least work in the longest multiprocessor first.
+def add_up(lanes: int) -> Pair:
+    """``(acc, registers, first)``: adds neighbouring registers to as many sums."""
 
-    ``largest`` bounds bm * bn, for kernels that have other uses for the registers of a thread.
-    """
-    cores = device.cores if device.cores > 1 else 108
+    def twin(acc: Any, registers: Any, first: int) -> None:
+        acc[:lanes] += registers[first : first + lanes]
 
-    def work(shape: tuple[int, ...]) -> float:
-        bm, bn = shape[:2]
-        waves = blocks_of(blocks_of(m, bm) * blocks_of(n, bn), cores)
-        return waves * bm * bn * (1 + 16 / bm + 16 / bn)  # smaller tiles load more for each output
+    def rule(acc: Any, registers: Any, first: Any) -> Any:
+        from numba.cuda import types
 
-    for bm, bn, best, tm, tn in sorted((shape for shape in SHAPES if shape[0] * shape[1] <= largest), key=work):
-        threads = bm * bn // (tm * tn)
-        for bk, va, vb in product(dict.fromkeys((best, 16, 8, 32)), (4, 2, 1), (4, 2, 1)):
-            for resident in (r for r in (4, 2, 1) if r * threads <= 512 and r * bm * bn * bk <= 2**18):
-                yield {
-                    **{"bm": bm, "bn": bn, "bk": bk, "tm": tm, "tn": tn, "stages": 2},
-                    **{"vector_a": va, "vector_b": vb, "pad": 4, "order": "columns", "resident": resident},
-                }
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            sums, more = (
+                context.make_array(kind)(context, builder, v).data
+                for kind, v in zip(sig.args[:2], args[:2], strict=True)
+            )
+            for j in range(lanes):
+                number = context.get_constant(types.int32, j)
+                place = builder.gep(sums, [number], inbounds=True)
+                other = builder.gep(more, [builder.add(args[2], number)], inbounds=True)
+                builder.store(builder.fadd(builder.load(place), builder.load(other)), place)
+            return context.get_dummy_value()
 
+        return types.void, (acc, registers, types.int32), emit
 
-def first(
-    rules: Mapping[str, str | Callable[..., bool]],
-    op: Any,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    device: Device,
-    tried: Iterator[dict[str, Any]],
-) -> Config:
-    """The first of these that keeps the rules, or one that does not."""
-    fitting = (config for config in tried if broken(rules, op, ins, outs, device, config) is None)
-    return next(fitting, {name: values[0] for name, values in SPACE.items()})
-
-
-def fp32(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Are these non-empty float32 arrays that 32 bits can index?"""
-    return all(spec.dtype == "float32" and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
+    return Pair(f"add_up{lanes}", twin, rule)

@@ -11,9 +11,7 @@ from typing import Any
 
 from distributed import Client
 
-from cpu_kernels.compile import host
-
-from .config import settings
+from .config import checked_device, settings
 from .confusion import ConfusionMatrix, confusion_matrix
 from .data import Dataset, SnapshotWriter, ingest, latest, load, read_snapshot
 from .errors import SettingError, SnapshotError
@@ -23,6 +21,7 @@ from .ops import Leaf
 from .runtime import tuning as tuner
 from .runtime.collection import Compiled
 from .runtime.collection import compile_graph as compile
+from .runtime.devices import device_of
 from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
@@ -86,9 +85,9 @@ class Model:
         outputs = ", ".join(f"{name} {self.graph.spec(v)}" for name, v in self.graph.outputs.items())
         return f"<Model: {self.graph.parameters:,} parameters; {outputs}>"
 
-    def predict(self, data: Any) -> Any:
+    def predict(self, data: Any, *, device: str | None = None) -> Any:
         """The prediction for every record, a lazy Dask array."""
-        return predict(self.graph, self.state, data)
+        return predict(self.graph, self.state, data, device=device)
 
 
 def plan(
@@ -107,6 +106,7 @@ def plan(
     staleness: int | None = None,
     overlap: bool | None = None,
     wire: str | None = None,
+    device: str | None = None,
 ) -> Plan:
     """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
 
@@ -124,11 +124,14 @@ def plan(
 
     ``overlap``: gradients are summed while the backward pass goes on; by default where workers are on several hosts.
     ``wire='bfloat16'``: float32 gradients are rounded to that on their way, half the bytes; no longer the run of one
-    worker.
+    worker. ``device``: of a client the workers that have one, 'cpu', 'cuda' or 'emulated', by default those of the kind
+    that most have.
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
-    usual = Usual.of(workers_for(client, ranks, 30.0) if client is not None else {})
+    if device is not None:
+        checked_device(device, "plan: device=")
+    usual = Usual.of(workers_for(client, ranks, 30.0, device) if client is not None else {})
     return make_plan(
         step,
         ranks or usual.ranks,
@@ -199,6 +202,7 @@ def autotune(
     soft: Rules = (),
     seed: int = 0,
     watch: Callable[[Progress], None] | None = None,
+    device: str | None = None,
 ) -> TuningReport:
     """Find the fastest config of every kernel of a graph, within ``budget_s`` seconds, and remember it.
 
@@ -220,6 +224,7 @@ def autotune(
         soft=soft,
         seed=seed,
         watch=watch,
+        device=device,
     )
 
 
@@ -233,6 +238,7 @@ def time(
     tuning: Tuning | None = None,
     name: str = "network",
     seed: int = 0,
+    device: str | None = None,
 ) -> Timing:
     """Time a training step, or a network that predicts, kernel by kernel on random records, in this process.
 
@@ -248,19 +254,24 @@ def time(
     if not 0 <= tune_s < float("inf"):
         raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
     if tune_s:
-        autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads))
-    tuning = tuner.known(host()) if tuning is None else tuning
+        autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads), device=device)
+    tuning = tuner.known(device_of(device)) if tuning is None else tuning
     return Timing.of(measure_step(graph, tuning, name=name, threads=threads, iterations=iterations, seed=seed))
 
 
 def evaluate(
-    step: Graph, state: Mapping[str, Array], data: Dataset | Mapping[str, Array], *, tuning: Tuning | None = None
+    step: Graph,
+    state: Mapping[str, Array],
+    data: Dataset | Mapping[str, Array],
+    *,
+    tuning: Tuning | None = None,
+    device: str | None = None,
 ) -> dict[str, float]:
     """Loss and metrics of a training step's network over a dataset, or dict of arrays, in this process."""
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
         records = as_dataset(data, scratch, "data")
         check_fields(step, records)
-        tuning = tuner.known(host()) if tuning is None else tuning
+        tuning = tuner.known(device_of(device)) if tuning is None else tuning
         predictor = Predictor(scored(step), state, tuning, threads=settings().threads)
         return mean_scores([score(predictor, records, 0, len(records))])
 
@@ -292,8 +303,12 @@ def fit(
     min_workers: int | None = None,
     patience_s: float = 30.0,
     walltime_s: float | None = None,
+    device: str | None = None,
 ) -> Run:
     """Train. In this process, or on the workers of a Dask client; the numbers are the same up to rounding.
+
+    ``device``: 'cpu', 'cuda' (the first GPU), 'cuda:1' and so on, or 'emulated' (a GPU that NumPy plays, for tests);
+    by default that of this process (RAPYDLI_DEVICE, else 'cpu'), and with a client of the kind that most workers have.
 
     ``step``: a training step from `train_step`. ``data``, ``validation``: datasets (`load`), or dicts of
     arrays. ``epochs`` or ``steps``: how long. ``plan``: how ranks divide the work; by default samples,
@@ -331,6 +346,7 @@ def fit(
         min_workers=min_workers,
         patience_s=patience_s,
         walltime_s=walltime_s,
+        device=device,
     )
     options.check(step)
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:

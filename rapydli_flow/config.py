@@ -3,6 +3,9 @@
 RAPYDLI_CACHE_DIR   where compiled kernels and tuning results are kept
 RAPYDLI_KNOWN_DIR   a folder of exported tuning results that count where nothing was tuned here (default: those that
                     ship with the package)
+RAPYDLI_DEVICE      what runs use that name no device, and what a Dask worker is: cpu (default), cuda, cuda:1 (the
+                    second GPU), emulated (a GPU that NumPy plays, for tests)
+RAPYDLI_CUDA_WAIT   1: wait for each GPU kernel, so that an error names the kernel that failed; slow
 RAPYDLI_THREADS     threads of a rank in this process (default: the cores this process may use)
 RAPYDLI_COMPILERS   processes that compile kernels at once where several are missing when a run begins (default: the
                     cores this process may use); 1: this process alone, no others are started
@@ -17,6 +20,7 @@ RAPYDLI_TUNING      on: use what tuning found; off: defaults only; offline: use 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +44,8 @@ class Settings:
     known_dir: Path = SHIPPED
     compilers: int = 1
     peer_ports: range = range(1)  # 0: the system chooses
+    device: str = "cpu"
+    cuda_wait: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -62,7 +68,17 @@ class Settings:
         if not known.is_dir():
             raise SettingError(f"RAPYDLI_KNOWN_DIR={str(known)!r} is not a folder.")
         ports = _ports(environ.get("RAPYDLI_PEER_PORTS") or "0")
-        return cls(Path(folder), threads, lanes or None, verify, tuning, known, compilers, ports)
+        device = checked_device(environ.get("RAPYDLI_DEVICE") or "cpu", "RAPYDLI_DEVICE=")
+        wait = environ.get("RAPYDLI_CUDA_WAIT", "0") != "0"
+        return cls(Path(folder), threads, lanes or None, verify, tuning, known, compilers, ports, device, wait)
+
+
+def checked_device(name: str, where: str) -> str:
+    """The name of a device, the first GPU as 'cuda:0'; SettingError for what is none."""
+    found = re.fullmatch(r"cpu|emulated|cuda(:\d+)?", str(name))
+    if found is None:
+        raise SettingError(f"{where}{name!r} is not 'cpu', 'cuda', 'cuda:1' and so on, or 'emulated'.")
+    return "cuda:0" if name == "cuda" else name
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -12,8 +12,6 @@ from typing import Any
 
 from distributed import Client
 
-from cpu_kernels.compile import host
-
 from .comparison import (
     Comparable,
     Comparison,
@@ -24,11 +22,13 @@ from .comparison import (
     records_s,
     settings_of,
 )
+from .config import checked_device
 from .data import Dataset, Feed, Snapshot, ingest, latest, read_snapshot
 from .errors import SettingError, SnapshotError
 from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
+from .runtime.devices import device_of
 from .runtime.elastic import Elastic, Policy
 from .runtime.evaluate import complete_state
 from .runtime.events import (
@@ -49,14 +49,15 @@ from .runtime.job import Job
 from .runtime.leaving import Leaving
 from .runtime.local import Local
 from .runtime.own import bring, defined_outside
+from .runtime.participant import CLOCKS
 from .runtime.process import this_process
 from .runtime.publish import publishing
-from .runtime.rank import CLOCKS
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.workers import Usual, workers_for
 from .scheduler import Placement, Plan, Program, remade, traffic
 from .spec import Array
+from .template import Device
 from .tuner import Choice, Tuning
 from .version import __version__
 
@@ -152,6 +153,7 @@ class Options:
     min_workers: int | None = None
     patience_s: float = 30.0
     walltime_s: float | None = None
+    device: str | None = None
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
@@ -160,6 +162,8 @@ class Options:
                 raise SettingError(f"fit: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         if (self.epochs is None) == (self.steps is None):
             raise SettingError("fit: give either epochs or steps.")
+        if self.device is not None:
+            checked_device(self.device, "fit: device=")
         if step.network is None:
             raise SettingError("fit: this graph is not a training step; make one with rf.train_step.")
         if self.resume and self.run_dir is None:
@@ -208,10 +212,11 @@ class Fitting:
         self._refuse_to_replace()
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
-        device = next(iter(workers.values()))["device"] if workers else host()
+        device = next(iter(workers.values()))["device"] if workers else device_of(options.device)
+        tuning = self._on(device, tuning)
         if options.tune_s and tuning is None and before is None:
-            ranks = plan.rank_graphs(self.step)
-            tuner.autotune(ranks, plan.threads, self.client, budget_s=options.tune_s, known_too=False)
+            ranks, budget = plan.rank_graphs(self.step), {"budget_s": options.tune_s, "known_too": False}
+            tuner.autotune(ranks, plan.threads, self.client, device=options.device, **budget)
         tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
         programs = plan.programs(self.step, tuning)
         backend = self._backend(plan, programs, tuning, workers)
@@ -339,7 +344,21 @@ class Fitting:
         if self.client is None:
             return {}
         ranks = plan.ranks if plan else self.before.meta["plan"]["ranks"] if self.before else None
-        return workers_for(self.client, ranks, self.options.timeout_s)
+        return workers_for(self.client, ranks, self.options.timeout_s, self.options.device)
+
+    def _on(self, device: Device, tuning: Tuning | None) -> Tuning | None:
+        """The tuning, if it is of this device and the device can do what is asked for."""
+        if tuning is not None and tuning.device.key != device.key:
+            raise SettingError(
+                f"fit: the tuning is of {tuning.device.name} ({tuning.device.key}) but the run is on {device.name} "
+                f"({device.key}). Give one of that device, or none."
+            )
+        if device.kind != "cpu" and self.options.granularity != "segment":
+            raise SettingError(
+                f"fit: granularity={self.options.granularity!r} is for processors, not for {device.name}. "
+                "Use 'segment'."
+            )
+        return tuning
 
     def _plan(self, workers: Mapping[str, Any]) -> Plan:
         """As the snapshot says, else samples over all workers, else one rank here."""

@@ -50,6 +50,8 @@ class Device:
     threads: int = 1024  # of a block
     registers: int = 65536  # of a multiprocessor
     shared_bytes: int = 48 << 10  # of a block, without asking for more
+    emulated: bool = False  # a card that NumPy plays
+    number: int = field(default=0, compare=False)  # which of the cards that a process sees
 
     @property
     def limits(self) -> dict[str, int]:
@@ -63,7 +65,7 @@ class Device:
     @property
     def key(self) -> str:
         """Equal keys run the same compiled kernels equally fast."""
-        return f"{self.kind}-{self.target or self.name}-v{self.vector_bytes}"
+        return f"{self.kind}-{self.target or self.name}-v{self.vector_bytes}" + ("-emulated" if self.emulated else "")
 
 
 @dataclass(frozen=True)

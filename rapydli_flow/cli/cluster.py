@@ -10,15 +10,18 @@ import click
 
 
 @contextmanager
-def cluster(workers: int, scheduler: str | None) -> Iterator[Any]:
-    """A Dask client: of a running scheduler, of a local cluster, or none."""
+def cluster(workers: int, scheduler: str | None, device: str | None = None) -> Iterator[Any]:
+    """A Dask client: of a running scheduler, of a local cluster whose workers have a ``device``, or none."""
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
         with Client(scheduler) as client:
             yield client
     elif workers > 0:
-        with LocalCluster(n_workers=workers, threads_per_worker=_threads(workers), dashboard_address=":0") as local:
+        how: dict[str, Any] = {"threads_per_worker": _threads(workers), "dashboard_address": ":0"}
+        if device is not None:
+            how["env"] = {"RAPYDLI_DEVICE": device}
+        with LocalCluster(n_workers=workers, **how) as local:
             click.echo(f"dashboard: {local.dashboard_link}")
             with Client(local) as client:
                 yield client

@@ -13,6 +13,7 @@ from ..runtime.events import Callback
 from ..runtime.feeding import label_classes
 from ..version import __version__
 from .cluster import cluster
+from .devices import devices
 from .failing import plain_errors
 from .recipe import Recipe
 from .time import time, warm
@@ -29,13 +30,19 @@ def main() -> None:
 
 
 main.add_command(tune)
+main.add_command(devices)
 main.add_command(time)
 main.add_command(warm)
 
 
 @main.command()
 @click.argument("recipe")
-@click.option("--workers", default=2, show_default=True, help="Workers of a local Dask cluster; 0: in this process.")
+@click.option(
+    "--workers",
+    type=int,
+    default=None,
+    help="Workers of a local Dask cluster; 0: in this process [default: 2; with --device 0].",
+)
 @click.option("--scheduler", default=None, help="Address of a running Dask scheduler, instead of a local cluster.")
 @click.option("--epochs", type=float, default=None, help="Epochs to train [default: what the recipe says].")
 @click.option("--steps", type=int, default=None, help="Steps to train, instead of epochs.")
@@ -44,12 +51,13 @@ main.add_command(warm)
 @click.option("--data", "data_url", default=None, help="Where the dataset is [default: beside the run].")
 @click.option("--tune", "tune_s", default=0.0, help="Seconds to tune kernels first of which nothing is known.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--device", default=None, help="cpu, cuda, cuda:1, emulated [default: RAPYDLI_DEVICE, else cpu].")
 @click.option("--resume", is_flag=True, help="Go on from the newest snapshot in the run's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is in the folder.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write report.html at the end.")
 def train(
     recipe: str,
-    workers: int,
+    workers: int | None,
     scheduler: str | None,
     epochs: float | None,
     steps: int | None,
@@ -58,6 +66,7 @@ def train(
     data_url: str | None,
     tune_s: float,
     seed: int,
+    device: str | None,
     resume: bool,
     overwrite: bool,
     report: bool,
@@ -73,7 +82,9 @@ def train(
         click.echo(step.network)
         click.echo("")
         bar: Callback = ProgressBar()
-        with cluster(workers, scheduler) as client:
+        if workers is None:
+            workers = 2 if device is None else 0
+        with cluster(workers, scheduler, device) as client:
             run = api.fit(
                 step,
                 data["train"],
@@ -83,6 +94,7 @@ def train(
                 client=client,
                 granularity=granularity,
                 seed=seed,
+                device=device,
                 tune_s=tune_s,
                 run_dir=folder,
                 resume=resume,

@@ -9,11 +9,10 @@ from typing import Any
 
 import click
 
-from cpu_kernels.compile import host
-
 from .. import api
 from ..config import settings
 from ..errors import SettingError
+from ..runtime.devices import device_of
 from ..runtime.timing import network_of, programs_of
 from ..runtime.tuning import known
 from ..runtime.warm import warm as warm_kernels
@@ -28,6 +27,7 @@ from .network import resolve
 @click.option("--threads", default=None, type=int, help="Threads [default: all cores].")
 @click.option("--inference", is_flag=True, help="Only forward, the network that predicts.")
 @click.option("--tune", "tune_s", default=0.0, help="Seconds to tune its kernels first.")
+@click.option("--device", default=None, help="cpu, cuda, cuda:1, emulated [default: RAPYDLI_DEVICE, else cpu].")
 @click.option("--kernels", is_flag=True, help="A row for each kernel, not for each layer.")
 @click.option("--html", default=None, type=click.Path(path_type=Path), help="Write a page with the roofline.")
 @click.option("--json", "json_file", default=None, type=click.Path(path_type=Path), help="Write every number.")
@@ -38,6 +38,7 @@ def time(
     threads: int | None,
     inference: bool,
     tune_s: float,
+    device: str | None,
     kernels: bool,
     html: Path | None,
     json_file: Path | None,
@@ -56,6 +57,7 @@ def time(
             threads=threads,
             inference=inference,
             tune_s=tune_s,
+            device=device,
         )
         click.echo(timing.table(kernels=kernels))
         if html is not None:
@@ -69,7 +71,8 @@ def time(
 @click.option("--batch", default=None, type=int, help="Records of a step, for a network by name [default: its own].")
 @click.option("--threads", default=None, type=int, help="Processes that compile [default: all cores].")
 @click.option("--inference", is_flag=True, help="Only the network that predicts.")
-def warm(network: str, batch: int | None, threads: int | None, inference: bool) -> None:
+@click.option("--device", default=None, help="cpu, cuda, cuda:1 [default: RAPYDLI_DEVICE, else cpu].")
+def warm(network: str, batch: int | None, threads: int | None, inference: bool, device: str | None) -> None:
     """Compile the kernels of a NETWORK before a run needs them, several at once.
 
     NETWORK is a recipe or the name of a network of rapydli_flow.zoo: its training step is compiled, and the networks
@@ -79,7 +82,7 @@ def warm(network: str, batch: int | None, threads: int | None, inference: bool) 
         if threads is not None and threads < 1:
             raise SettingError(f"--threads {threads} is not 1 or more.")
         step = resolve(network, batch).step
-        tuning = known(host())
+        tuning = known(device_of(device))
         programs = programs_of(network_of(step) if inference else step, tuning, settings().threads)
         pairs = [pair for program in programs for pair in program.requests]
         done = warm_kernels(pairs, tuning.device, compilers=threads, watch=_progress())

@@ -52,7 +52,7 @@ def tune() -> None:
 @click.option("--trials", default=None, type=int, help="Configs of each kernel to try, at most.")
 @click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="guided", show_default=True)
 @click.option("--soft", multiple=True, metavar="EXPRESSION", help="Only configs that keep to this: 'rows >= 6'.")
-@click.option("--device", default="cpu", show_default=True, help="Kind of device to tune.")
+@click.option("--device", default=None, help="cpu, cuda, cuda:1 [default: RAPYDLI_DEVICE, else cpu].")
 @click.option("--scheduler", default=None, help="Tune on the workers of a running Dask scheduler.")
 @click.option("--ranks", default=1, show_default=True, help="Tune for the local shapes of so many ranks.")
 @click.option("--threads", default=None, type=int, help="Threads of a rank [default: all cores].")
@@ -64,7 +64,7 @@ def tune_recipe(
     trials: int | None,
     strategy: str,
     soft: Sequence[str],
-    device: str,
+    device: str | None,
     scheduler: str | None,
     ranks: int,
     threads: int | None,
@@ -76,8 +76,6 @@ def tune_recipe(
         from ..progress import TuningBar
 
         check_report(report)
-        if device != host().kind:
-            raise SettingError(f"--device {device}: steps run on {host().kind} devices, so that is what is tuned.")
         step = Recipe(recipe).step()
         with cluster(0, scheduler) as client, TuningBar() as bar:
             found = api.autotune(
@@ -90,6 +88,7 @@ def tune_recipe(
                 soft=list(soft),
                 seed=seed,
                 watch=bar,
+                device=device,
             )
         click.echo(found)
         click.echo(f"\n{found.funnel}")

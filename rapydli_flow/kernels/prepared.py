@@ -22,7 +22,8 @@ from cpu_kernels.driver import CallList
 
 from ..config import settings
 from ..errors import SettingError
-from ..runtime.rank import ALIGN, at_array, kernel_of, memory_of
+from ..runtime.participant import at_array
+from ..runtime.rank import ALIGN, kernel_of, memory_of
 from ..runtime.remembered import known
 from ..spec import Array, Block, Spec
 from ..tuner import Tuning

@@ -19,10 +19,11 @@ from ..config import settings
 from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Request, Trial
+from .building import build
+from .card_measure import CardMeasure
 from .contained import Contained, Failed, Lost, share
-from .measure import Measure
+from .measure import Measure, Measuring
 from .own import carry, unpack
-from .rank import kernel_of
 
 COMPILE_S = 120.0  # for compiling a kernel
 LIMIT_S = 60.0  # for running a kernel the first time, and for all rounds of a batch
@@ -147,7 +148,7 @@ def _alone(kind: int) -> Iterator[None]:
 
 # in the children -----------------------------------------------------------------------------------------
 
-_measures: dict[str, Measure] = {}
+_measures: dict[str, Measuring] = {}
 _requests: dict[bytes, Request] = {}
 
 
@@ -162,7 +163,7 @@ def _request(packed: bytes) -> Request:
 
 def compile_one(packed: bytes, choice: Choice, device: Device, *, say: Any) -> bool:
     """Compile a choice into the kernel cache."""
-    kernel_of(_request(packed), choice, device)
+    build(_request(packed), choice, device)
     return True
 
 
@@ -177,5 +178,9 @@ def measure_all(
     say: Any,
 ) -> list[Trial]:
     """Check and time choices. The child belongs to one `Bench`, so that ``how`` is always the same."""
-    measure = _measures.setdefault(device.key, Measure(device, **how))
+    if device.key not in _measures:
+        made = Measure(device, **how) if device.kind == "cpu" else CardMeasure(device, **how)
+        made.contained = True
+        _measures[device.key] = made
+    measure = _measures[device.key]
     return measure(_request(packed), choices, against=against, thorough=thorough, say=say)

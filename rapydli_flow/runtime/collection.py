@@ -20,7 +20,7 @@ from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
 from .lower import Ref, lower, pick
-from .rank import CLOCKS
+from .participant import CLOCKS
 from .remembered import known
 
 

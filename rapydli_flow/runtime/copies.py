@@ -18,7 +18,7 @@ import numpy as np
 
 from ..scheduler import Program
 from ..spec import Array, Block
-from .rank import Rank
+from .participant import Participant
 
 NamedBlock = tuple[str, Block]
 
@@ -47,7 +47,7 @@ def only_here(programs: Sequence[Program]) -> tuple[tuple[str, ...], ...]:
 class Copies:
     """What one rank keeps of its run, by step."""
 
-    def __init__(self, rank: Rank, programs: Sequence[Program], number: int) -> None:
+    def __init__(self, rank: Participant, programs: Sequence[Program], number: int) -> None:
         self.rank, self.programs, self.number = rank, programs, number
         self.alone = only_here(programs)
         self.steps: dict[int, list[Piece]] = {}

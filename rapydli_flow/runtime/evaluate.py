@@ -16,7 +16,8 @@ from ..scheduler import Plan, Program, compile_program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Tuning
 from .feeding import label_classes
-from .rank import Rank
+from .participant import Participant
+from .stale import rank_on
 from .warm import warm
 
 
@@ -32,7 +33,7 @@ class Predictor:
         self.inputs = tuple(leaf.name for leaf in self.network.leaves("batch"))
         self.batch_size = self.network.leaves("batch")[0].spec.shape[0]
         self._state = dict(state)
-        self._ranks: dict[int, Rank] = {}
+        self._ranks: dict[int, Participant] = {}
 
     def load(self, state: Mapping[str, Array]) -> None:
         """Predict with another state from now on."""
@@ -58,11 +59,11 @@ class Predictor:
         tuning = replace(self.tuning, strict=False) if remainder else self.tuning
         return compile_program(graph, tuning, lent=[leaf.name for leaf in graph.leaves("param", "state")])
 
-    def _rank(self, size: int) -> Rank:
+    def _rank(self, size: int) -> Participant:
         if size not in self._ranks:
             program = self.program(size)
             warm(program.requests, self.tuning.device)
-            rank = Rank(program, self.tuning.device, threads=self.threads)
+            rank = rank_on(program, self.tuning.device, threads=self.threads)
             rank.load(self._state)
             self._ranks[size] = rank
         return self._ranks[size]

@@ -31,7 +31,7 @@ from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
 from .lower import Ref, lower, pick
-from .rank import CLOCKS
+from .participant import CLOCKS
 from .segment import SegmentResult, finite
 
 

@@ -7,8 +7,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from ..data import Dataset
 from ..errors import RunLost
 from ..graph import Graph
@@ -16,6 +14,7 @@ from ..scheduler import Plan, Program
 from ..spec import Array
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, one_result, whole_state
+from .devices import free_bytes, needed_bytes
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
@@ -46,10 +45,11 @@ class Local(Backend):
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.graph, self.plan, self.tuning, self.validation = step, plan, tuning, validation
-        free = int(psutil.virtual_memory().available)
+        free, where = free_bytes(tuning.device)
         for number, program in enumerate(programs):
-            program.check_memory(free, number)
-            free -= program.memory_bytes
+            more = needed_bytes(program, tuning.device) - program.memory_bytes
+            program.check_memory(free, number, where=where, more_bytes=more)
+            free -= program.memory_bytes + more
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
         warm([pair for program in programs for pair in program.requests], tuning.device)

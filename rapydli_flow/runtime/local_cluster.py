@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from distributed import Nanny, Scheduler, SpecCluster
 
-from ..config import settings
+from ..config import checked_device, settings
 from ..errors import SettingError
 
 MEMORY = {  # parameters and arenas stay in a worker, and are no task results that it could write to disk
@@ -27,7 +27,8 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
     ``workers``: one unless given. ``threads`` of each: the cores that there are (RAPYDLI_THREADS), divided among them.
     ``memory_bytes`` of each: the machine's memory divided among them; a worker is stopped when it takes 95 % of it, and
     never pauses before, as Dask's own would. Kernels have threads of their own, so NumPy's are turned off. Where there
-    are GPUs, each worker sees one, in turn. ``dashboard``: its port, 0 for any that is free.
+    are GPUs, each worker sees one, in turn. ``device``: what workers run kernels on, 'cpu', 'cuda' or 'emulated' (by
+    default what RAPYDLI_DEVICE says). ``dashboard``: its port, 0 for any that is free.
 
     Raises SettingError for more workers than cores, or numbers below one.
     """
@@ -39,6 +40,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
         threads: int | None = None,
         memory_bytes: int | None = None,
         dashboard: int = 0,
+        device: str | None = None,
         **options: Any,
     ) -> None:
         cores = settings().threads
@@ -49,6 +51,8 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
                 f"LocalCluster: {workers} workers on {cores} cores. Use fewer, or say threads=1 if they may share."
             )
         threads = threads or cores // workers
+        if device is not None:
+            checked_device(device, "LocalCluster: device=")
         memory = memory_bytes or int(psutil.virtual_memory().total // workers)
         gpus = sorted(path.name[len("nvidia") :] for path in Path("/dev").glob("nvidia[0-9]*"))
         super().__init__(
@@ -61,7 +65,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
                         "dashboard_address": None,
                         "silence_logs": logging.WARNING,
                         "config": MEMORY,
-                        "env": _environment(threads, gpus[i % len(gpus)] if gpus else None),
+                        "env": _environment(threads, gpus[i % len(gpus)] if gpus else None, device),
                     },
                 }
                 for i in range(workers)
@@ -74,10 +78,12 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
         )
 
 
-def _environment(threads: int, gpu: str | None) -> dict[str, str]:
+def _environment(threads: int, gpu: str | None, device: str | None) -> dict[str, str]:
     """What a worker's process is started with."""
     env = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     env["RAPYDLI_THREADS"] = str(threads)
+    if device is not None:
+        env["RAPYDLI_DEVICE"] = device
     if gpu is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     return env

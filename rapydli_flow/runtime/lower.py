@@ -27,7 +27,8 @@ from ..scheduler.collective import assemble, halves
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
-from .rank import at_array, kernel_of, run_reference
+from .participant import at_array, run_reference
+from .rank import kernel_of
 
 GRANULARITIES = ("op", "stage")
 

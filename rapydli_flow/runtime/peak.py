@@ -16,10 +16,11 @@ from cpu_kernels.compile import compile_kernel
 from cpu_kernels.driver import CallList, address_of
 from cpu_kernels.peak import PEAK, operands, tile_flops, values
 
-from ..ops import Add
+from ..ops import Add, Matmul
 from ..spec import Spec
 from ..template import Device, Epilogue
 from ..tuner import Request, Tuning
+from .card_measure import seconds_of
 from .rank import memory_of
 
 ROUNDS, ROUND_S = 5, 0.02
@@ -44,6 +45,8 @@ class Peak:
 
 def measured_peak(device: Device, threads: int) -> Peak:
     """Measure it. A multiply-add counts as two operations."""
+    if device.kind != "cpu":
+        return _of_card(device, threads)
     run, flops = in_registers(device)
     best = 0.0
     for _ in range(ROUNDS):
@@ -53,6 +56,16 @@ def measured_peak(device: Device, threads: int) -> Peak:
             done += 1
         best = max(best, done * flops / spent)
     return Peak(best, _moved(device, threads), threads)
+
+
+def _of_card(device: Device, threads: int) -> Peak:
+    """A large product of matrices, and a sum of large arrays, by the kernels that serve untuned."""
+    side, items = (4096, SUM_BYTES // 4) if not device.emulated else (16, 1024)
+    square, long = Spec((side, side)), Spec((items,))
+    product = Request(Matmul(), (square, square), Epilogue.none(square))
+    added = Request(Add(), (long, long), Epilogue.none(long))
+    flops_s = 2 * side**3 / seconds_of(product, device)
+    return Peak(flops_s, 3 * long.size_bytes / seconds_of(added, device), threads)
 
 
 def in_registers(device: Device) -> tuple[Callable[[int], None], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,25 +14,31 @@ from dask._task_spec import DataNode, Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from cpu_kernels.compile import host
-
 from ..config import settings
 from ..data import Dataset
 from ..errors import SettingError
 from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
 from ..tuner import Tuning
+from .devices import device_of
 from .evaluate import Predictor, batches, check_state
 from .remembered import known
 
 
 def predict(
-    graph: Graph, state: Mapping[str, Array], data: Any, *, output: str = "y", tuning: Tuning | None = None
+    graph: Graph,
+    state: Mapping[str, Array],
+    data: Any,
+    *,
+    output: str = "y",
+    tuning: Tuning | None = None,
+    device: str | None = None,
 ) -> Any:
     """Output ``output`` of a network for every record of a dataset, array, or dict of arrays: a Dask array.
 
     Chunks are equal batches, at most as large as the network was traced with; nothing runs before ``compute``.
-    ``tuning``: by default what is known here; a worker with another processor uses what is known there.
+    ``tuning``: by default what is known here; a worker with another processor uses what is known there. ``device``:
+    'cpu', 'cuda', 'cuda:1', 'emulated'; by default each process uses its own (RAPYDLI_DEVICE).
     """
     if graph.network is not None:
         raise SettingError("predict: this graph is a training step; give its network, step.network or run.graph.")
@@ -48,12 +54,12 @@ def predict(
     spec = network.spec(network.outputs[output])
     text = to_json(network)
     given = tuning is not None
-    tuning = known(host()) if tuning is None else tuning
+    tuning = known(device_of(device)) if tuning is None else tuning
     fed = records if isinstance(records, dict) else records.__getstate__()
-    token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given)
+    token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given, device)
     held, chosen = f"state-{token}", f"tuning-{token}"
     name = f"predict-{token}"
-    tasks: dict[Any, Any] = {held: DataNode(held, state), chosen: DataNode(chosen, (tuning, given))}
+    tasks: dict[Any, Any] = {held: DataNode(held, state), chosen: DataNode(chosen, (tuning, given, device))}
     sizes = []
     count = len(records) if isinstance(records, Dataset) else len(next(iter(records.values())))
     if count == 0:
@@ -76,15 +82,18 @@ def predict_batch(
     lo: int,
     hi: int,
     output: str,
-    chosen: tuple[Tuning, bool],
+    chosen: tuple[Tuning, bool, str | None],
 ) -> Array:
-    """The body of a task: one batch. ``chosen``: what the client knows, and whether it is to be used anywhere."""
+    """The body of a task: one batch. ``chosen``: what the client knows, whether it is to be used anywhere, and the
+    device that was asked for."""
     shared = _shared(text, token)
     with shared.lock:  # tasks of several threads meet here; kernels use the cores themselves
         if shared.predictor is None:
-            tuning, given = chosen
-            if not given and tuning.device.key != host().key:
-                tuning = known(host())
+            tuning, given, name = chosen
+            if not given:
+                device = device_of(name)
+                same = tuning.device.key == device.key
+                tuning = replace(tuning, device=device) if same else known(device)
             shared.predictor = Predictor(from_json(text), state, tuning, threads=settings().threads)
         feeds = part.read(np.arange(lo, hi), shared.predictor.inputs) if isinstance(part, Dataset) else part
         return shared.predictor(feeds)[output]

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.compile import host
-
 from ..config import settings
 from ..errors import GraphError, SettingError
 from ..graph import Graph, Value, predicting
@@ -24,10 +22,11 @@ from ..ops import Phase
 from ..scheduler import compile_program
 from ..spec import Array, Spec
 from . import tuning
+from .devices import device_of
 from .evaluate import check_state
 from .feeding import fed_arrays
 from .predict import only_needed
-from .rank import Rank
+from .stale import rank_on
 
 HEADER = ("node", "value", "min", "mean", "max", "std", "zeros", "not finite")
 BINS, BAR_W, BAR_H = 32, 5, 30
@@ -41,12 +40,14 @@ def probe(
     state: Mapping[str, Array] | None = None,
     seed: int = 0,
     step: int = 0,
+    device: str | None = None,
 ) -> Values:
     """The values of nodes of a network (as it predicts) or of a training step, for one batch.
 
     ``nodes``: names, or patterns such as ``"conv_*/w"`` and ``"grad/*"``; a scope stands for its last node,
     an output for its value. ``feeds``: arrays for the inputs that are read on the way there. ``state``: by
-    default the initial one for ``seed``. ``step`` is the counter that rates and dropout depend on.
+    default the initial one for ``seed``. ``step`` is the counter that rates and dropout depend on. ``device``: where
+    it is computed, by default where RAPYDLI_DEVICE says.
     Raises GraphError for a name that is not there, with the nearest.
     """
     wanted = [nodes] if isinstance(nodes, str) else list(nodes)
@@ -54,7 +55,7 @@ def probe(
     found: dict[str, Value] = {}
     for name in wanted:
         found |= _find(inside, graph, name)
-    return _values(inside, found, feeds, what="probe", state=state, seed=seed, step=step)
+    return _values(inside, found, feeds, what="probe", state=state, seed=seed, step=step, device=device)
 
 
 def gradients(
@@ -64,11 +65,12 @@ def gradients(
     state: Mapping[str, Array] | None = None,
     seed: int = 0,
     step: int = 0,
+    device: str | None = None,
 ) -> Values:
     """The gradient of the loss for every parameter of a training step, for one batch; arguments as of `probe`."""
     if not graph.gradients:
         raise SettingError("gradients: this graph does not know gradients; make a training step with rf.train_step.")
-    return _values(graph, graph.gradients, feeds, what="gradients", state=state, seed=seed, step=step)
+    return _values(graph, graph.gradients, feeds, what="gradients", state=state, seed=seed, step=step, device=device)
 
 
 def _values(
@@ -80,11 +82,13 @@ def _values(
     state: Mapping[str, Array] | None,
     seed: int,
     step: int,
+    device: str | None,
 ) -> Values:
     """Run the part of a graph that leads to some values."""
     small = only_needed(Graph(graph.nodes, dict(found)))
     arrays = fed_arrays(what, graph, feeds, {leaf.name for leaf in small.leaves("batch")})
-    rank = Rank(compile_program(small, tuning.known(host())), host(), threads=settings().threads)
+    where = device_of(device)
+    rank = rank_on(compile_program(small, tuning.known(where)), where, threads=settings().threads)
     if state is None:
         rank.start(seed)
     else:
@@ -92,7 +96,9 @@ def _values(
         rank.load(state)
     rank.feed(arrays)
     rank.step(seed, step)
-    return Values({name: rank.output(name) for name in found})
+    values = Values({name: rank.output(name) for name in found})
+    rank.close()
+    return values
 
 
 def _resolved(graph: Graph) -> Graph:

@@ -22,7 +22,7 @@ from ..scheduler.independent import shares
 from ..spec import Array
 from .copies import Copies
 from .feeding import Given, RankFeed
-from .rank import CLOCKS, Rank
+from .participant import CLOCKS, Participant
 from .timeline import Span, spans
 from .transport import Transport
 
@@ -90,14 +90,15 @@ class Average:
     share: float
     ranks: int
 
-    def __call__(self, rank: Rank) -> None:
-        views = [rank.leaf(name) for name in rank.program.kind("param", "state")]
-        for dtype in sorted({view.dtype.str for view in views if view.dtype.kind == "f"}):
-            same = [view for view in views if view.dtype.str == dtype]
-            for view in same:
-                view *= self.share
+    def __call__(self, rank: Participant) -> None:
+        state = {name: array for name, array in rank.state().items() if array.dtype.kind == "f"}
+        for dtype in sorted({array.dtype.str for array in state.values()}):
+            same = [array for array in state.values() if array.dtype.str == dtype]
+            for array in same:
+                array *= self.share
             op = AllReduce(ranks=tuple(range(self.ranks)), parts=len(same))
             rank.transport.meet("the average", op, same, same)
+        rank.put(state)
 
 
 def average_of(plan: Plan, programs: Sequence[Program], number: int) -> Average | None:
@@ -114,7 +115,7 @@ class Trainer:
 
     def __init__(
         self,
-        rank: Rank,
+        rank: Participant,
         feed: RankFeed | Given,
         seed: int,
         step: Graph,
@@ -126,7 +127,7 @@ class Trainer:
         self.rank, self.feed, self.seed, self.number = rank, feed, seed, number
         self.graph, self.copies, self.average = step, copies, average
         self.next: int | None = None
-        self.before: dict[str, Array] = {}  # the state that the last segment began with, on this rank
+        self.begun = False  # is the state set aside that the last segment began with?
 
     def segment(
         self, first: int, steps: int, *, profile: bool = False, clocks: Mapping[str, float] = CLOCKS
@@ -138,34 +139,40 @@ class Trainer:
         if self.next is not None and first != self.next:
             raise RunLost(f"rank {self.number}: a segment from step {first} came where {self.next} is next.")
         self.next = first + steps
-        self.before = before = self.rank.state()
+        self.rank.set_aside()
+        self.begun = True
         if self.copies is not None:
-            self.copies.keep(first, before)
+            self.copies.keep(first, self.rank.aside())
         together = self.average is None and self.rank.together
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
         waited_s, seen = 0.0, tuple[Span, ...]()
-        feed_s, begin = 0.0, time.perf_counter()
+        feed_s, looked, begin = 0.0, 0, time.perf_counter()
         for step in range(first, first + steps):
             fed = time.perf_counter()
             self.rank.feed(self.feed.batch(step))
             loaded = time.perf_counter()
             feed_s += loaded - fed
             if profile and step == first + steps - 1:
-                values, times = self.rank.step_timed(self.seed, step, clocks)
+                times = self.rank.advance_timed(self.seed, step, clocks)
                 for took in times:
                     ops[took.title] = ops.get(took.title, 0.0) + took.time_s
                 waited_s, seen = sum(took.waited_s for took in times), spans((fed, loaded), times)
             else:
-                values = self.rank.step(self.seed, step, clocks)
-            for name, value in values.items():
-                scalars.setdefault(name, []).append(value)
+                self.rank.advance(self.seed, step, clocks)
+            if self.rank.prompt or step == first + steps - 1:
+                for values in self.rank.taken():
+                    for name, value in values.items():
+                        scalars.setdefault(name, []).append(value)
             if self.average is not None and ((step + 1) % self.average.every == 0 or step == first + steps - 1):
                 self.average(self.rank)
             if step == first and self.copies is not None and together:
                 self.copies.settle(first)
-            if together and not np.isfinite(values.get("loss", 0.0)):
-                self._explain(before, range(first, step + 1), values["loss"], clocks)
+            losses = scalars.get("loss", [])
+            if together and not np.isfinite(losses[looked:]).all():
+                bad = next(i for i, loss in enumerate(losses) if not np.isfinite(loss))
+                self._explain(range(first, first + bad + 1), losses[bad], clocks)
+            looked = len(losses)
         if not together:
             self.rank.finish()
             self._agree(first, scalars.get("loss", []))
@@ -186,9 +193,9 @@ class Trainer:
                 f"the loss of rank {rank} is not finite at step {step}. Use a smaller learning rate. {KEPT}"
             )
 
-    def _explain(self, before: Mapping[str, Array], steps: range, loss: float, clocks: Mapping[str, float]) -> None:
+    def _explain(self, steps: range, loss: float, clocks: Mapping[str, float]) -> None:
         """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""
-        self.rank.load(before, whole=False)
+        self.rank.back()
         mine: Broken | None = None
         for step in steps:
             self.rank.feed(self.feed.batch(step))

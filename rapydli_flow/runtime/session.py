@@ -26,8 +26,9 @@ from ..spec import Array
 from ..template import Device
 from ..tuner import Budget, Choice, Found, Request, Trial, Tuner, Tuning, time_text
 from .bench import Bench
+from .participant import Participant
 from .peak import Peak, measured_peak
-from .rank import Rank
+from .stale import rank_on
 
 STEP_ROUNDS, STEP_S = 11, 3.0
 CHUNK = 8  # defaults that are compiled together
@@ -269,10 +270,10 @@ def _step_time(graph: Graph, device: Device, threads: int, found: Sequence[Found
     return StepTime(*(median(each[1:]) for each in times))
 
 
-def _fed(program: Program, device: Device, threads: int) -> Rank:
-    rank, rng = Rank(program, device, threads=threads), np.random.default_rng(0)
+def _fed(program: Program, device: Device, threads: int) -> Participant:
+    rank, rng = rank_on(program, device, threads=threads), np.random.default_rng(0)
     rank.start(0)
     for name in program.kind("batch"):
-        view = rank.leaf(name)
-        view[...] = rng.standard_normal(view.shape) if view.dtype.kind == "f" else 0
+        spec = program.leaves[name].spec
+        rank.put({name: rng.standard_normal(spec.shape) if spec.floating else np.zeros(spec.shape)})
     return rank

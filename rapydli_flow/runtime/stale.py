@@ -17,22 +17,34 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RunLost
+from ..errors import RunLost, SettingError
 from ..scheduler import Program
 from ..scheduler.collective import EXCHANGE, halves
 from ..scheduler.stale import HANDED
 from ..spec import Array
 from ..template import Device
-from .rank import CLOCKS, Rank
+from .card_rank import CardRank
+from .participant import CLOCKS, Participant, Scalars
+from .rank import Rank
 from .timeline import Took
 from .transport import Transport
 
 
-def rank_of(programs: Sequence[Program], number: int, device: Device, **how: Any) -> Rank:
-    """A rank of a plan, as its program asks for it; ``how`` as for `Rank`."""
-    if programs[number].gradients is not None:
-        return StaleRank(programs, number, device, **how)
-    return Rank(programs[number], device, **how)
+def rank_of(programs: Sequence[Program], number: int, device: Device, **how: Any) -> Participant:
+    """A rank of a plan, as its program and its device ask for it; ``how`` as for `Rank`."""
+    if programs[number].gradients is None:
+        return rank_on(programs[number], device, **how)
+    if device.kind != "cpu":
+        raise SettingError(
+            f"a plan with staleness has its ranks on processors, not on {device.name}. Use device='cpu', or another "
+            "plan."
+        )
+    return StaleRank(programs, number, device, **how)
+
+
+def rank_on(program: Program, device: Device, **how: Any) -> Participant:
+    """A program on a device; ``how`` as for `Rank`."""
+    return Rank(program, device, **how) if device.kind == "cpu" else CardRank(program, device, **how)
 
 
 class StaleRank(Rank):
@@ -79,18 +91,24 @@ class StaleRank(Rank):
     def feed(self, batch: Mapping[str, Array]) -> None:
         self.front.feed(batch)
 
-    def step(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> dict[str, float]:
-        """Gradients of a step, handed over; the scalars are those of this rank's records."""
+    def advance(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
+        """Gradients of a step, handed over."""
         self._begin()
-        self.front.step(seed, step, clocks)
-        return self._hand_over(seed, step, clocks)
+        self.front.advance(seed, step, clocks)
+        self._hand_over(seed, step, clocks)
 
-    def step_timed(
-        self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS
-    ) -> tuple[dict[str, float], list[Took]]:
+    def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
         begun = self._timed("updates", EXCHANGE, self._begin)
-        _, times = self.front.step_timed(seed, step, clocks)
-        return self._hand_over(seed, step, clocks), [begun, *times]
+        times = self.front.advance_timed(seed, step, clocks)
+        self._hand_over(seed, step, clocks)
+        return [begun, *times]
+
+    def taken(self) -> list[Scalars]:
+        """Those of this rank's records."""
+        return [
+            {name: value for name, value in values.items() if not name.startswith(HANDED)}
+            for values in self.front.taken()
+        ]
 
     def finish(self) -> None:
         self._catch_up(0)
@@ -121,10 +139,9 @@ class StaleRank(Rank):
                     self.front.leaf(name)[...] = value
                 self._changed = False
 
-    def _hand_over(self, seed: int, step: int, clocks: Mapping[str, float]) -> dict[str, float]:
+    def _hand_over(self, seed: int, step: int, clocks: Mapping[str, float]) -> None:
         handed = {name: self.front.output(name) for name in self.program.kind("batch")}
         self._under_way.append(self._updater.submit(self._in_turn, self._update, handed, seed, step, clocks))
-        return {name: value for name, value in self.front.scalars().items() if not name.startswith(HANDED)}
 
     # the thread behind --------------------------------------------------------------------------------
 
@@ -145,7 +162,8 @@ class StaleRank(Rank):
         parts = self._swap("the gradients", sends, [self.program] * len(sends), names)
         for name, *summands in zip(names, *parts, strict=True):
             self.leaf(name)[...] = halves(summands)
-        super().step(seed, step, clocks)
+        super().advance(seed, step, clocks)
+        super().taken()
         self._publish()
 
     def _publish(self) -> None:

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
-from cpu_kernels.compile import host
-
 from ..errors import NonFinite, RunLost, SettingError
 from ..graph import Graph
 from ..scheduler import Plan
@@ -33,6 +31,7 @@ from . import stepping
 from . import tuning as tuner
 from .backend import holding, whole_state
 from .cluster import Cluster
+from .devices import device_of
 from .evaluate import complete_state
 from .feeding import fed_arrays
 from .job import Job
@@ -109,9 +108,11 @@ def stepper(
     tuning: Tuning | None = None,
     transport: str = "auto",
     timeout_s: float = TIMEOUT_S,
+    device: str | None = None,
 ) -> Stepper:
     """A training step that is called batch by batch, in this process or on the workers of a client.
 
+    ``device``: 'cpu', 'cuda', 'cuda:1' or 'emulated', by default that of this process or of most workers.
     ``graph``: from `train_step`. ``plan``: how ranks divide the work; by default samples, one rank a worker.
     The programs are those of `fit`: the same batches give the same bits. Close it when done, or use ``with``:
 
@@ -128,10 +129,11 @@ def stepper(
         )
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
-    workers = workers_for(client, plan.ranks if plan else None, timeout_s) if client is not None else {}
+    asked = (plan.ranks if plan else None, timeout_s, device)
+    workers = workers_for(client, *asked) if client is not None else {}
     plan = plan or Usual.of(workers).plan(graph)
     if tuning is None:
-        tuning = tuner.known(next(iter(workers.values()))["device"] if workers else host())
+        tuning = tuner.known(next(iter(workers.values()))["device"] if workers else device_of(device))
     programs = plan.programs(graph, tuning)
     ranks: Ranks
     if client is None:

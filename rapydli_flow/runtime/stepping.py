@@ -42,7 +42,7 @@ def advance(trainer: Trainer, order: Advance) -> SegmentResult | NonFinite:
     try:
         return trainer.segment(order.step, 1, clocks=order.clocks)
     except NonFinite as error:
-        trainer.rank.load(trainer.before, whole=False)
+        trainer.rank.back()
         return error
 
 
@@ -61,11 +61,11 @@ def load(trainer: Trainer, state: Mapping[str, Array]) -> None:
 
 
 def back(trainer: Trainer, _: None) -> None:
-    trainer.rank.load(trainer.before, whole=False)
+    trainer.rank.back()
 
 
 def held(trainer: Trainer, aside: bool) -> dict[str, Array]:
-    return trainer.before if aside else trainer.rank.state()
+    return trainer.rank.aside() if aside else trainer.rank.state()
 
 
 class Ranks(ABC):
@@ -106,7 +106,7 @@ class Here(Ranks):
 
     def advance(self, orders: Sequence[Advance]) -> list[Any]:
         for trainer in self.local.trainers:
-            trainer.before = {}
+            trainer.begun = False
         try:
             return self.local.each(lambda trainer: advance(trainer, orders[trainer.number]))
         except BaseException:
@@ -124,7 +124,7 @@ class Here(Ranks):
             for trainer, transport in zip(trainers, Threads.of(many, timeout_s=self.timeout_s), strict=True):
                 trainer.rank.transport = transport
         for trainer in trainers:
-            if trainer.before:  # else it had not begun
+            if trainer.begun:
                 back(trainer, None)
 
     def load(self, arrays: Mapping[str, Array]) -> None:

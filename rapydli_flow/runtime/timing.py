@@ -24,9 +24,10 @@ from ..spec import Spec
 from ..tuner import Request, Tuning
 from .attribution import PHASES, Place, copied, places
 from .feeding import label_classes
+from .participant import Participant
 from .peak import Peak, peak_here
 from .predict import only_needed
-from .rank import Rank
+from .stale import rank_on
 from .warm import warm
 
 WARM_UP = 2
@@ -133,7 +134,7 @@ def measure_step(
     program = compile_program(rank_graph, replace(tuning, strict=False))
     warm(program.requests, tuning.device)
     peak_here(tuning.device, threads)
-    rank = Rank(program, tuning.device, threads=threads)
+    rank = rank_on(program, tuning.device, threads=threads)
     rank.start(seed)
     _feed(rank, graph, seed)
     for i in range(WARM_UP):
@@ -213,15 +214,15 @@ def _read_bytes(request: Request, spec: Spec) -> int:
     return min(spec.size_bytes, request.outs[0].size_bytes) if part else spec.size_bytes
 
 
-def _feed(rank: Rank, graph: Graph, seed: int) -> None:
+def _feed(rank: Participant, graph: Graph, seed: int) -> None:
     """Random records; labels among the classes that there are."""
     rng, classes = np.random.default_rng(seed), label_classes(graph)
     for name in rank.program.kind("batch"):
-        view = rank.leaf(name)
-        if view.dtype.kind == "f":
-            view[...] = rng.standard_normal(view.shape, np.float32)
+        spec = rank.program.leaves[name].spec
+        if spec.floating:
+            rank.put({name: rng.standard_normal(spec.shape, np.float32)})
         else:
-            view[...] = rng.integers(0, classes.get(name, 1), view.shape)
+            rank.put({name: rng.integers(0, classes.get(name, 1), spec.shape)})
 
 
 def _records(graph: Graph) -> int:

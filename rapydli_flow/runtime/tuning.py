@@ -26,6 +26,7 @@ from ..space import Rules, as_rules
 from ..spec import Array
 from ..template import Device
 from ..tuner import Choice, Found, Request, Trial, Tuning, TuningCache, nearest
+from .devices import device_of
 from .own import carry, unpack
 from .publish import TUNING, show_page
 from .remembered import cache, check_allowed, known
@@ -112,17 +113,18 @@ def autotune(
     seed: int = 0,
     watch: Callable[[Progress], None] | None = None,
     known_too: bool = True,
+    device: str | None = None,
 ) -> TuningReport:
     """Tune every distinct kernel of rank graphs and keep the results; those that are ``known_too``, or only others."""
     check_allowed()
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
     if client is None:
-        device = host()
-        jobs = jobs_of(graphs, device, options.threads, known_too)
-        check_soft(soft, [job.request for job in jobs], device)
-        keep = partial(remember, cache(), device)
-        sessions, lost = [Sitting(jobs, device, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
+        there = device_of(device)
+        jobs = jobs_of(graphs, there, options.threads, known_too)
+        check_soft(soft, [job.request for job in jobs], there)
+        keep = partial(remember, cache(), there)
+        sessions, lost = [Sitting(jobs, there, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
     else:
         sessions, lost = _on_workers(graphs, client, options, tell, known_too)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)

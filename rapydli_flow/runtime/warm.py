@@ -2,10 +2,10 @@
 
     pairs --which are not kept on disk?--> the largest first --shared out--> this process, and children of it
 
-Numba compiles one function at a time in a process, so more processes are the only way to use more cores. Children
-are `Contained`: they run no kernel, and their machine code comes back through the cache on disk. RAPYDLI_COMPILERS says
-how many processes compile, this one included; 1 starts none. A kernel that a child cannot compile is left to who needs
-it, and fails there as if nothing had been tried before.
+Numba compiles one function at a time in a process, so more processes are the only way to use more cores; cubins of a
+GPU are compiled in the same way. Children are `Contained`: they run no kernel, and their machine code comes back
+through the cache on disk. RAPYDLI_COMPILERS says how many processes compile, this one included; 1 starts none. A kernel
+that a child cannot compile is left to who needs it, and fails there as if nothing had been tried before.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Thread
 
-from cpu_kernels.compile import kept
-
 from ..config import settings
 from ..template import Device
 from ..tuner import Choice, Request
 from .bench import COMPILE_S, compile_one
+from .building import build, built
 from .contained import Contained, Failed, Lost
 from .own import carry
-from .rank import asked_of, kernel_of
 
 FEW = 2  # so many are compiled before a child has imported what it needs
 
@@ -46,7 +44,7 @@ class Warmed:
     def check(self) -> None:
         """Raise the error of the first kernel that failed, as compiling it here does."""
         for (request, choice), _ in self.failed:
-            kernel_of(request, choice, self.device)
+            build(request, choice, self.device)
 
     def __str__(self) -> str:
         words = f"{self.compiled} kernels compiled, {self.found} found, {self.time_s:.1f} s"
@@ -81,7 +79,7 @@ def warm(
 
 def kept_of(pairs: Sequence[Pair], device: Device) -> list[bool]:
     """Which kernels are on disk, or in this process."""
-    return kept([asked_of(request, choice, device) for request, choice in pairs], device)
+    return built(pairs, device)
 
 
 class _Crew:
@@ -123,7 +121,7 @@ class _Crew:
 
     def _here(self, pair: Pair) -> str:
         try:
-            kernel_of(*pair, self.device)
+            build(*pair, self.device)
         except Exception as error:  # of any kind: whoever needs the kernel will meet it again
             return f"{type(error).__name__}: {error}"
         return ""

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -23,8 +23,6 @@ from distributed.system import MEMORY_LIMIT
 from distributed.worker import thread_state
 from distributed.worker_state_machine import SecedeEvent
 
-from cpu_kernels.compile import host
-
 from ..data import EVERYWHERE, Dataset, Feed
 from ..errors import RunLost
 from ..spec import Array, Block, even_bounds
@@ -32,6 +30,7 @@ from ..tuner import Choice, Request, Tuning, compilers
 from ..version import __version__
 from .backend import Writers
 from .copies import Copies, Piece, put_together
+from .devices import device_of, here, named
 from .evaluate import Scorer
 from .feeding import RankFeed, fed_layout, feed_of, label_classes
 from .job import Job
@@ -132,12 +131,13 @@ def who(dask_worker: Any) -> dict[str, Any]:
     return {
         "version": __version__,
         "libraries": libraries(),
-        "device": host(),
+        "device": device_of(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "threads": worker.state.nthreads,
         "memory_bytes": int(limit or MEMORY_LIMIT),
         "used_bytes": int(worker.monitor.get_process_memory()),
+        **named(device_of()),
     }
 
 
@@ -196,7 +196,8 @@ def join(job: Job, number: int, *addresses: str) -> int:
     held = _find(job.run, number)
     held.transport = connected(job, number, held.transport, addresses)
     program = job.programs[number]
-    rank = rank_of(job.programs, number, job.tuning.device, threads=job.threads, transport=held.transport)
+    device = here(job.tuning.device)
+    rank = rank_of(job.programs, number, device, threads=job.threads, transport=held.transport)
     how: dict[str, Any] = {"seed": job.seed, "shuffle": job.shuffle, "like": _feed_before(job.before)}
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), **how)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None
@@ -265,7 +266,8 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     job = held.job
     assert job.validation is not None
     if held.scorer is None:
-        held.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads)
+        tuning = replace(job.tuning, device=here(job.tuning.device))
+        held.scorer = Scorer(job.step, job.validation, tuning, threads=job.threads)
     bounds = even_bounds(len(job.validation), job.ranks)
     return held.scorer.part(held.trainer.rank.state(), bounds[number], bounds[number + 1])
 

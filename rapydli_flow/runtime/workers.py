@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from ..config import settings
-from ..errors import DeviceMismatch, NoWorkers, VersionMismatch
+from ..config import checked_device, settings
+from ..errors import DeviceMismatch, NoWorkers, SettingError, VersionMismatch
 from ..graph import Graph
 from ..scheduler import Plan, make_plan
 from ..template import Device
@@ -59,12 +59,17 @@ def mismatch(address: str, worker: Mapping[str, Any]) -> str:
     return ""
 
 
-def workers_for(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
+def workers_for(
+    client: Client, ranks: int | None, timeout_s: float, device: str | None = None
+) -> dict[str, dict[str, Any]]:
     """`ready_workers` of one kind of processor, of that which most have: enough for the ranks, or all that there are.
+    With a ``device`` ('cpu', 'cuda', 'emulated'), of those that have one.
 
     Raises DeviceMismatch where those of one kind are too few.
     """
     known = ready_workers(client, ranks, timeout_s)
+    if device is not None:
+        known = _with(device, known, ranks or 1)
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for address, worker in sorted(known.items()):
         kinds.setdefault(worker["device"].key, {})[address] = worker
@@ -77,6 +82,23 @@ def workers_for(client: Client, ranks: int | None, timeout_s: float) -> dict[str
             "start all with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES set to what the least of them has."
         )
     return most
+
+
+def _with(device: str, workers: Mapping[str, dict[str, Any]], least: int) -> dict[str, dict[str, Any]]:
+    """The workers with such a device; DeviceMismatch where they are too few."""
+    kind = checked_device(device, "device=").partition(":")[0]
+    if device.partition(":")[1]:
+        raise SettingError(
+            f"device={device!r}: which GPU a worker has is said where it is started, by CUDA_VISIBLE_DEVICES or "
+            "RAPYDLI_DEVICE. Use device='cuda' with a client."
+        )
+    found = {a: w for a, w in workers.items() if ("emulated" if w["device"].emulated else w["device"].kind) == kind}
+    if len(found) < least:
+        raise DeviceMismatch(
+            f"the plan needs {least} worker(s) with device {device!r} but {len(found)} of {len(workers)} have one "
+            f"({_first(workers)}). Start workers with RAPYDLI_DEVICE={device}."
+        )
+    return found
 
 
 def _first(workers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -116,9 +116,15 @@ class Program:
         steps = (*self.steps, *(self.gradients.steps if self.gradients else ()))
         return tuple(dict.fromkeys((s.request, s.choice) for s in steps if isinstance(s, Call)))
 
-    def check_memory(self, limit_bytes: int, rank: int = 0, *, where: str = "in this process") -> None:
-        """Raise TooLittleMemory, with what would help and what takes it, if the arena is larger than the limit."""
-        if self.memory_bytes <= limit_bytes:
+    def check_memory(
+        self, limit_bytes: int, rank: int = 0, *, where: str = "in this process", more_bytes: int = 0
+    ) -> None:
+        """Raise TooLittleMemory, with what would help and what takes it, if the arena is larger than the limit.
+
+        ``more_bytes``: what the rank's device needs beside it.
+        """
+        needed = self.memory_bytes + more_bytes
+        if needed <= limit_bytes:
             return
         held = sum(self.leaves[name].spec.size_bytes for name in self.kind("param", "state"))
         helps = "Use a smaller batch, or more workers: for fewer records each, or strategy='spatial' for parts of them"
@@ -129,8 +135,8 @@ class Program:
             )
         rows = "\n".join(f"  {name:<48} {size:>16,}" for name, size in self.trained.largest)
         raise TooLittleMemory(
-            f"rank {rank} needs {self.memory_bytes:,} bytes for its arena but {limit_bytes:,} are free {where}: "
-            f"{self.memory_bytes - limit_bytes:,} are missing. {helps}; or give it more memory. The largest buffers, "
+            f"rank {rank} needs {needed:,} bytes for its arena but {limit_bytes:,} are free {where}: "
+            f"{needed - limit_bytes:,} are missing. {helps}; or give it more memory. The largest buffers, "
             f"in bytes:\n{rows}"
         )
 

@@ -8,7 +8,7 @@ from ..arguments import spell_check
 from .caffe import cifar10_quick, lenet
 from .catalogue import Network, find, networks
 from .inception import googlenet
-from .plain import alexnet, vgg_a
+from .plain import alexnet, overfeat, vgg_a
 from .residual import resnet18, resnet50
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "googlenet",
     "lenet",
     "networks",
+    "overfeat",
     "resnet18",
     "resnet50",
     "vgg_a",

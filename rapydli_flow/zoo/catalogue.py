@@ -13,7 +13,7 @@ from ..graph import Graph, trace
 from ..spec import Spec
 from .caffe import cifar10_quick, lenet
 from .inception import googlenet
-from .plain import alexnet, vgg_a
+from .plain import alexnet, overfeat, vgg_a
 from .residual import resnet18, resnet50
 
 
@@ -43,6 +43,7 @@ _ALL = (
     Network("lenet", lenet, (28, 28, 1), 10, 64, 431_080, "Caffe, lenet_train_test.prototxt"),
     Network("cifar10_quick", cifar10_quick, (32, 32, 3), 10, 100, 145_578, "Caffe, cifar10_quick_train_test.prototxt"),
     Network("alexnet", alexnet, *_IMAGENET, 32, 61_100_840, "Krizhevsky 2014, arXiv:1404.5997"),
+    Network("overfeat", overfeat, (231, 231, 3), 1000, 16, 145_920_872, "Sermanet et al. 2013, arXiv:1312.6229"),
     Network("vgg_a", vgg_a, *_IMAGENET, 8, 132_863_336, "Simonyan, Zisserman 2014, arXiv:1409.1556"),
     Network("googlenet", googlenet, *_IMAGENET, 16, 6_998_552, "Szegedy et al. 2014, arXiv:1409.4842"),
     Network("resnet18", resnet18, *_IMAGENET, 16, 11_689_512, "He et al. 2015, arXiv:1512.03385"),

@@ -1,4 +1,4 @@
-"""Convolutions, one behind the other, and three dense layers that hold most parameters: AlexNet and VGG."""
+"""Convolutions, one behind the other, and three dense layers that hold most parameters: AlexNet, OverFeat and VGG."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ def alexnet(x: Tensor, *, classes: int = 1000, dropout: float = 0.5) -> Any:
     x = nn.max_pool(x, 3, stride=2)
     for _ in range(2):
         x = nn.relu(nn.dense(_dropped(x, dropout), 4096))
+    return nn.dense(x, classes)
+
+
+def overfeat(x: Tensor, *, classes: int = 1000, dropout: float = 0.5) -> Any:
+    """OverFeat, the fast model: 145,920,872 parameters for ``x: N,231,231,3``.
+
+    Paper: P. Sermanet et al., "OverFeat: integrated recognition, localization and detection using convolutional
+    networks" (2013), arXiv:1312.6229, table 1. ``dropout``: the share that is dropped after each of the first two dense
+    layers, the paper's sixth and seventh; 0 leaves the ops out.
+    """
+    x = nn.max_pool(nn.relu(nn.conv(x, 96, 11, stride=4)), 2)
+    x = nn.max_pool(nn.relu(nn.conv(x, 256, 5)), 2)
+    for filters in (512, 1024, 1024):
+        x = nn.relu(nn.conv(x, filters, 3, padding=1))
+    x = nn.max_pool(x, 2)
+    for units in (3072, 4096):
+        x = _dropped(nn.relu(nn.dense(x, units)), dropout)
     return nn.dense(x, classes)
 
 

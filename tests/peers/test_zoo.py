@@ -40,7 +40,7 @@ def drawn(graph: Graph, rng: np.random.Generator) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_scores_agree_with_pytorch(name: str) -> None:
     rng = np.random.default_rng(3)
-    graph = small(name, **({"dropout": 0.25} if name in ("alexnet", "vgg_a", "googlenet") else {}))
+    graph = small(name, **({"dropout": 0.25} if name in ("alexnet", "overfeat", "vgg_a", "googlenet") else {}))
     state, x = drawn(graph, rng), rng.normal(size=(BATCH, *RECORDS[name])).astype(np.float32)
     theirs = twin(name, graph, state, dropout=0.25).eval()
     with torch.inference_mode():

@@ -248,7 +248,7 @@ def test_a_recipe_is_tuned_as_asked(results, tmp_path):
     assert len(results.known(host())) > 3
     assert "is neither .html nor .json" in error_of(recipe, "--report", tmp_path / "report.pdf")
     assert "names height, but no template of this step" in error_of(recipe, "--soft", "height > 3")
-    assert "steps run on cpu devices" in error_of(recipe, "--device", "cuda")
+    assert "is not 'cpu', 'cuda'" in error_of(recipe, "--device", "tpu")
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_only_what_is_needed_is_computed(step, feeds, monkeypatch):
             ran.extend(call.name for call in self.program.steps)
             return super().step(*args, **kwargs)
 
-    monkeypatch.setattr(probing, "Rank", Watched)
+    monkeypatch.setattr(probing, "rank_on", Watched)
     got = rf.probe(step, "conv_1", {"x": feeds["x"]})  # without labels
     assert ran == ["conv_1/conv_1"]
     assert got["conv_1"].shape == (BATCH, 6, 6, 4)

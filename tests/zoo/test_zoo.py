@@ -11,7 +11,7 @@ from rapydli_flow.ops import Dropout
 from rapydli_flow.testing.interpret import interpret
 from rapydli_flow.zoo.rounding import up
 
-LARGE = {"alexnet", "vgg_a", "resnet50"}  # seconds each, for their many parameters
+LARGE = {"alexnet", "overfeat", "vgg_a", "resnet50"}  # seconds each, for their many parameters
 COMPILED = ("lenet", "cifar10_quick")  # the others have so many shapes that compiling takes minutes; benchmarks do
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in zoo.networks]
 
@@ -35,6 +35,7 @@ def test_maps_have_the_sizes_of_the_papers() -> None:
     assert maps("lenet") == [24, 12, 8, 4]
     assert maps("cifar10_quick") == [32, 16, 8, 4]
     assert maps("alexnet") == [55, 27, 13, 6]
+    assert maps("overfeat") == [56, 28, 24, 12, 6]
     assert maps("vgg_a") == [224, 112, 56, 28, 14, 7]
     assert maps("googlenet") == [112, 56, 28, 14, 7]
     assert maps("resnet18") == maps("resnet50") == [112, 56, 28, 14, 7]
@@ -76,7 +77,7 @@ def test_a_compiled_training_step_gives_the_reference_s_loss(name: str) -> None:
     assert metrics["loss"] == pytest.approx(float(want), rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "count"), [("alexnet", 2), ("vgg_a", 2), ("googlenet", 1)])
+@pytest.mark.parametrize(("name", "count"), [("alexnet", 2), ("overfeat", 2), ("vgg_a", 2), ("googlenet", 1)])
 def test_dropout_can_be_left_out(name: str, count: int) -> None:
     def dropped(**options: float) -> int:
         return sum(isinstance(node.op, Dropout) for node in small(name, **options))

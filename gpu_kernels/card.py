@@ -1,0 +1,102 @@
+"""Accelerator: what a rank needs of a card. A GPU (`launch.Card`) has it, and one that NumPy plays (`emulated`).
+
+Memory is addresses. What is asked of a card is done later, in the order in which it was asked for, until `wait`;
+arrays of the host that take part stay as they are, and where they are, until then.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rapydli_flow.spec import Array
+from rapydli_flow.template import Device
+
+from .compile import Request
+
+
+class Mark(ABC):
+    """A moment between two pieces of a card's work."""
+
+    @abstractmethod
+    def set(self) -> None:
+        """The moment when all that was asked for so far is done."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until that moment; at once, if it was never set."""
+
+    @abstractmethod
+    def seconds_since(self, before: Mark) -> float:
+        """Between two moments that are past."""
+
+
+class Accelerator(ABC):
+    """A card, with a queue of work of its own."""
+
+    name: str
+
+    @abstractmethod
+    def describe(self) -> Device:
+        """What templates are told of it."""
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Memory that can be reserved now."""
+
+    @abstractmethod
+    def use(self) -> None:
+        """Called by a thread before it asks for anything else."""
+
+    @abstractmethod
+    def reserve(self, size_bytes: int) -> int:
+        """The address of new memory; TooLittleMemory."""
+
+    @abstractmethod
+    def free(self, address: int) -> None:
+        """Give memory back."""
+
+    @abstractmethod
+    def pinned(self, size_bytes: int) -> Array:
+        """Bytes of the host that the card reaches itself, until it is closed."""
+
+    @abstractmethod
+    def upload(self, address: int, data: Array) -> None:
+        """From the host to the card."""
+
+    @abstractmethod
+    def download(self, data: Array, address: int) -> None:
+        """From the card to the host."""
+
+    @abstractmethod
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Within the card."""
+
+    @abstractmethod
+    def fill(self, address: int, size_bytes: int, byte: int) -> None:
+        """Set all bytes."""
+
+    @abstractmethod
+    def prepare(self, request: Request) -> Any:
+        """The kernels of a call: ``bind(addresses, at=address)`` gives a function that launches them.
+
+        ``addresses``: of inputs, outputs, workspaces and extras; ``at``: of lo and whole of the output's block, for ops
+        that read them.
+        """
+
+    @abstractmethod
+    def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """All of these launches as one."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """A moment to be set."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until everything is done; what failed on the card is raised here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the queue, and what is pinned; memory is freed by who reserved it."""

@@ -1,0 +1,88 @@
+"""Convolution on tensor cores as a matrix product that is never laid out (implicit GEMM), channels last.
+
+    y[pixel, k] = sum over (tap, c) of x[pixel * stride + tap * dilation - padding, c] * w[tap, c, k]
+
+Rows are pixels, columns filters; groups are products of a batch, each with its part of the channels and filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from rapydli_flow.spec import Spec
+from rapydli_flow.template import Device, Epilogue, template
+
+from . import mma
+from .conv import geometry
+from .grid import INDEX_LIMIT, Grid
+from .mma import SPACE, Loader, Problem, Tile, cut, kind_of, lines_loader, multiply, vector_of
+from .mma_window import Slide, pixels_loader
+
+
+def slide(op: Any, x: Spec, w: Spec, y: Spec) -> Slide:
+    """How a convolution reads x."""
+    g = geometry(op, x, w, y)
+    return Slide(g.size, g.out, g.window, g.stride, tuple(-low for low in g.low), g.dilation)
+
+
+def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Problem]:
+    """Pixels by filters of a group, over taps and channels."""
+    x, w = ins
+    c, k = w.shape[-2], w.shape[-1] // op.groups
+    vectors = {"vector_a": vector_of(x.dtype, c, x.shape[-1]), "vector_b": vector_of(x.dtype, k, w.shape[-1])}
+    lie = {"rows_a": True, "rows_b": False, "batch": op.groups, "base": (c, k, k), "pitch": w.shape[-1], "state": 2}
+    kind = kind_of(op, x.dtype)
+    return (Problem(x.dtype, kind, outs[0].size // w.shape[-1], k, prod(w.shape[:-1]), **lie, **vectors),)
+
+
+def taps_in_bits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    return slide(op, *ins, outs[0]).bits <= 31
+
+
+def reach(s: Slide, images: int, channels: int) -> int:
+    """The farthest element that an index names, inside or not, counted from the image."""
+    ends = [max(abs(end) for end in s.reach(axis)) + s.size[axis] + 64 * abs(s.far[axis]) for axis in range(3)]
+    return (images * prod(s.size) + 2 * prod(ends)) * channels
+
+
+def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    x = ins[0]
+    return reach(slide(op, *ins, outs[0]), x.shape[0], x.shape[-1]) < INDEX_LIMIT
+
+
+RULES = {
+    "operands": mma.operands,
+    "taps in 31 bits": taps_in_bits,
+    "taps in 32-bit indices": in_reach,
+    **mma.rules(problems),
+}
+
+
+def loaders(t: Tile, s: Slide, channels: int) -> tuple[Loader, Loader]:
+    """Of pixels and of filters."""
+    a, b = t.shares()
+    assert a is not None, "copies of pixels are not shared out evenly"
+    assert b is not None, "copies of filters are not shared out evenly"
+    p = t.p
+    pixels = pixels_loader(p.dtype, t.a.layout, a, s, pixels=p.m, channels=channels, inner=p.k // prod(s.window))
+    return pixels, lines_loader(p.dtype, t.b.layout, b, p.n, p.k, p.row_pitch)
+
+
+@template(
+    "conv",
+    "cuda",
+    space=SPACE,
+    fits=RULES,
+    prefer=mma.prefer(RULES, problems),
+    workspace=mma.workspace(problems),
+    cost=mma.cost(problems),
+)
+def tensor_cores(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
+) -> tuple[Grid, ...]:
+    """Tiles of mma.sync over pixels and filters, filled by asynchronous copies."""
+    (p,) = problems(op, ins, outs)
+    t = cut(p, config)
+    return multiply(t, *loaders(t, slide(op, *ins, outs[0]), ins[0].shape[-1]), epilogue)

@@ -1,0 +1,580 @@
+"""Matrix products on tensor cores, from sm_80 on: what dense layers, convolutions and their gradients share.
+
+::
+
+               stages of bk           A block computes bm x bn outputs. Asynchronous copies bring bk values of the inner
+          +----+ +----+ +----+        sum at a time to one of several stages of shared memory, while warps multiply
+       bm | a  | | a  | | a  |        wm x wn tiles of another: one barrier for each bk.
+          +----+ +----+ +----+
+       bn | b  | | b  | | b  |        ``splits`` blocks may share the inner sum of one tile. Their sums go to a
+          +----+ +----+ +----+        workspace, and a second kernel adds them in a fixed order.
+
+An operand lies in memory with the inner sum along its rows, or across them (`Layout`); a loader says where that is:
+``prepare`` once, ``copy`` for each step. What is outside is copied as zeros.
+
+float32 is multiplied in three TF32 products (see `tensor_core`), or in one if the op allows it (``tf32``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product as every
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from rapydli_flow.spec import HALVES, Spec
+from rapydli_flow.template import Config, Device, Epilogue, broken
+
+from . import cost as costs
+from .arithmetic import indexing
+from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of, widest
+from .pair import Pair
+from .ptx import _array, _at, clear, cuda, float32, hold, int32, load, select, store, take, unroll
+from .tail import tail
+from .tensor_core import (
+    SPLIT,
+    Layout,
+    Operand,
+    commit,
+    copy_async,
+    exchange,
+    in_shared,
+    layout_of,
+    own_place,
+    place_of,
+    product,
+    wait,
+)
+from .tiles import Share, share
+
+SPACE: Mapping[str, tuple[Any, ...]] = {
+    "bm": (128, 64, 256),
+    "bn": (128, 64, 32, 256),
+    "bk": (32, 16, 64),
+    "wm": (64, 32),
+    "wn": (64, 32),
+    "stages": (3, 2, 4, 6),
+    "group": (8, 1),  # blocks of rows that follow each other before the next column: they share b in the second cache
+    "splits": (1, 2, 4, 8),
+    "resident": (2, 1, 3, 4),
+    "exchange": (True, False),  # threads exchange sums of halves, so that each stores 16 bytes instead of four
+}
+SHARED_KB = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_87": 163,
+    "sm_89": 99,
+    "sm_90a": 227,
+    "sm_90": 227,
+    "sm_100": 227,
+}  # of a block
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``batch`` products of ``m x n`` sums over ``k``, and how operands and results lie in memory.
+
+    ``rows_a``, ``rows_b``: k runs along the operand's memory. ``base``: how far the operands, and the results, of one
+    product of the batch are from those of the one before. ``pitch``: how far rows of the results are apart.
+    ``channels``: of an output's last axis, for epilogues; the products of a batch may have a part of it each.
+    """
+
+    dtype: str
+    kind: str
+    m: int
+    n: int
+    k: int
+    rows_a: bool
+    rows_b: bool
+    vector_a: int
+    vector_b: int
+    batch: int = 1
+    base: tuple[int, int, int] = (0, 0, 0)
+    pitch: int = 0
+    state: int = 0  # registers of a thread for each of its copies of a
+    part: int = 0  # which part of the op this is: some have several, one after the other
+
+    @property
+    def row_pitch(self) -> int:
+        return self.pitch or self.n
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A problem, and how it is cut."""
+
+    p: Problem
+    bm: int
+    bn: int
+    bk: int
+    wm: int
+    wn: int
+    stages: int
+    group: int
+    splits: int
+    resident: int
+    exchange: bool
+
+    @property
+    def itemsize(self) -> int:
+        return int(np.dtype(self.p.dtype).itemsize)
+
+    @property
+    def warps_n(self) -> int:
+        return self.bn // self.wn
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.bm // self.wm) * self.warps_n
+
+    @property
+    def blocks_m(self) -> int:
+        return blocks_of(self.p.m, self.bm)
+
+    @property
+    def blocks_n(self) -> int:
+        return blocks_of(self.p.n, self.bn)
+
+    @property
+    def blocks(self) -> int:
+        return self.blocks_m * self.blocks_n * self.splits * self.p.batch
+
+    @property
+    def steps(self) -> int:
+        """Of one split."""
+        return blocks_of(blocks_of(self.p.k, self.bk), self.splits)
+
+    @property
+    def a(self) -> Operand:
+        size = {"lines": self.bm if self.p.rows_a else self.bk, "pitch": self.bk if self.p.rows_a else self.bm}
+        layout = layout_of(self.p.dtype, **size, rows=self.p.rows_a, left=True)
+        return Operand(self.p.dtype, self.wm, self.p.rows_a, True, layout)
+
+    @property
+    def b(self) -> Operand:
+        size = {"lines": self.bn if self.p.rows_b else self.bk, "pitch": self.bk if self.p.rows_b else self.bn}
+        layout = layout_of(self.p.dtype, **size, rows=self.p.rows_b, left=False)
+        return Operand(self.p.dtype, self.wn, self.p.rows_b, False, layout)
+
+    @property
+    def stage(self) -> int:
+        """Elements of a stage."""
+        return self.a.layout.size + self.b.layout.size
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * self.stage * self.itemsize
+
+    def shares(self) -> tuple[Share | None, Share | None]:
+        """What a thread copies of either operand."""
+        of_a, of_b = self.a.layout, self.b.layout
+        return (
+            share(of_a.lines, of_a.pitch, self.p.vector_a, self.threads),
+            share(of_b.lines, of_b.pitch, self.p.vector_b, self.threads),
+        )
+
+    @property
+    def registers(self) -> int:
+        """A guess of what a thread needs."""
+        held = self.wm * self.wn // 32 + self.a.registers + self.b.registers
+        of_a = self.shares()[0]
+        copies = 0 if of_a is None else of_a.each * self.p.state
+        return held * (2 if self.p.kind == SPLIT else 1) + copies + 24
+
+
+def cut(p: Problem, config: Config) -> Tile:
+    """The tile of a config."""
+    return Tile(p, **config)
+
+
+def kind_of(op: Any, dtype: str) -> str:
+    """What is multiplied: three products of TF32 for one of float32, one, or halves."""
+    if dtype in HALVES:
+        return "half"
+    return "tf32" if op.tf32 else SPLIT
+
+
+def vector_of(dtype: str, *extents: int) -> int:
+    """The widest copy that divides all of these."""
+    return widest(*extents, itemsize=int(np.dtype(dtype).itemsize))
+
+
+# ---- loaders
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How one operand gets into shared memory; ``state``: registers that it keeps."""
+
+    prepare: Callable[..., None]
+    copy: Callable[..., None]
+    state: int = 1
+
+
+def nothing(state: Any, first: Any, thread: Any) -> None:
+    """A loader that has nothing to prepare."""
+
+
+def moves(layout: Layout, s: Share) -> tuple[tuple[int, int], ...]:
+    """How far each of a thread's lines is from its first."""
+    return tuple(layout.move(part * s.step, 0) for part in range(s.each))
+
+
+def rows_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int) -> Loader:
+    """An operand stored as ``[extent, inner]``: k runs along memory."""
+    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
+
+    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
+        column = thread % s.across * s.vector
+        row = first + thread // s.across
+        own = place(thread // s.across, column)
+        element = base + (row * inner + (k + column))
+        for part in unroll(s.each):
+            active = (row + part * s.step < extent) & (k + column < inner)
+            begin(
+                active, pointer, element + part * s.step * inner, shared, (own ^ move[part][0]) + (to + move[part][1])
+            )
+
+    return Loader(nothing, copy)
+
+
+def lines_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int, pitch: int = 0) -> Loader:
+    """An operand stored as ``[inner, extent]``, or as a part of longer rows: rows or columns run along memory."""
+    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
+    far = pitch or extent
+
+    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
+        column = thread % s.across * s.vector
+        line = k + thread // s.across
+        own = place(thread // s.across, column)
+        element = base + (line * far + (first + column))
+        for part in unroll(s.each):
+            active = (line + part * s.step < inner) & (first + column < extent)
+            target = (own ^ move[part][0]) + (to + move[part][1])
+            begin(active, pointer, element + part * s.step * far, shared, target)
+
+    return Loader(nothing, copy)
+
+
+def loader(t: Tile, left: bool) -> Loader:
+    """Of a plain matrix."""
+    p, s = t.p, t.shares()[0 if left else 1]
+    assert s is not None, "copies are not shared out evenly"
+    layout = t.a.layout if left else t.b.layout
+    make = rows_loader if (p.rows_a if left else p.rows_b) else lines_loader
+    return make(p.dtype, layout, s, p.m if left else p.n, p.k)
+
+
+# ---- kernels
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Where pixels of a part of the output lie in it: ``out`` of a part, ``whole`` of the output, ``step`` and
+    ``first`` for each of three axes."""
+
+    out: tuple[int, ...]
+    whole: tuple[int, ...]
+    step: tuple[int, ...]
+    first: tuple[int, ...]
+
+
+@cache
+def row_of(s: Scatter | None) -> Pair:
+    """``(row) -> row of the output``: where a pixel of the part lies, or the same."""
+
+    def row(pixel: Any) -> Any:
+        if s is None:
+            return pixel
+        (_, high, wide), out = s.out, pixel // prod(s.out)
+        for axis, inner in enumerate((high * wide, wide, 1)):
+            out = out * s.whole[axis] + (pixel // inner % s.out[axis] * s.step[axis] + s.first[axis])
+        return out
+
+    return indexing("row_of", row)
+
+
+def lanes_of(p: Problem, epilogue: Epilogue) -> int:
+    """How many neighbours are stored at once: 16 bytes of what is widest, if rows are multiples of that."""
+    read = [extra for extra in epilogue.extras if epilogue.reach(extra) != "scalar"]
+    itemsize = max(int(np.dtype(spec.dtype).itemsize) for spec in (epilogue.out, *read))
+    return widest(p.n, p.row_pitch, itemsize=itemsize)
+
+
+def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter | None = None) -> tuple[Grid, ...]:
+    """The kernels: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[k, column])."""
+    p, of_a, of_b = t.p, t.a, t.b
+    whole = t.splits == 1
+    widest_store = lanes_of(p, epilogue) if whole else widest(p.n)
+    swaps = t.exchange and not of_b.spread and widest_store > 2
+    have = 8 if of_b.spread or swaps else 2  # neighbouring columns of a thread
+    lanes = min(have, widest_store)
+    end, swap = tail(epilogue, lanes if whole else 1), exchange()
+    partial = store("float32", min(lanes, 4))
+    sums, gather = clear(t.wm * t.wn // 32), take(lanes)
+    fma = product(p.kind, t.bk, of_a, of_b)
+    place_a, place_b = own_place(of_a), own_place(of_b)
+    size_a, stage_size, arrived = of_a.layout.size, t.stage, wait(t.stages - 2)
+    element_type, ahead = in_shared(p.dtype), t.stages - 1
+    tiles, across = t.blocks_m * t.blocks_n, t.group * t.blocks_n
+    (base_a, base_b, base_out), rows, columns = p.base, t.wm // 8, t.wn // 4
+    channels, moved = base_out % p.row_pitch, row_of(scatter)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        shared = cuda.shared.array(0, element_type, alignment=1024)
+        acc = cuda.local.array(t.wm * t.wn // 32, float32)
+        state_a = cuda.local.array(a.state, int32)
+        state_b = cuda.local.array(b.state, int32)
+        thread = cuda.threadIdx.x
+        block = cuda.blockIdx.x % tiles
+        batch = cuda.blockIdx.x // tiles % p.batch
+        split = cuda.blockIdx.x // (tiles * p.batch)
+        above = block // across * t.group
+        tall = select(t.blocks_m - above < t.group, t.blocks_m - above, t.group)
+        row_0 = (above + block % across % tall) * t.bm
+        column_0 = block % across // tall * t.bn
+        k_0 = split * (t.steps * t.bk)
+        lane = thread % 32
+        warp_row = thread // 32 // t.warps_n * t.wm
+        warp_column = thread // 32 % t.warps_n * t.wn
+        read_a = place_a(lane, warp_row)
+        read_b = place_b(lane, warp_column)
+        sums(acc)
+        a.prepare(state_a, row_0, thread)
+        b.prepare(state_b, column_0, thread)
+        for stage in unroll(ahead):
+            if stage < t.steps:
+                k = k_0 + stage * t.bk
+                a.copy(ins[0], shared, stage * stage_size, state_a, batch * base_a, row_0, k, thread)
+                b.copy(ins[1], shared, stage * stage_size + size_a, state_b, batch * base_b, column_0, k, thread)
+            commit()
+        for step in range(t.steps):
+            arrived()
+            cuda.syncthreads()
+            if step + ahead < t.steps:
+                to = (step + ahead) % t.stages * stage_size
+                k = k_0 + (step + ahead) * t.bk
+                a.copy(ins[0], shared, to, state_a, batch * base_a, row_0, k, thread)
+                b.copy(ins[1], shared, to + size_a, state_b, batch * base_b, column_0, k, thread)
+            commit()
+            here = step % t.stages * stage_size
+            fma(acc, shared, here + read_a, here + size_a + read_b)
+        for i in unroll(rows):
+            if of_a.spread:
+                row = row_0 + warp_row + lane // 4 * 4 + (i // 4 * 32 + i % 4)
+            else:
+                row = row_0 + warp_row + lane // 4 + i * 8
+            row_out = moved(row)
+            if swaps:
+                for j in unroll(columns // 8):
+                    swap(acc, i * columns + j * 8)
+            for j in unroll(columns // lanes):
+                first = j * lanes // have * (4 * have) + j * lanes % have
+                column = column_0 + warp_column + lane % 4 * have + first
+                active = (row < p.m) & (column < p.n)
+                values = gather(acc, i * columns + j * lanes)
+                if whole:
+                    element = batch * base_out + row_out * p.row_pitch + column
+                    end.finish(active, outs[0], values, element, batch * channels + column, extras, at)
+                else:
+                    partial(active, work[0], ((split * p.batch + batch) * p.m + row) * p.n + column, values)
+
+    first = Grid(kernel, t.blocks, t.threads, t.shared_bytes, t.resident)
+    return (first,) if whole else (first, add_up(t, epilogue, scatter))
+
+
+ADDING = 256  # threads of a block that adds up
+
+
+def add_up(t: Tile, epilogue: Epilogue, scatter: Scatter | None = None) -> Grid:
+    """outs[0] = epilogue(the sums of all splits, added in their order)."""
+    p = t.p
+    lanes = min(lanes_of(p, epilogue), 4)
+    read, add, keep, gather, end = load("float32", lanes), plus(lanes), hold(lanes), take(lanes), tail(epilogue, lanes)
+    size, of_one, channels = p.batch * p.m * p.n, p.m * p.n, p.base[2] % p.row_pitch
+    moved = row_of(scatter)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        first = (cuda.blockIdx.x * ADDING + cuda.threadIdx.x) * lanes
+        active = first < size
+        acc = cuda.local.array(lanes, float32)
+        keep(acc, 0, read(active, work[0], first))
+        for split in range(t.splits - 1):
+            add(acc, read(active, work[0], split * size + (size + first)))
+        batch = first // of_one
+        row = first % of_one // p.n
+        column = first % p.n
+        row_out = moved(row)
+        element = batch * p.base[2] + row_out * p.row_pitch + column
+        end.finish(active, outs[0], gather(acc, 0), element, batch * channels + column, extras, at)
+
+    return Grid(kernel, blocks_of(size, ADDING * lanes), ADDING)
+
+
+@cache
+def plus(width: int) -> Pair:
+    """``(registers, values)``: add to them."""
+
+    def twin(registers: Any, values: Any) -> None:
+        for j in range(width):
+            registers[j] = registers[j] + values[j]
+
+    def rule(registers: Any, values: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, registers, args[0])
+            for j in range(width):
+                place = _at(builder, data, j)
+                builder.store(builder.fadd(builder.load(place), builder.extract_value(args[1], j)), place)
+            return context.get_dummy_value()
+
+        return types.void, (registers, types.UniTuple(types.float32, width)), emit
+
+    return Pair(f"plus{width}", twin, rule)
+
+
+# ---- which configs fit, and which are good
+
+Make = Callable[[Any, Sequence[Spec], Sequence[Spec]], Sequence[Problem]]
+
+
+def shared_limit(device: Device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return SHARED_KB.get(device.target, 99) * 1024
+
+
+def target_number(device: Device) -> int:
+    """'sm_90a' -> 90"""
+    return int("".join(c for c in device.target if c.isdigit()) or 80)
+
+
+def operands(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    """Is this a card with such tensor cores, and are the arrays float32 or halves, none empty, that 32 bits index?"""
+    known = all(spec.dtype in ("float32", *HALVES) and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
+    return known and not op.exact and target_number(device) >= 80
+
+
+def rules(problems: Make) -> dict[str, str | Callable[..., bool]]:
+    """The hard constraints. They come after rules on the op alone, so that there are problems."""
+
+    def vectors(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+        found = problems(op, ins, outs)
+        return all(min(p.vector_a, p.vector_b) * np.dtype(p.dtype).itemsize >= 4 for p in found)
+
+    def indices(
+        op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int, bn: int, splits: int
+    ) -> bool:
+        return all((p.m + bm) * (p.n + bn) * p.batch * splits < INDEX_LIMIT for p in problems(op, ins, outs))
+
+    def tiles(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+        return all(_whole(cut(p, config), device) for p in problems(op, ins, outs))
+
+    def exchanges(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, exchange: bool) -> bool:
+        return not exchange or all(p.kind == "half" and not p.rows_b for p in problems(op, ins, outs))
+
+    def deep(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bk: int, splits: int) -> bool:
+        return splits == 1 or all(p.k >= 2 * bk * splits for p in problems(op, ins, outs))
+
+    return {
+        "whole warps, few enough threads": (
+            "bm % wm == 0 and bn % wn == 0 and bm // wm * (bn // wn) >= 2 and bm // wm * (bn // wn) <= 8"
+        ),
+        "copies of 4 bytes or more": vectors,
+        "splits have steps": deep,
+        "fragments of lines of halves are exchanged": exchanges,
+        "results in 32-bit indices": indices,
+        "tiles in shared memory and registers, copies shared out evenly": tiles,
+    }
+
+
+def _whole(t: Tile, device: Device) -> bool:
+    limit = shared_limit(device)
+    together = t.resident * (t.shared_bytes + 1024)
+    if t.shared_bytes > limit or together > limit + 1024 or None in t.shares():
+        return False
+    if (
+        t.bk < t.a.depth
+        or t.bk > (64 if t.p.kind == "half" else 32)
+        or t.a.layout.size * t.itemsize % 1024
+        or t.b.layout.size * t.itemsize % 1024
+    ):
+        return False
+    return t.registers <= min(255, (device.registers or REGISTERS) // (t.threads * t.resident))
+
+
+# bm, bn, wm, wn, resident: the first are the best where there is work enough
+SHAPES = ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (128, 128, 64, 64, 2), (128, 256, 64, 64, 1))
+SHAPES += ((256, 128, 64, 64, 1), (128, 128, 64, 32, 1), (256, 64, 64, 32, 1), (64, 64, 32, 32, 4), (64, 64, 32, 32, 3))
+SHAPES += ((64, 64, 32, 32, 2), (128, 32, 32, 32, 3), (128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
+WARPS = 8  # of a multiprocessor, that hide what each of them waits for
+
+
+def estimate(t: Tile, device: Device, size_bytes: float) -> float:
+    """A guess of the time of a tile's kernels."""
+    p, cores = t.p, device.cores if device.cores > 1 else 132
+    warps = min(t.resident, blocks_of(t.blocks, cores)) * t.threads / 32
+    lost = 12 / t.bm + 12 / t.bn + 4 / t.wm + 4 / t.wn  # smaller tiles load more for each product
+    lost += 0.1 if t.resident == 1 else 0  # all warps wait at one barrier
+    lost += max(0.0, WARPS / warps - 1)
+    flops = 2 * t.blocks * t.bm * t.bn * (t.steps + 2) * t.bk * (1 + lost)  # a pipeline fills for two steps
+    seconds = costs.seconds(device, flops=flops, size_bytes=size_bytes, unit=p.kind, blocks=t.blocks)
+    if t.splits > 1:
+        seconds += costs.LAUNCH_S + 8 * t.splits * p.batch * p.m * p.n / (costs.COPY_BYTES_S * cores)
+    return seconds
+
+
+def prefer(
+    fits: Mapping[str, str | Callable[..., bool]], problems: Make, space: Mapping[str, tuple[Any, ...]] = SPACE
+) -> Callable[..., Config]:
+    """A template's function that finds a good config by `estimate`."""
+
+    def best(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
+        first = {name: values[0] for name, values in space.items()}
+        if broken({"operands": operands}, op, ins, outs, device, first):
+            return first
+        found = list(problems(op, ins, outs))
+        half = bool(found) and found[0].kind == "half"
+        tried = []
+        for (bm, bn, wm, wn, resident), splits in every(SHAPES, space["splits"]):
+            for bk, stages in every((64, 32, 16) if half else (32, 16), (4, 3, 2)):
+                config = {"bm": bm, "bn": bn, "bk": bk, "wm": wm, "wn": wn, "stages": stages}
+                config |= {"group": 8, "splits": splits, "resident": resident, "exchange": half and not found[0].rows_b}
+                if all(_whole(cut(p, config), device) for p in found):
+                    time_s = sum(estimate(cut(p, config), device, 0) for p in found)
+                    tried.append((time_s, len(tried), config))
+                    break
+        kept = (config for _, _, config in sorted(tried) if broken(fits, op, ins, outs, device, config) is None)
+        return next(kept, first)
+
+    return best
+
+
+def cost(problems: Make) -> Callable[..., float]:
+    """A template's foretold time."""
+
+    def foretell(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
+        size_bytes = sum(spec.size_bytes for spec in (*ins, *outs))
+        found = problems(op, ins, outs)
+        return sum(estimate(cut(p, config), device, size_bytes / len(found)) for p in found)
+
+    return foretell
+
+
+def workspace(problems: Make) -> Callable[..., tuple[Spec, ...]]:
+    """What splits of the largest problem need: problems run one after the other."""
+
+    def space(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+        if config["splits"] == 1:
+            return ()
+        return (Spec((config["splits"] * max(p.batch * p.m * p.n for p in problems(op, ins, outs)),)),)
+
+    return space

@@ -1,0 +1,440 @@
+"""CardRank: a participant whose memory and kernels are a card's.
+
+    feed       -> pinned, two in turn ----.
+    clocks     -> pinned, one a step ------+--> arena on the card: kernels --> scalars, pinned, one set a step
+                                           |           |    ^
+                                           |           v    |   ops without a kernel, collectives
+                                           '-------- mirror: the arena's arrays on the host, where they are needed
+
+Nothing waits for the card but `taken`, what needs the mirror, and a feed that is two steps ahead. Kernels that follow
+each other without a pause become one CUDA graph. The first step waits for each kernel, so that one that fails is named.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gpu_kernels.card import Accelerator, Mark
+from gpu_kernels.launch import ALIGNMENT, DeviceFault
+
+from ..config import settings
+from ..scheduler import Buffer, Call, Collective, Exchange, Program
+from ..scheduler.arena import aligned
+from ..spec import Array, Block, Spec
+from ..template import Device
+from .building import card_request
+from .devices import card_of
+from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
+from .rank import memory_of
+from .timeline import Took
+from .transport import Transport
+
+SLOTS = 512  # steps that may be under way before the card is waited for
+FEEDS = 2
+_told: set[str] = set()  # ops of this process that were said to run on the host
+
+
+class CardRank(Participant):
+    """A program bound to an arena on a card. ``replay``: run kernels as CUDA graphs."""
+
+    def __init__(
+        self,
+        program: Program,
+        device: Device,
+        *,
+        threads: int = 1,
+        transport: Transport | None = None,
+        poison: bool = False,
+        replay: bool = True,
+        card: Accelerator | None = None,
+    ) -> None:
+        super().__init__(program, device, threads=threads, transport=transport)
+        self.prompt = self.transport.ranks > 1  # ranks look at losses together
+        self.card = card or card_of(device)
+        self.card.use()
+        self._places = self._laid_out()
+        self._memory: list[int] = []
+        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
+        self._base = self._reserve(self._size_bytes)
+        if poison:  # NaN: nothing may read what was not written
+            self.card.fill(self._base, self._size_bytes, 0xFF)
+        self._aside_at = 0
+        self._mirror = memory_of(self._size_bytes)  # pages that nothing touches are not there
+        self._checked, self._replay = False, replay
+        self._steps = 0
+        self._taken: list[Scalars] = []
+        self._stage()
+        self._bind()
+
+    # memory -----------------------------------------------------------------------------------------
+
+    def _laid_out(self) -> dict[Any, int]:
+        """Where blocks that indexed ops read, and leaves that others would lend, lie behind the arena."""
+        places: dict[Any, int] = {}
+        end = aligned(self.program.arena_bytes)
+        blocks = [s.at for s in self.program.steps if isinstance(s, Call) and s.at is not None]
+        sizes = {block: at_array(block).nbytes for block in blocks}
+        sizes |= {name: self.program.leaves[name].spec.size_bytes for name in self.program.lent}
+        for key, size in sizes.items():
+            places[key] = end
+            end += aligned(size)
+        self._size_bytes = end
+        return places
+
+    def _reserve(self, size_bytes: int) -> int:
+        """Memory of the card, given back with this object at the latest."""
+        self._memory.append(self.card.reserve(size_bytes))
+        return self._memory[-1]
+
+    def _offset(self, buffer: Buffer) -> int:
+        """Where a buffer begins in the rank's memory; lent leaves have copies there."""
+        return buffer.offset if buffer.offset >= 0 else self._places[self.program.lent[-1 - buffer.offset]]
+
+    def _address(self, buffer: Buffer) -> int:
+        return self._base + self._offset(buffer)
+
+    def put(self, values: Mapping[str, Array]) -> None:
+        self.card.use()
+        sent = []
+        for name, value in values.items():
+            leaf = self.program.leaves[name]
+            sent.append(np.ascontiguousarray(value, leaf.spec.dtype))
+            self.card.upload(self._address(leaf), sent[-1])
+        self.card.wait()
+
+    def lend(self, values: Mapping[str, Array]) -> None:
+        """A card has copies of its own."""
+        self.put(values)
+
+    def get(self, names: Sequence[str]) -> dict[str, Array]:
+        return dict(zip(names, self._look([self.program.leaves[name] for name in names]), strict=True))
+
+    def output(self, name: str) -> Array:
+        return self._look([self.program.outputs[name]])[0]
+
+    def _look(self, buffers: Sequence[Buffer]) -> list[Array]:
+        self.card.use()
+        found = [np.empty(buffer.spec.shape, buffer.spec.dtype) for buffer in buffers]
+        for array, buffer in zip(found, buffers, strict=True):
+            self.card.download(array, self._address(buffer))
+        self.card.wait()
+        return found
+
+    def _held(self) -> Iterator[tuple[str, Spec, int, int]]:
+        """Parameters and state: where each is, and where it is set aside."""
+        at = self._aside_at
+        for name in self.program.kind("param", "state"):
+            leaf = self.program.leaves[name]
+            yield name, leaf.spec, self._address(leaf), at
+            at += aligned(leaf.spec.size_bytes)
+
+    def set_aside(self) -> None:
+        self.card.use()
+        if not self._aside_at:
+            leaves = (self.program.leaves[name] for name in self.program.kind("param", "state"))
+            self._aside_at = self._reserve(sum(aligned(leaf.spec.size_bytes) for leaf in leaves))
+        for _, spec, now, then in self._held():
+            self.card.copy(then, now, spec.size_bytes)
+
+    def aside(self) -> dict[str, Array]:
+        if not self._aside_at:
+            return {}
+        self.card.use()
+        found = {}
+        for name, spec, _, then in self._held():
+            found[name] = np.empty(spec.shape, spec.dtype)
+            self.card.download(found[name], then)
+        self.card.wait()
+        return found
+
+    def back(self) -> None:
+        self.card.use()
+        for _, spec, now, then in self._held():
+            self.card.copy(now, then, spec.size_bytes)
+
+    # staging ----------------------------------------------------------------------------------------
+
+    def _stage(self) -> None:
+        """Pinned memory for what is fed, for clocks, and for scalars."""
+        fed = {name: self.program.leaves[name].spec for name in self.program.kind("batch")}
+        self._feeds: list[tuple[dict[str, Array], Mark]] = []
+        self._fed = 0
+        for _ in range(FEEDS if fed else 0):
+            memory, at, arrays = self.card.pinned(sum(aligned(s.size_bytes) for s in fed.values())), 0, {}
+            for name, spec in fed.items():
+                arrays[name] = memory[at : at + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
+                at += aligned(spec.size_bytes)
+            self._feeds.append((arrays, self.card.mark()))
+        scalars = {name: buffer for name, buffer in self.program.outputs.items() if buffer.spec.shape == ()}
+        self._scalars = [
+            [(name, view, self._address(scalars[name])) for name, view in zip(scalars, views, strict=True)]
+            for views in self._numbers([buffer.spec for buffer in scalars.values()])
+        ]
+        clocks = {n: self.program.leaves[n] for n in clock_values(self.program, 0, 0, CLOCKS)}
+        runs = _runs(clocks)
+        width = sum(last - first for first, last, _ in runs)
+        memory = self.card.pinned(max(1, SLOTS * width))
+        self._clocks: list[list[tuple[Array, int, dict[str, Array]]]] = []
+        for slot in range(SLOTS):
+            at, pieces = slot * width, []
+            for first, last, names in runs:
+                piece = memory[at : at + last - first]
+                at += last - first
+                starts = {name: clocks[name].offset - first for name in names}
+                views = {n: piece[starts[n] :][: clocks[n].spec.size_bytes].view(clocks[n].spec.dtype) for n in names}
+                pieces.append((piece, self._base + first, views))
+            self._clocks.append(pieces)
+
+    def _numbers(self, specs: Sequence[Spec]) -> Iterator[list[Array]]:
+        """Room for scalars, for every slot."""
+        memory = self.card.pinned(max(1, SLOTS * len(specs) * 8))
+        for slot in range(SLOTS):
+            places = range(slot * len(specs) * 8, (slot + 1) * len(specs) * 8, 8)
+            yield [memory[at : at + s.size_bytes].view(s.dtype) for at, s in zip(places, specs, strict=True)]
+
+    def _feed(self, batch: Mapping[str, Array]) -> None:
+        if not self._feeds:
+            return
+        self.card.use()
+        arrays, mark = self._feeds[self._fed % FEEDS]
+        self._fed += 1
+        mark.wait()
+        for name, value in batch.items():
+            np.copyto(arrays[name], value, casting="same_kind")
+            self.card.upload(self._address(self.program.leaves[name]), arrays[name])
+        mark.set()
+
+    def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
+        self.card.use()
+        values = clock_values(self.program, seed, step, clocks)
+        for piece, address, views in self._clocks[self._steps]:
+            for name, view in views.items():
+                view[...] = values[name]
+            self.card.upload(address, piece)
+
+    # running ----------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        """Load kernels, and pack what each call is launched with."""
+        for block, place in self._places.items():
+            if isinstance(block, Block):
+                data = at_array(block)
+                self.card.upload(self._base + place, data)
+                self.card.wait()
+        kernels: dict[Any, Any] = {}
+        hosted: dict[str, None] = {}
+        self._parts: list[_Run | Call | Collective] = []
+        for step in self.program.steps:
+            if isinstance(step, Collective):
+                self._parts.append(step)
+                continue
+            buffers = [self._address(b) for b in (*step.ins, *step.outs, *step.work, *step.extras)]
+            if step.choice.reference or any(address % ALIGNMENT for address in buffers):
+                hosted[step.title] = None
+                self._parts.append(step)
+                continue
+            key = step.request, step.choice
+            if key not in kernels:
+                kernels[key] = self.card.prepare(card_request(*key, self.device))
+            at = self._base + self._places[step.at] if step.at is not None else 0
+            last = self._parts[-1] if self._parts else None
+            if not isinstance(last, _Run):
+                last = _Run()
+                self._parts.append(last)
+            last.calls.append(step)
+            last.launches.append(kernels[key].bind(buffers, at=at))
+        if new := [title for title in hosted if title not in _told]:
+            _told.update(new)
+            warnings.warn(
+                f"no GPU kernel serves {', '.join(new)}: these ops run on the host, which is correct but slow.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def advance(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
+        self.set_clock(seed, step, clocks)
+        for part in self._parts:
+            if isinstance(part, _Run):
+                self._run(part)
+            else:
+                self._other(part)
+        self._end()
+
+    def _end(self) -> None:
+        """Have the scalars of this step brought over."""
+        for _, view, address in self._scalars[self._steps]:
+            self.card.download(view, address)
+        self._steps += 1
+        self._checked = not settings().cuda_wait
+        if self._steps == SLOTS:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Wait, and take the scalars that came."""
+        self.card.use()
+        self.card.wait()
+        for slot in self._scalars[: self._steps]:
+            self._taken.append({name: float(view[0]) for name, view, _ in slot})
+        self._steps = 0
+
+    def taken(self) -> list[Scalars]:
+        self._drain()
+        taken, self._taken = self._taken, []
+        return taken
+
+    def _run(self, run: _Run) -> None:
+        """Kernels without a pause: each looked after in the first step, a graph of them from the second one on."""
+        if not self._checked:
+            for i in range(len(run.calls)):
+                self._launch(run, i)
+            return
+        if run.replay is None:
+            run.replay = self._captured(run) if self._replay and len(run.launches) > 1 else run.plain
+        run.replay()
+
+    def _captured(self, run: _Run) -> Callable[[], None]:
+        try:
+            return self.card.capture(run.launches)
+        except DeviceFault:  # a driver without graphs: launches do the same
+            self.card.wait()
+            return run.plain
+
+    def _launch(self, run: _Run, i: int) -> None:
+        """One kernel; until the first step is over it is waited for."""
+        try:
+            run.launches[i]()
+            if not self._checked:
+                self.card.wait()
+        except DeviceFault as error:
+            call = run.calls[i]
+            raise DeviceFault(
+                f"{described(call)} with {call.choice} on {self.device.name}: {error}", sticky=error.sticky
+            ) from error
+
+    def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
+        self.set_clock(seed, step, clocks)
+        self.card.wait()
+        begin, origin = time.perf_counter(), self.card.mark()
+        origin.set()
+        times: list[Took | tuple[Call, Mark, Mark]] = []
+        for part in self._parts:
+            if isinstance(part, _Run):
+                before = self.card.mark()
+                before.set()
+                for i, call in enumerate(part.calls):
+                    self._launch(part, i)
+                    after = self.card.mark()
+                    after.set()
+                    times.append((call, before, after))
+                    before = after
+            else:
+                self.card.wait()
+                times.append(self._timed(part.name, part.title, partial(self._other, part)))
+        self._end()
+        self.card.wait()
+        return [each if isinstance(each, Took) else _took(each, origin, begin) for each in times]
+
+    def _one_by_one(self) -> Iterator[tuple[Call | Collective, Callable[[], None]]]:
+        for part in self._parts:
+            if isinstance(part, _Run):
+                for i, call in enumerate(part.calls):
+                    yield call, partial(self._launch, part, i)
+            else:
+                yield part, partial(self._other, part)
+
+    def _other(self, part: Call | Collective) -> None:
+        """A collective, or an op that runs on the host."""
+        if isinstance(part, Collective):
+            self._meet(part)
+            return
+        ins = self._mirrored((*part.ins, *part.extras))
+        with np.errstate(all="ignore"):  # as kernels, it says nothing of numbers that are not finite
+            results = run_reference(part.request, ins, part.at)
+        for buffer, value in zip(part.outs, results, strict=True):
+            self._view(buffer)[...] = value
+        self._return(part.outs)
+
+    # the mirror -------------------------------------------------------------------------------------
+
+    def _view(self, buffer: Buffer) -> Array:
+        spec, first = buffer.spec, self._offset(buffer)
+        return self._mirror[first : first + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
+
+    def _mirrored(self, buffers: Sequence[Buffer]) -> list[Array]:
+        """Buffers as arrays of the host. They lie as in the arena: where NumPy's lie decides the bits of its sums."""
+        self.card.use()
+        found = [self._view(b) for b in buffers]
+        for array, buffer in zip(found, buffers, strict=True):
+            self.card.download(array, self._address(buffer))
+        self.card.wait()
+        return found
+
+    def _return(self, buffers: Sequence[Buffer]) -> None:
+        """What the mirror has, to the card."""
+        self.card.use()
+        for buffer in buffers:
+            self.card.upload(self._address(buffer), self._view(buffer))
+        self.card.wait()
+
+    def _at_hand(self, part: Collective) -> tuple[list[Array], list[Array]]:
+        ins = self._mirrored(part.ins)
+        if isinstance(part.op, Exchange):  # writes parts of what is there
+            return ins, self._mirrored(part.outs)
+        return ins, [self._view(b) for b in part.outs]
+
+    def _bring_back(self, part: Collective) -> None:
+        self._return(part.outs)
+
+    def close(self) -> None:
+        super().close()
+        self._parts = []
+        let_go(self.card, self._memory)
+
+
+def let_go(card: Accelerator, memory: list[int]) -> None:
+    """Give everything back; of a card that failed nothing can be, nor need it."""
+    with suppress(DeviceFault):
+        while memory:
+            card.use()
+            card.wait()
+            card.free(memory.pop())
+            if not memory:
+                card.close()
+
+
+class _Run:
+    """Kernel calls without a pause, and how they are launched."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.launches: list[Callable[[], None]] = []
+        self.replay: Callable[[], None] | None = None
+
+    def plain(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+def _took(timed: tuple[Call, Mark, Mark], origin: Mark, begin: float) -> Took:
+    call, before, after = timed
+    return Took(call.name, call.title, begin + before.seconds_since(origin), after.seconds_since(before))
+
+
+def _runs(buffers: Mapping[str, Buffer]) -> list[tuple[int, int, list[str]]]:
+    """Buffers that lie side by side, as intervals of the arena."""
+    out: list[tuple[int, int, list[str]]] = []
+    for name, buffer in sorted(buffers.items(), key=lambda item: item[1].offset):
+        first, last = buffer.offset, buffer.offset + buffer.spec.size_bytes
+        if out and first - out[-1][1] < aligned(1):
+            out[-1] = (out[-1][0], last, [*out[-1][2], name])
+        else:
+            out.append((first, last, [name]))
+    return out
