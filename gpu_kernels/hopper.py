@@ -2,7 +2,7 @@
 
 Shared memory is lines of 128 bytes, in chunks of 64 lines (8 KB, `LINES`); a line holds 64 halves, or 32 of float32.
 The copy engine swizzles the 16-byte pieces of a line and wgmma undoes that, so kernels name whole lines only. A chunk
-of an operand is 64 of its rows (or columns) by a line's worth of the inner sum (`depth_of`); for halves in either order:
+of an operand is 64 of its rows (or columns) by a line's worth of the inner sum (`depth_of`); halves in either order:
 
     k-major     line = row, the inner sum runs along it          [row][k]
     mn-major    line = step of the inner sum, rows along it      [k][row]
@@ -436,7 +436,8 @@ def multiply(dtype: str, parts: int, n: int, *, mn_major: tuple[bool, bool], lef
     regs = ", ".join(f"${i}" for i in range(held))
     kind = _PTX_NAMES[dtype]
     deep = depth_of(dtype) // STEPS
-    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k{deep}.f32.{kind}.{kind} {{{regs}}}, ${2 * held}, ${2 * held + 1}, 1, 1, 1"
+    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k{deep}.f32.{kind}.{kind} {{{regs}}}, "
+    asm += f"${2 * held}, ${2 * held + 1}, 1, 1, 1"
     asm += ";" if dtype == "float32" else f", {int(mn_major[0])}, {int(mn_major[1])};"
     tied = [*["=f"] * held, *map(str, range(held))]
 

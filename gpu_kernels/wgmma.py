@@ -39,7 +39,6 @@ from .hopper import (
     acquire,
     add,
     arrive,
-    PLACES,
     columns,
     copy,
     depth_of,
@@ -342,8 +341,9 @@ def laid_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int) -> tupl
 
 
 def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along: bool) -> Grid:
-    """The first kernel for float32: b, stored as [tap, inner, column] or, ``along`` the inner sum, [tap, column, inner],
-    goes to the workspace as whole lines, each value as TF32 and, if it is split, the rest. A thread moves 16 values.
+    """The first kernel for float32: b goes to the workspace as whole lines, as TF32 and, if it is split, the rest.
+
+    b is stored as [tap, inner, column] or, ``along`` the inner sum, [tap, column, inner]. A thread moves 16 values.
     """
     (out,) = laid_out(kind, b, taps, inner, columns_of)
     pitch, size, threads, split = out.shape[-1], out.size // out.shape[0], 256, kind == SPLIT
@@ -360,10 +360,7 @@ def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along
         run = item // (32 * wide) * 4 + item % 32 // 8
         tap = run // (pitch // 4)
         line = run % (pitch // 4) * 4  # where it begins
-        if split:
-            k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8
-        else:
-            k = line
+        k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8 if split else line
         for j in unroll(4):
             active = (tap < taps) & (k + j * step < inner) & (column < columns_of)
             keep(held, j * 4, read(active, ins[1], (tap * inner + k + j * step) * columns_of + column))
@@ -403,10 +400,7 @@ def lines_operand(t: Tile, taps: int, inner: int, *, turned: bool = False) -> Op
     maps = (TensorMap(3, t.dtype, (pitch, t.n, pieces * taps), (pitch, pitch * t.n), (depth, rows, 1)),)
 
     def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-        if turned:
-            tap = (taps - 1) - step // blocks
-        else:
-            tap = step // blocks
+        tap = (taps - 1) - step // blocks if turned else step // blocks
         for piece in unroll(pieces):
             begin(maps[1], bars, i, tiles, line + piece * rows, step % blocks * depth, first, tap + piece * taps)
 
