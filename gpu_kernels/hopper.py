@@ -1,11 +1,13 @@
 """Intrinsics for sm_90a: the copy engine (TMA), barriers in shared memory (mbarrier) and warpgroup products (wgmma).
 
-Shared memory is lines of 128 bytes, in chunks of 64 lines (8 KB, `LINES`); a line holds 64 halves. The copy engine
-swizzles the 16-byte pieces of a line and wgmma undoes that, so kernels name whole lines only. A chunk of an operand is
-64 of its rows (or columns) by 64 of the inner sum, in either order:
+Shared memory is lines of 128 bytes, in chunks of 64 lines (8 KB, `LINES`); a line holds 64 halves, or 32 of float32.
+The copy engine swizzles the 16-byte pieces of a line and wgmma undoes that, so kernels name whole lines only. A chunk
+of an operand is 64 of its rows (or columns) by a line's worth of the inner sum (`depth_of`); halves in either order:
 
     k-major     line = row, the inner sum runs along it          [row][k]
     mn-major    line = step of the inner sum, rows along it      [k][row]
+
+float32 is multiplied as TF32 (`multiply`), or each factor as the sum of two of those (`multiply_split`).
 
 Copies and products are asynchronous. A barrier's phase is complete when all have arrived and all bytes that were
 announced have; waiting names the parity of the phase. The twins keep what hardware would not tell: a line that is
@@ -35,10 +37,16 @@ from .ptx import _array, _at, _number
 LINE_BYTES = 128
 LINES = 64  # of a chunk
 CHUNK_BYTES = LINES * LINE_BYTES
-DEPTH = 64  # of the inner sum of a chunk of halves
+STEPS = 4  # products of a line: wgmma multiplies 32 bytes of the inner sum at a time
 ALIGNMENT = 1024  # of chunks: the swizzle repeats after 8 lines
-_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-_NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}
+_NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+_TF32_BITS, _TF32_HALF = 0xFFFFE000, 0x1000  # what TF32 keeps of float32, and half of its last place
+
+
+def depth_of(dtype: str) -> int:
+    """How much of the inner sum a line holds."""
+    return LINE_BYTES // int(np.dtype(_NUMPY[dtype]).itemsize)
 
 
 def _types(count: int, kind: str) -> tuple[Any, ...]:
@@ -386,8 +394,17 @@ def _operand(tiles: Shared, line: int, rows: int, dtype: str, *, mn_major: bool)
         raise KernelFault("a product reads shared memory before the copy to it was waited for.")
     known["readers"][where] += 1
     words = tiles.data.reshape(-1, LINE_BYTES // tiles.data.itemsize)[where]
-    chunks = words.view(_NUMPY[dtype]).astype(np.float32).reshape(rows // LINES, LINES, DEPTH)
-    return (chunks.swapaxes(1, 2) if mn_major else chunks).reshape(rows, DEPTH), (known["readers"], where)
+    values = words.view(_NUMPY[dtype]).astype(np.float32)
+    if mn_major:
+        values = values.reshape(rows // LINES, LINES, LINES).swapaxes(1, 2).reshape(rows, LINES)
+    return values, (known["readers"], where)
+
+
+def tf32(x: Array, *, nearest: bool) -> Array:
+    """float32 with the mantissa of TF32; the hardware cuts the rest off where nobody has rounded."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    cut = (bits + np.uint32(_TF32_HALF * nearest)) & np.uint32(_TF32_BITS)
+    return np.where(np.isfinite(x), cut.view(np.float32), x).astype(np.float32)
 
 
 def _spread(product: Array) -> Array:
@@ -410,14 +427,18 @@ def multiply(dtype: str, parts: int, n: int, *, mn_major: tuple[bool, bool], lef
     def twin(acc: Array, tiles: Shared, line_a: int, line_b: int) -> None:
         a, used_a = _operand(tiles, line_a, parts * LINES, dtype, mn_major=mn_major[0])
         b, used_b = _operand(tiles, line_b, n, dtype, mn_major=mn_major[1])
+        if dtype == "float32":
+            a, b = tf32(a, nearest=False), tf32(b, nearest=False)
         sums = np.concatenate([_spread(part) for part in np.split(a @ b.T, parts)])
         _under_way().append(_Group(acc, sums, [used_a, used_b]))
         _finish(left)
 
     regs = ", ".join(f"${i}" for i in range(held))
     kind = _PTX_NAMES[dtype]
-    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{regs}}}, ${2 * held}, ${2 * held + 1}, 1, 1, 1"
-    asm += f", {int(mn_major[0])}, {int(mn_major[1])};"
+    deep = depth_of(dtype) // STEPS
+    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k{deep}.f32.{kind}.{kind} {{{regs}}}, "
+    asm += f"${2 * held}, ${2 * held + 1}, 1, 1, 1"
+    asm += ";" if dtype == "float32" else f", {int(mn_major[0])}, {int(mn_major[1])};"
     tied = [*["=f"] * held, *map(str, range(held))]
 
     def rule(acc: Any, tiles: Any, line_a: Any, line_b: Any) -> Any:
@@ -432,7 +453,7 @@ def multiply(dtype: str, parts: int, n: int, *, mn_major: tuple[bool, bool], lef
             result = ir.LiteralStructType([ir.FloatType()] * held)
             constraints = ",".join([*tied, "l", "l"])
             _call(builder, "wgmma.fence.sync.aligned;", "~{memory}", ())
-            for step in range(DEPTH // 16):
+            for step in range(STEPS):
                 for part in range(parts):
                     own = slice(part * held, (part + 1) * held)
                     at_a = _ahead(builder, a, step * _step_bytes(mn_major[0]) + part * CHUNK_BYTES)
@@ -471,6 +492,150 @@ def _ahead(builder: Any, descriptor: Any, size_bytes: int) -> Any:
     from llvmlite import ir
 
     return builder.add(descriptor, ir.Constant(ir.IntType(64), size_bytes >> 4))
+
+
+def place_in_line(k: int) -> int:
+    """Where `multiply_split` wants b's value k of a line: a thread reads four neighbours of a, one for each step."""
+    return k % 4 * 8 + k // 16 * 4 + k % 16 // 4
+
+
+PLACES = tuple(place_in_line(k) for k in range(32))
+
+
+@cache
+def multiply_split(n: int) -> Pair:
+    """``(acc, tiles, line of a, line of b)``: acc += a b over a line of float32, in three products of TF32.
+
+    a is 64 rows; each thread splits what it reads of them. b is split already: ``n`` columns, then n of their rests;
+    its values lie at `PLACES`. Within a line sums are the hardware's, which cuts off; lines are added in float32.
+    """
+    held = n // 2
+
+    def twin(acc: Array, tiles: Shared, line_a: int, line_b: int) -> None:
+        (a, used_a), (b, used_b) = (
+            _operand(tiles, line, rows, "float32", mn_major=False) for line, rows in ((line_a, LINES), (line_b, 2 * n))
+        )
+        high, b = tf32(a, nearest=True), b[:, PLACES]
+        low = tf32(a - high, nearest=True)
+        sums = low @ b[:n].T + high @ b[n:].T + high @ b[:n].T
+        _Group(acc, _spread(sums), [used_a, used_b]).finish()
+
+    def asm(first: bool) -> tuple[str, str]:
+        regs = ", ".join(f"${i}" for i in range(held))
+        base = held if first else 2 * held
+        own = ", ".join(f"${base + i}" for i in range(4))
+        kind = f"wgmma.mma_async.sync.aligned.m64n{n}k8.f32.tf32.tf32"
+        text = f"{kind} {{{regs}}}, {{{own}}}, ${base + 4}, {int(not first)}, 1, 1;"
+        tied = [] if first else [str(i) for i in range(held)]
+        return text, ",".join([*["=f"] * held, *tied, *["r"] * 4, "l"])
+
+    def rule(acc: Any, tiles: Any, line_a: Any, line_b: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        f, i32 = ir.FloatType(), ir.IntType(32)
+        four = ir.LiteralStructType([f] * 4)
+        result = ir.LiteralStructType([f] * held)
+
+        def fragments(builder: Any, tiles: Any, line: Any) -> tuple[list[list[Any]], list[list[Any]]]:
+            """For each step the four registers of a, and of the rest."""
+            thread = builder.and_(_call(builder, "mov.u32 $0, %tid.x;", "=r", (), i32), _number(WARPGROUP - 1))
+            row = builder.and_(builder.lshr(thread, _number(2)), _number(7))
+            own = builder.add(builder.mul(builder.lshr(thread, _number(5)), _number(16)), row)
+            at = builder.add(tiles, builder.mul(builder.add(line, own), _number(LINE_BYTES)))
+            values = []  # [lower or upper half of the line][row or the one 8 below][step]
+            for half in range(2):
+                piece = builder.xor(builder.add(builder.and_(thread, _number(3)), _number(4 * half)), row)
+                place = builder.add(at, builder.mul(piece, _number(16)))
+                for below in range(2):
+                    asm = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{below * 8 * LINE_BYTES}];"
+                    found = _call(builder, asm, "=f,=f,=f,=f,r,~{memory}", [place], four)
+                    values.append([builder.extract_value(found, i) for i in range(4)])
+            high = [[_rounded(builder, values[i][step]) for i in range(4)] for step in range(STEPS)]
+            low = [
+                [_rounded(builder, builder.fsub(values[i][step], builder.bitcast(high[step][i], f))) for i in range(4)]
+                for step in range(STEPS)
+            ]
+            return high, low
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, sig.args[0], args[0])
+            high, low = fragments(builder, args[1], args[2])
+            b = _descriptor(builder, args[1], args[3], False)
+            rest = _ahead(builder, b, n * LINE_BYTES)
+            _call(builder, "wgmma.fence.sync.aligned;", "~{memory}", ())
+            sums: list[Any] = []
+            for own, other in ((low, b), (high, rest), (high, b)):
+                for step in range(STEPS):
+                    text, constraints = asm(not sums)
+                    operands = [*sums, *own[step], _ahead(builder, other, 32 * step)]
+                    found = _call(builder, text, constraints, operands, result)
+                    sums = [builder.extract_value(found, i) for i in range(held)]
+            tied = ",".join([*["=f"] * held, *map(str, range(held)), "~{memory}"])
+            text = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+            found = _call(builder, text, tied, sums, result)
+            for i in range(held):
+                place = _at(builder, data, i)
+                builder.store(builder.fadd(builder.load(place), builder.extract_value(found, i)), place)
+            return context.get_dummy_value()
+
+        return types.void, (acc, *_types(3, "int32")), emit
+
+    return Pair(f"multiply_split_64x{n}", twin, rule)
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    from llvmlite import ir
+
+    return _call(builder, "cvt.rna.tf32.f32 $0, $1;", "=r,f", [value], ir.IntType(32))
+
+
+def _tf32_twin(values: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(tf32(value, nearest=True) for value in values)
+
+
+@cache
+def rounded(width: int, *, rest: bool = False) -> Pair:
+    """``(values) -> each as TF32``, or its rest."""
+
+    def twin(values: Sequence[Array]) -> tuple[Array, ...]:
+        high = _tf32_twin(values)
+        return _tf32_twin([value - near for value, near in zip(values, high, strict=True)]) if rest else high
+
+    def rule(values: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for i in range(width):
+                value = builder.extract_value(args[0], i)
+                near = builder.bitcast(_rounded(builder, value), ir.FloatType())
+                if rest:
+                    near = builder.bitcast(_rounded(builder, builder.fsub(value, near)), ir.FloatType())
+                out.append(near)
+            return context.make_tuple(builder, sig.return_type, out)
+
+        return types.UniTuple(types.float32, width), (types.UniTuple(types.float32, width),), emit
+
+    return Pair(f"tf32_{'rest' if rest else 'of'}_{width}", twin, rule)
+
+
+@cache
+def pick(width: int, step: int) -> Pair:
+    """``(registers, first) -> width of them, step apart``"""
+
+    def rule(held: Any, first: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, sig.args[0], args[0])
+            values = [builder.load(_at(builder, data, args[1], j * step)) for j in range(width)]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return types.UniTuple(held.dtype, width), (held, types.int32), emit
+
+    return Pair(f"pick{width}_{step}", lambda held, first: tuple(held[first + j * step] for j in range(width)), rule)
 
 
 @cache

@@ -255,6 +255,13 @@ class _Rewriter(ast.NodeTransformer):
             return out
         return ast.For(self.visit(node.target), self.visit(node.iter), self._block(node.body), [])
 
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        value = self._value(self.visit(node.test))
+        if value is _UNKNOWN:
+            raise TemplateError(f"kernel {self.definition.name}: {ast.unparse(node)} is not decided. Use select.")
+        chosen: ast.AST = self.visit(node.body if value else node.orelse)
+        return chosen
+
     def visit_If(self, node: ast.If) -> Any:
         test = self.visit(node.test)
         if (value := self._value(test)) is not _UNKNOWN:
