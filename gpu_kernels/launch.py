@@ -52,12 +52,12 @@ ALIGNMENT = 16  # of every array that a kernel gets
 class DeviceFault(RapydliError, RuntimeError):
     """The CUDA driver refused a call; the message has its name for the error.
 
-    ``sticky``: nothing works on the card in this process any more.
+    ``sticky``: nothing works on the card in this process any more. ``kernel``: which it was, if that is known.
     """
 
-    def __init__(self, message: str, *, sticky: bool = False) -> None:
+    def __init__(self, message: str, *, sticky: bool = False, kernel: str = "") -> None:
         super().__init__(message)
-        self.sticky = sticky
+        self.sticky, self.kernel = sticky, kernel
 
 
 class Driver:
