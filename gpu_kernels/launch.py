@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow.errors import MissingDependency, RapydliError, TooLittleMemory
+from rapydli_flow.errors import DeviceFault, MissingDependency, TooLittleMemory
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
@@ -47,17 +47,6 @@ _FACTS = {  # CU_DEVICE_ATTRIBUTE_..., for people
 }
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
-
-
-class DeviceFault(RapydliError, RuntimeError):
-    """The CUDA driver refused a call; the message has its name for the error.
-
-    ``sticky``: nothing works on the card in this process any more. ``kernel``: which it was, if that is known.
-    """
-
-    def __init__(self, message: str, *, sticky: bool = False, kernel: str = "") -> None:
-        super().__init__(message)
-        self.sticky, self.kernel = sticky, kernel
 
 
 class Driver:

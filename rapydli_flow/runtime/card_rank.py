@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from gpu_kernels.card import Accelerator, Mark
-from gpu_kernels.launch import ALIGNMENT, DeviceFault
+from gpu_kernels.launch import ALIGNMENT
 
 from ..config import settings
+from ..errors import DeviceFault
 from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.arena import aligned
 from ..spec import Array, Block, Spec
