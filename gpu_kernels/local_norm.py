@@ -206,7 +206,7 @@ RULES: dict[str, Rule] = {
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
     """The widest vectors."""
-    tried = [{"threads": 256, "vector": v} for v in (8, 4, 2, 1)]
+    tried = [{"threads": 128, "vector": v} for v in (8, 4, 2, 1)]
     return next((c for c in tried if broken(RULES, op, ins, outs, device, c) is None), tried[-1])
 
 

@@ -27,7 +27,6 @@ from .ptx import append, cuda, load, load_one, store, unroll
 from .scalar import counted, formula, itself, nowhere, place, project
 
 SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1, 8), "items": (1, 2, 4)}
-LOADS = 4  # under way at once in a thread, where arrays are large
 
 
 def _reach(spec: Spec, out: Spec) -> str:
@@ -79,7 +78,7 @@ def _vectors(ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, ...]:
 
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    """Small arrays are spread over many threads; of large ones a thread loads a few vectors at once."""
+    """One vector a thread, the widest; more for formulas that take long, so that what they share is computed once."""
     return prefer_of(ins, outs, device, indexed=bool(getattr(op, "indexed", False)))
 
 
@@ -87,9 +86,8 @@ def prefer_of(ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, inde
     """The same for any formula over operands that broadcast."""
     out, cores = outs[0], device.cores if device.cores > 1 else 132
     vector = next((v for v in _vectors(ins, outs) if _fits(ins, outs, v, indexed)), 1)
-    streams = max(1, sum(_reach(spec, out) == "element" for spec in ins))
-    items = max(n for n in (1, 2, 4) if n == 1 or (n * streams <= LOADS and out.size >= 256 * vector * n * cores * 8))
-    return {"threads": 256, "vector": vector, "items": items}
+    many = indexed and out.size >= 256 * vector * 4 * cores * 8
+    return {"threads": 256, "vector": vector, "items": 4 if many else 1}
 
 
 class _Operands:

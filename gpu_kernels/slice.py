@@ -69,13 +69,11 @@ def narrow(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *
 
 
 def preferred(rules: dict[str, Rule], op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    """The widest vectors, and several of them in a thread where there are many."""
-    cores = device.cores if device.cores > 1 else 132
+    """The widest vectors, one in a thread: other warps keep the memory busy."""
     vectors = (8, 4, 2, 1) if outs[0].dtype in (*HALVES, "uint8") else (4, 2, 1)
 
     def tried(vector: int) -> Config:
-        items = max(n for n in SPACE["items"] if n == 1 or outs[0].size >= 256 * vector * n * cores * 8)
-        return {"threads": 256, "vector": vector, "items": items}
+        return {"threads": 256, "vector": vector, "items": 1}
 
     return next((c for c in map(tried, vectors) if broken(rules, op, ins, outs, device, c) is None), tried(1))
 
