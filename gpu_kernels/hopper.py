@@ -144,13 +144,24 @@ def place_of(alignment: int) -> Pair:
     return Pair(f"place_{alignment}", lambda shared: shared, rule)
 
 
+def _crew() -> Any:
+    assert cuda.crew is not None, "these intrinsics are for grids with roles"
+    return cuda.crew
+
+
+def _current() -> Any:
+    """The warpgroup that runs."""
+    return _crew().current
+
+
 class _Barrier:
     """The twin of an mbarrier."""
 
     def __init__(self, arrivals: int) -> None:
         self.arrivals, self.phase = arrivals, 0
         self.missing, self.expected, self.copied = arrivals, 0, 0
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[Callable[[], Array]] = []
+        self.here: list[Array] = []  # who knows of each line that came with the last phase
 
     def arrive(self, count: int = 1) -> None:
         self.missing -= count
@@ -163,16 +174,19 @@ class _Barrier:
             raise KernelFault(f"{self.copied} bytes come to a barrier that expects {self.expected}.")
         if self.missing or self.copied < self.expected:
             return
-        for deliver in self.copies:
-            deliver()
+        self.here = [deliver() for deliver in self.copies]
         self.phase += 1
         self.missing, self.expected, self.copied, self.copies = self.arrivals, 0, 0, []
+
+    def end(self) -> None:
+        if self.copies:
+            raise KernelFault(f"{self.copied} bytes are under way when a block ends, and nobody waits for them.")
 
     def expect(self, size_bytes: int) -> None:
         self.expected += size_bytes
         self.arrive()
 
-    def copy(self, size_bytes: int, deliver: Callable[[], None]) -> None:
+    def copy(self, size_bytes: int, deliver: Callable[[], Array]) -> None:
         self.copied += size_bytes
         self.copies.append(deliver)
         if not self.missing:
@@ -192,7 +206,8 @@ def start_barriers(first: int, count: int, arrivals: int) -> Pair:
 
     def twin(bars: Shared) -> None:
         for i in range(first, first + count):
-            bars.notes[f"barrier {i}"] = _Barrier(arrivals)
+            bars.notes[f"barrier {i}"] = barrier = _Barrier(arrivals)
+            _crew().at_end.append(barrier.end)
 
     places = range(8 * first, 8 * (first + count), 8)
     asm = " ".join(f"mbarrier.init.shared::cta.b64 [$0+{place}], {arrivals};" for place in places)
@@ -213,8 +228,10 @@ def expect(size_bytes: int) -> Pair:
 
 def _wait_twin(bars: Shared, i: int, parity: int) -> None:
     barrier = _barrier(bars, i)
-    assert cuda.crew is not None
-    cuda.crew.wait(lambda: barrier.phase % 2 != parity)
+    me = _current()
+    _crew().wait(lambda: barrier.phase % 2 != parity)
+    for known_to in barrier.here:
+        known_to |= 1 << me.number
 
 
 arrive = _statement(  # (barriers, i): one thread of each warp does
@@ -313,9 +330,12 @@ def _begin(lines: Array, bars: Shared, i: int, tiles: Shared, line: int) -> None
     words = tiles.data.reshape(-1, LINE_BYTES // tiles.data.itemsize)
     words[where] = np.iinfo(words.dtype).max
 
-    def deliver() -> None:
+    def deliver() -> Array:
         known["flight"][where] = False
         words[where] = lines.view(words.dtype)
+        known["known to"][where] = 0
+        seen: Array = known["known to"][where]
+        return seen
 
     _barrier(bars, i).copy(lines.size * lines.itemsize, deliver)
 
@@ -324,6 +344,7 @@ def _lines(tiles: Shared) -> dict[str, Any]:
     count = tiles.data.size * tiles.data.itemsize // LINE_BYTES
     if not tiles.notes:
         tiles.notes = {"flight": np.zeros(count, bool), "readers": np.zeros(count, np.int32)}
+        tiles.notes["known to"] = np.zeros(count, np.int32)  # a bit for each warpgroup that waited for its copy
     return tiles.notes
 
 
@@ -377,8 +398,8 @@ class _Group:
 
 
 def _under_way() -> list[_Group]:
-    assert cuda.crew is not None
-    return cuda.crew.current.__dict__.setdefault("products", [])
+    found: list[_Group] = _current().products
+    return found
 
 
 def _finish(left: int) -> None:
@@ -390,7 +411,7 @@ def _finish(left: int) -> None:
 def _operand(tiles: Shared, line: int, rows: int, dtype: str, *, mn_major: bool) -> tuple[Array, tuple[Array, slice]]:
     """``rows`` x 64 of the inner sum."""
     known, where = _lines(tiles), slice(int(line), int(line) + rows)
-    if known["flight"][where].any():
+    if known["flight"][where].any() or not (known["known to"][where] >> _current().number & 1).all():
         raise KernelFault("a product reads shared memory before the copy to it was waited for.")
     known["readers"][where] += 1
     words = tiles.data.reshape(-1, LINE_BYTES // tiles.data.itemsize)[where]
