@@ -15,7 +15,7 @@ from cpu_kernels.driver import CallList, Kernel, address_of
 
 from ..errors import SettingError
 from ..scheduler import Buffer, Call, Collective, Program, Wait
-from ..spec import Array, Block
+from ..spec import Array, Block, floating
 from ..template import Device
 from ..tuner import Choice, Request
 from .timeline import Took
@@ -216,7 +216,7 @@ class Rank:
         first: int | None = None
         for position, (part, done) in enumerate(self._one_by_one()):
             done()
-            if first is None and not all(np.isfinite(y).all() for y in self._written(part) if y.dtype.kind == "f"):
+            if first is None and not all(np.isfinite(y).all() for y in self._written(part) if floating(y)):
                 first = position
         return first
 

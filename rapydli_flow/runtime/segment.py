@@ -19,7 +19,7 @@ from ..graph import Graph
 from ..scheduler import AllReduce, Plan, Program
 from ..scheduler.collective import TITLES
 from ..scheduler.independent import shares
-from ..spec import Array
+from ..spec import Array, floating
 from .copies import Copies
 from .feeding import Given, RankFeed
 from .rank import CLOCKS, Rank
@@ -92,8 +92,8 @@ class Average:
 
     def __call__(self, rank: Rank) -> None:
         views = [rank.leaf(name) for name in rank.program.kind("param", "state")]
-        for dtype in sorted({view.dtype.str for view in views if view.dtype.kind == "f"}):
-            same = [view for view in views if view.dtype.str == dtype]
+        for dtype in sorted({view.dtype.name for view in views if floating(view)}):
+            same = [view for view in views if view.dtype.name == dtype]
             for view in same:
                 view *= self.share
             op = AllReduce(ranks=tuple(range(self.ranks)), parts=len(same))
@@ -222,7 +222,7 @@ class Trainer:
 def finite(state: dict[str, Array]) -> dict[str, Array]:
     """The state; NonFinite if a value in it is not finite."""
     for name, value in state.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if floating(value) and not np.isfinite(value).all():
             raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
     return state
 

@@ -22,7 +22,7 @@ import numpy as np
 from ..graph import Graph
 from ..scheduler import Program, compile_program
 from ..space import Rules
-from ..spec import Array
+from ..spec import Array, floating
 from ..template import Device
 from ..tuner import Budget, Choice, Found, Request, Trial, Tuner, Tuning, time_text
 from .bench import Bench
@@ -274,5 +274,5 @@ def _fed(program: Program, device: Device, threads: int) -> Rank:
     rank.start(0)
     for name in program.kind("batch"):
         view = rank.leaf(name)
-        view[...] = rng.standard_normal(view.shape) if view.dtype.kind == "f" else 0
+        view[...] = rng.standard_normal(view.shape) if floating(view) else 0
     return rank

@@ -20,7 +20,7 @@ from ..errors import SettingError
 from ..graph import Graph, hoist, predicting
 from ..ops import Slice
 from ..scheduler import Call, Plan, Program, compile_program
-from ..spec import Spec
+from ..spec import Spec, floating
 from ..tuner import Request, Tuning
 from .attribution import PHASES, Place, copied, places
 from .feeding import label_classes
@@ -218,7 +218,7 @@ def _feed(rank: Rank, graph: Graph, seed: int) -> None:
     rng, classes = np.random.default_rng(seed), label_classes(graph)
     for name in rank.program.kind("batch"):
         view = rank.leaf(name)
-        if view.dtype.kind == "f":
+        if floating(view):
             view[...] = rng.standard_normal(view.shape, np.float32)
         else:
             view[...] = rng.integers(0, classes.get(name, 1), view.shape)
