@@ -234,14 +234,16 @@ class CountOnTurn(Pointwise):
 
 
 class Finite(Pointwise):
-    """y = 1 where x is finite, else 0"""
+    """y = 1 where the magnitude of x is no more than ``most``, by default of any finite float32, else 0; NaN gives 0"""
+
+    most: float = 3.4028234663852886e38
 
     def formula(self, x: Any) -> Any:
-        return f.where(f.equal(x - x, 0.0), 1.0, 0.0)
+        return f.where(f.absolute(x) <= self.most, 1.0, 0.0)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(), (_W,)),)
+        return (Sample(cls(most=1.0), (_W,)),)
 
 
 class LossScaleRule(Pointwise):
