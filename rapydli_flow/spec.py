@@ -57,6 +57,11 @@ class Spec:
         return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"
 
 
+def floating(array: Array) -> bool:
+    """Does an array hold floating numbers? NumPy's own ``kind`` does not count bfloat16 among them."""
+    return array.dtype.name in _FLOATING
+
+
 @dataclass(frozen=True)
 class Block:
     """The part ``[lo, hi)`` of a global array of shape ``whole``."""
