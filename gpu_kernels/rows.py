@@ -380,6 +380,26 @@ def last_axis(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
     return max((*ins, *outs), key=lambda spec: prod(spec.shape)).shape[-1]
 
 
+def trailing(axes: Callable[..., Sequence[int]], x: int = 0) -> Callable[..., int]:
+    """Columns of rows that are the reduced axes at the end of an input."""
+
+    def columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+        return prod(ins[x].shape[axis] for axis in axes(op, ins[x]))
+
+    return columns
+
+
+def contiguous(axes: Callable[..., Sequence[int]], x: int = 0) -> Callable[..., bool]:
+    """The rule that all reduced axes come after all that are kept."""
+
+    def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+        kept = [axis for axis, size in enumerate(ins[x].shape) if axis not in axes(op, ins[x]) and size > 1]
+        reduced = [axis for axis in axes(op, ins[x]) if ins[x].shape[axis] > 1]
+        return not kept or not reduced or max(kept) < min(reduced)
+
+    return rows
+
+
 def exponentials(held: bool, *, change: bool = True) -> tuple[tuple[Phase, ...], str]:
     """Phases that find `top`, the largest x0, `total`, the sum of exp(x0 - top), its reciprocal `share` and its
     logarithm `log_total`; and what exp(x0 - top) is called then.
@@ -403,9 +423,11 @@ def exponentials(held: bool, *, change: bool = True) -> tuple[tuple[Phase, ...],
     return (Phase(EXPONENTIALS, online, ended, ("top", *names)),), "exp(x0 - top)"
 
 
-def serve(family: str, program: Programs, columns: Callable[..., int] = last_axis) -> None:
-    """Register the template of a family."""
-    hard = rules(program, columns)
+def serve(
+    family: str, program: Programs, columns: Callable[..., int] = last_axis, along: Callable[..., bool] | None = None
+) -> None:
+    """Register the template of a family; ``along``: a rule that says where rows lie along memory."""
+    hard = {**({"rows along memory": along} if along else {}), **rules(program, columns)}
 
     def fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> bool:
         return broken(hard, op, ins, outs, device, config) is None

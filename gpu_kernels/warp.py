@@ -514,6 +514,23 @@ def merged(merge: Merge, lanes: int) -> Pair:
     return Pair("merged", twin, rule)
 
 
+@cache
+def piece(first: int, width: int) -> Pair:
+    """``(values) -> width of them``"""
+
+    def rule(values: Any) -> Any:
+        from numba.cuda import types
+
+        kind = types.UniTuple(values.dtype, width)
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return context.make_tuple(builder, kind, [builder.extract_value(args[0], first + i) for i in range(width)])
+
+        return kind, (values,), emit
+
+    return Pair(f"piece{first}_{width}", lambda values: tuple(values[first : first + width]), rule)
+
+
 # ---- where rows lie
 
 
