@@ -18,7 +18,7 @@ element has a result; what was read a moment ago comes from the L2 cache then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -372,7 +372,7 @@ def build(
 
 def _with(formula: Formula, names: tuple[str, ...]) -> Formula:
     """The formula, told what the numbers of a row are called."""
-    return Formula(formula.results, names, formula.dtypes, formula.lines)
+    return replace(formula, row=names)
 
 
 def last_axis(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
@@ -424,10 +424,14 @@ def exponentials(held: bool, *, change: bool = True) -> tuple[tuple[Phase, ...],
 
 
 def serve(
-    family: str, program: Programs, columns: Callable[..., int] = last_axis, along: Callable[..., bool] | None = None
+    family: str,
+    program: Programs,
+    columns: Callable[..., int] = last_axis,
+    along: Callable[..., bool] | None = None,
+    channels: Callable[..., int] | None = None,
 ) -> None:
     """Register the template of a family; ``along``: a rule that says where rows lie along memory."""
-    hard = {**({"rows along memory": along} if along else {}), **rules(program, columns)}
+    hard = {**({"rows along memory": along} if along else {}), **rules(program, columns, channels)}
 
     def fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> bool:
         return broken(hard, op, ins, outs, device, config) is None

@@ -361,12 +361,11 @@ def serve(family: str, program: Programs, axes: Axes, x: int = 0) -> None:
 
     def vectors(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector: int) -> bool:
         layout, p = layout_of(op, ins), program(op, ins, outs)
-        if max(np.dtype(ins[k].dtype).itemsize for k in p.operands) * vector > 16:
+        specs = (*(ins[k] for k in p.operands), *outs)
+        if max(np.dtype(spec.dtype).itemsize for spec in specs) * vector > 16:
             return False
-        itemsize = max(np.dtype(spec.dtype).itemsize for spec in outs)
-        if layout.inner % vector == 0 and vector * max(4, itemsize) > 16 and layout.rows * layout.repeats == 1:
-            return False
-        return layout.rows * layout.inner % vector == 0 and (vector == 1 or "j" not in "".join(p.absorb.results))
+        counted = p.absorb.together  # rows: those that a wide one is made of are not told apart
+        return layout.rows * layout.inner % vector == 0 and (layout.inner % vector == 0 or not counted)
 
     def threads(
         op: Any,

@@ -73,6 +73,7 @@ class Formula:
     row: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()  # of results; float32 if none are told
     lines: tuple[str, ...] = ()
+    together: bool = False  # all lanes have the number j, instead of j, j + 1, ..
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -106,10 +107,13 @@ def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
     """``(state, operands, row, j) -> results``: state[k][lane], operands[k][lane], row[k]; lane i is element j + i."""
     names = [*(f"a{k}" for k in range(states)), *(f"x{k}" for k in range(operands)), *formula.row, "j"]
     on_vectors, on_device = _functions(_definition(names, formula.lines, formula.results))
+    step = 0 if formula.together else 1
 
     def twin(state: Any, values: Any, row: Any, j: Any) -> tuple[tuple[Array, ...], ...]:
         each = [
-            on_vectors(*(part[i] for part in state), *(value[i] for value in values), *row[: len(formula.row)], j + i)
+            on_vectors(
+                *(part[i] for part in state), *(value[i] for value in values), *row[: len(formula.row)], j + i * step
+            )
             for i in range(lanes)
         ]
         return tuple(tuple(np.asarray(lane[k]).astype(d) for lane in each) for k, d in enumerate(formula.kinds))
@@ -129,7 +133,9 @@ def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
                 given = [builder.extract_value(args[0], [k, i]) for k in range(states)]
                 given += [builder.extract_value(args[1], [k, i]) for k in range(operands)]
                 given += [builder.extract_value(args[2], k) for k in range(len(formula.row))]
-                found = context.compile_internal(builder, function, one, [*given, builder.add(args[3], _number(i))])
+                found = context.compile_internal(
+                    builder, function, one, [*given, builder.add(args[3], _number(i * step))]
+                )
                 for k, values in enumerate(lists):
                     values.append(builder.extract_value(found, k))
             made = [context.make_tuple(builder, result[k], values) for k, values in enumerate(lists)]
