@@ -9,8 +9,8 @@ address. Without a driver or a device the first use raises `MissingDependency`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,6 @@ class Card(Accelerator):
         return int(address.value)
 
     def free(self, address: int) -> None:
-        self.use()
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def pinned(self, size_bytes: int) -> Array:
@@ -188,6 +187,25 @@ class Card(Accelerator):
         assert address.value is not None
         self._pinned.append(address.value)
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value), np.uint8)
+
+    def pin(self, data: Array) -> None:
+        self.use()
+        with suppress(
+            DeviceFault, TooLittleMemory
+        ):  # a limit on locked memory: copies go through memory of the driver's then
+            self.call("cuMemHostRegister_v2", _Pointer(data.ctypes.data), ctypes.c_size_t(data.nbytes), _Unsigned(0))
+
+    def unpin(self, data: Array) -> None:
+        with suppress(DeviceFault):  # it was refused
+            self.call("cuMemHostUnregister", _Pointer(data.ctypes.data))
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        self.call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(_Pointer()))
 
     def upload(self, address: int, data: Array) -> None:
         if data.nbytes:
@@ -231,7 +249,6 @@ class Card(Accelerator):
         return Event(self)
 
     def close(self) -> None:
-        self.use()
         self.wait()
         while self._pinned:
             self.call("cuMemFreeHost", _Pointer(self._pinned.pop()))
@@ -252,8 +269,7 @@ class Replay:
         self._card.call("cuGraphLaunch", self._ready, _Pointer(self._card.stream))
 
     def __del__(self) -> None:
-        with suppress(Exception):  # of a card that failed, or at the end of the process
-            self._card.use()
+        with suppress(Exception), self._card.briefly():  # of a card that failed, or at the end of the process
             self._card.call("cuGraphExecDestroy", self._ready)
 
 
@@ -358,8 +374,7 @@ class Kernel:
             self.functions.append(function)
 
     def __del__(self) -> None:
-        with suppress(Exception):  # of a card that failed, or at the end of the process
-            self.card.use()
+        with suppress(Exception), self.card.briefly():  # of a card that failed, or at the end of the process
             for module in self._modules:
                 self.card.call("cuModuleUnload", module)
 

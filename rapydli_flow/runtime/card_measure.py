@@ -54,6 +54,7 @@ class CardMeasure(Measuring):
         self.card.use()
         if needed > self._size:
             while self._memory:
+                self.card.wait()
                 self.card.free(self._memory.pop())
             least = CACHE_BYTES if not self.device.emulated else 0
             self._sets, self._size = max(1, min(SETS, -(-least // needed))), needed

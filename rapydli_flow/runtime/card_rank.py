@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_kernels.card import Accelerator, Mark
+from gpu_kernels.card import PAGE, Accelerator, Mark
 from gpu_kernels.launch import ALIGNMENT
 
 from ..config import settings
@@ -63,12 +63,13 @@ class CardRank(Participant):
         self.card.use()
         self._places = self._laid_out()
         self._memory: list[int] = []
-        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
+        self._pages: list[Array] = []  # of the mirror, which the card reaches itself
+        weakref.finalize(self, let_go, self.card, self._memory, self._pages).atexit = False
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
         self._aside_at = 0
-        self._mirror = memory_of(self._size_bytes)  # pages that nothing touches are not there
+        self._mirror = memory_of(self._size_bytes + PAGE)  # pages that nothing touches are not there
         self._checked, self._replay = False, replay
         self._steps = 0
         self._taken: list[Scalars] = []
@@ -252,6 +253,7 @@ class CardRank(Participant):
                 self._parts.append(last)
             last.calls.append(step)
             last.launches.append(kernels[key].bind(buffers, at=at))
+        self._pin()
         if new := [title for title in hosted if title not in _told]:
             _told.update(new)
             warnings.warn(
@@ -371,6 +373,21 @@ class CardRank(Participant):
         spec, first = buffer.spec, self._offset(buffer)
         return self._mirror[first : first + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
 
+    def _pin(self) -> None:
+        """Have the card reach those pages of the mirror that collectives read and write."""
+        meetings = [part for part in self.program.steps if isinstance(part, Collective)]
+        buffers = [buffer for part in meetings for buffer in (*part.ins, *part.outs)]
+        places = sorted((self._offset(b), self._offset(b) + b.spec.size_bytes) for b in buffers)
+        pages: list[tuple[int, int]] = []
+        for first, last in ((first // PAGE, -(-last // PAGE)) for first, last in places):
+            if pages and first <= pages[-1][1]:
+                pages[-1] = pages[-1][0], max(last, pages[-1][1])
+            else:
+                pages.append((first, last))
+        for first, last in pages:
+            self._pages.append(self._mirror[first * PAGE : last * PAGE])
+            self.card.pin(self._pages[-1])
+
     def _mirrored(self, buffers: Sequence[Buffer]) -> list[Array]:
         """Buffers as arrays of the host. They lie as in the arena: where NumPy's lie decides the bits of its sums."""
         self.card.use()
@@ -399,7 +416,7 @@ class CardRank(Participant):
     def close(self) -> None:
         super().close()
         self._parts = []
-        let_go(self.card, self._memory)
+        let_go(self.card, self._memory, self._pages)
 
 
 @contextmanager
@@ -417,15 +434,17 @@ def _explained(device: Device) -> Iterator[None]:
         ) from error
 
 
-def let_go(card: Accelerator, memory: list[int]) -> None:
+def let_go(card: Accelerator, memory: list[int], pages: Sequence[Array] = ()) -> None:
     """Give everything back; of a card that failed nothing can be, nor need it."""
-    with suppress(DeviceFault):
+    if not memory:
+        return
+    with suppress(DeviceFault), card.briefly():
+        card.wait()
         while memory:
-            card.use()
-            card.wait()
             card.free(memory.pop())
-            if not memory:
-                card.close()
+        for each in pages:
+            card.unpin(each)
+        card.close()
 
 
 class _Run:
