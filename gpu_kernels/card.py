@@ -109,6 +109,10 @@ class Accelerator(ABC):
         """A moment to be set."""
 
     @abstractmethod
+    def after(self, mark: Mark) -> None:
+        """What is asked for from now on waits for a moment of another queue of this card; not, if it was never set."""
+
+    @abstractmethod
     def wait(self) -> None:
         """Until everything is done; what failed on the card is raised here."""
 

@@ -112,6 +112,9 @@ class Emulated(Accelerator):
     def mark(self) -> Moment:
         return Moment()
 
+    def after(self, mark: Mark) -> None:
+        pass
+
     def wait(self) -> None:
         pass
 

@@ -248,6 +248,10 @@ class Card(Accelerator):
     def mark(self) -> Event:
         return Event(self)
 
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, Event)
+        self.call("cuStreamWaitEvent", _Pointer(self.stream), mark.event, _Unsigned(0))
+
     def close(self) -> None:
         self.wait()
         while self._pinned:
@@ -277,24 +281,24 @@ class Event(Mark):
     """A moment of a card's stream."""
 
     def __init__(self, card: Card) -> None:
-        self._card, self._event = card, _Pointer()
-        card.call("cuEventCreate", ctypes.byref(self._event), _Unsigned(0))
+        self._card, self.event = card, _Pointer()
+        card.call("cuEventCreate", ctypes.byref(self.event), _Unsigned(0))
 
     def set(self) -> None:
-        self._card.call("cuEventRecord", self._event, _Pointer(self._card.stream))
+        self._card.call("cuEventRecord", self.event, _Pointer(self._card.stream))
 
     def wait(self) -> None:
-        self._card.call("cuEventSynchronize", self._event)
+        self._card.call("cuEventSynchronize", self.event)
 
     def seconds_since(self, before: Mark) -> float:
         assert isinstance(before, Event)
         time_ms = ctypes.c_float()
-        self._card.call("cuEventElapsedTime", ctypes.byref(time_ms), before._event, self._event)
+        self._card.call("cuEventElapsedTime", ctypes.byref(time_ms), before.event, self.event)
         return time_ms.value * 1e-3
 
     def __del__(self) -> None:
         with suppress(Exception):  # of a card that failed, or at the end of the process
-            self._card.call("cuEventDestroy_v2", self._event)
+            self._card.call("cuEventDestroy_v2", self.event)
 
 
 class Memory:

@@ -41,7 +41,7 @@ class CardMeasure(Measuring):
         super().__init__(device, **how)
         self.card: Accelerator = card_of(device)
         self._memory: list[int] = []
-        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
+        weakref.finalize(self, let_go, (self.card,), self._memory).atexit = False
         self._size, self._sets = 0, 1
 
     def _take(self, request: Request, choices: Sequence[Choice]) -> None:

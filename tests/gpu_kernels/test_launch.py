@@ -220,3 +220,13 @@ def test_another_cards_work_is_not_disturbed():
     library.calls.clear()
     del kernel
     assert [name for name, _ in library.calls] == ["cuCtxPushCurrent_v2", "cuModuleUnload", "cuCtxPopCurrent_v2"]
+
+
+def test_a_queue_waits_for_a_moment_of_another():
+    gpu, library = card()
+    line = Card(driver=gpu.call)
+    sent = line.mark()
+    sent.set()
+    gpu.after(sent)
+    ((stream, event, flags),) = library.named("cuStreamWaitEvent")
+    assert (stream.value, event.value, flags.value) == (gpu.stream, sent.event.value, 0)
