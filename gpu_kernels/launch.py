@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow.errors import MissingDependency, RapydliError, TooLittleMemory
+from rapydli_flow.errors import DeviceFault, MissingDependency, TooLittleMemory
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
@@ -51,17 +51,6 @@ ALIGNMENT = 16  # of every array that a kernel gets
 _MAP_BYTES = 128
 _MAP_DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
-
-
-class DeviceFault(RapydliError, RuntimeError):
-    """The CUDA driver refused a call; the message has its name for the error.
-
-    ``sticky``: nothing works on the card in this process any more.
-    """
-
-    def __init__(self, message: str, *, sticky: bool = False) -> None:
-        super().__init__(message)
-        self.sticky = sticky
 
 
 class Driver:

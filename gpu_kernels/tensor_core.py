@@ -262,13 +262,20 @@ def truncated(x: Array) -> Array:
     return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(_BITS)).view(np.float32)
 
 
-def _terms(kind: str, a: Array, b: Array) -> Array:
-    """The products of float32 matrices that tensor cores add up, small ones first."""
-    if kind == SPLIT:
-        high_a, high_b = rounded(a), rounded(b)
-        low_a, low_b = truncated(a - high_a), truncated(b - high_b)
-        return (low_a @ high_b + high_a @ low_b) + high_a @ high_b
-    return rounded(a) @ rounded(b) if kind == "tf32" else a @ b
+def toward_zero(x: Array) -> Array:
+    """float64 to 24 bits of mantissa: how tensor cores round what they add up."""
+    return (np.asarray(x, np.float64).view(np.int64) & ~((1 << 29) - 1)).view(np.float64)
+
+
+def _added(kind: str, part: Array, a: Array, b: Array) -> Array:
+    """``part`` and the products of an instruction, or of three: small ones first."""
+    if kind != SPLIT:
+        return part + (rounded(a) @ rounded(b) if kind == "tf32" else a @ b)
+    high_a, high_b = rounded(a), rounded(b)
+    low_a, low_b = truncated(a - high_a), truncated(b - high_b)
+    for x, y in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
+        part = toward_zero(part + x.astype(np.float64) @ y)
+    return part
 
 
 _MMA = {"bfloat16": "m16n8k16.row.col.f32.bf16.bf16.f32", "float16": "m16n8k16.row.col.f32.f16.f16.f32"}
@@ -281,6 +288,11 @@ def place_of_sum(b: Operand, row: int, column: int, j: int) -> int:
     if b.spread:
         return (row * (b.fragments // 4) + column // 4) * 8 + 4 * j + column % 4
     return (row * b.fragments + column) * 2 + j
+
+
+def _ends(step: int, steps: int) -> bool:
+    """Is a chain of sums added to the others after this inner step?"""
+    return (step + 1) % CHAIN == 0 or step + 1 == steps
 
 
 @cache
@@ -313,18 +325,20 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
         return out
 
     def twin(acc: Array, shared: Any, at_a: Array, at_b: Array) -> None:
+        part: Any = 0.0
         for step in steps:
             x, y = read(shared, a, at_a, step), read(shared, b, at_b, step)
             x = x.reshape(a.fragments, 2, 2, *x.shape[1:])  # fragment, half of k, half of rows, warp, row, k, element
             y = y.reshape(b.fragments, 2, *y.shape[1:])  # fragment, half of k, warp, column, k, element
             x = x.transpose(3, 0, 2, 4, 1, 5, 6).reshape(x.shape[3], a.extent, a.depth)
             y = y.transpose(2, 1, 4, 5, 0, 3).reshape(y.shape[2], a.depth, b.extent)
-            z = _terms(kind, x, y).reshape(-1, a.extent // 8, 8, b.fragments, 4, 2)
-            z = z.transpose(1, 3, 5, 0, 2, 4).reshape(a.extent // 8, b.fragments, 2, -1)  # rows, fragment, j, thread
-            for row in range(a.extent // 8):
-                for column in range(b.fragments):
-                    for j in (0, 1):
-                        acc[place_of_sum(b, row, column, j)] += z[row, column, j]
+            part = _added(kind, part, x, y)
+            if not _ends(step, len(steps)):
+                continue
+            z = part.astype(np.float32).reshape(-1, a.extent // 8, 8, b.fragments, 4, 2)
+            z, part = z.transpose(1, 3, 5, 0, 2, 4).reshape(a.extent // 8, b.fragments, 2, -1), 0.0
+            for row, column, j in every(range(a.extent // 8), range(b.fragments), (0, 1)):
+                acc[place_of_sum(b, row, column, j)] += z[row, column, j]  # of a thread
 
     def rule(acc: Any, shared: Any, at_a: Any, at_b: Any) -> Any:
         from llvmlite import ir
@@ -397,7 +411,7 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
                 for left, right in order:  # all fragments between two products of one: they wait for each other
                     for i, j in every(range(a.fragments), range(b.fragments)):
                         multiply(part, i, j, left, right)
-                if kind == SPLIT and ((step + 1) % CHAIN == 0 or step + 1 == len(steps)):
+                if kind == SPLIT and _ends(step, len(steps)):
                     sums = [builder.fadd(one, other) for one, other in zip(sums, part, strict=True)]
                     part = [zero] * len(sums)
             for place, value in zip(places, sums, strict=True):

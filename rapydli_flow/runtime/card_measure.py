@@ -16,9 +16,8 @@ import numpy as np
 
 from gpu_kernels.card import Accelerator
 from gpu_kernels.compile import cubins
-from gpu_kernels.launch import DeviceFault
 
-from ..errors import TemplateError
+from ..errors import DeviceFault, TemplateError
 from ..spec import Array, Block, Spec
 from ..template import Device
 from ..tuner import Choice, Request, Tuning

@@ -16,16 +16,17 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu_kernels.card import Accelerator, Mark
-from gpu_kernels.launch import ALIGNMENT, DeviceFault
+from gpu_kernels.launch import ALIGNMENT
 
 from ..config import settings
+from ..errors import DeviceFault
 from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.arena import aligned
 from ..spec import Array, Block, Spec
@@ -260,13 +261,14 @@ class CardRank(Participant):
             )
 
     def advance(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
-        self.set_clock(seed, step, clocks)
-        for part in self._parts:
-            if isinstance(part, _Run):
-                self._run(part)
-            else:
-                self._other(part)
-        self._end()
+        with _explained(self.device):
+            self.set_clock(seed, step, clocks)
+            for part in self._parts:
+                if isinstance(part, _Run):
+                    self._run(part)
+                else:
+                    self._other(part)
+            self._end()
 
     def _end(self) -> None:
         """Have the scalars of this step brought over."""
@@ -280,7 +282,8 @@ class CardRank(Participant):
     def _drain(self) -> None:
         """Wait, and take the scalars that came."""
         self.card.use()
-        self.card.wait()
+        with _explained(self.device):
+            self.card.wait()
         for slot in self._scalars[: self._steps]:
             self._taken.append({name: float(view[0]) for name, view, _ in slot})
         self._steps = 0
@@ -315,9 +318,9 @@ class CardRank(Participant):
                 self.card.wait()
         except DeviceFault as error:
             call = run.calls[i]
-            raise DeviceFault(
-                f"{described(call)} with {call.choice} on {self.device.name}: {error}", sticky=error.sticky
-            ) from error
+            kernel = f"{described(call)} with {call.choice}"
+            message = f"{kernel} on {self.device.name}: {error} Snapshots written before are kept."
+            raise DeviceFault(message, sticky=error.sticky, kernel=kernel) from error
 
     def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
         self.set_clock(seed, step, clocks)
@@ -397,6 +400,21 @@ class CardRank(Participant):
         super().close()
         self._parts = []
         let_go(self.card, self._memory)
+
+
+@contextmanager
+def _explained(device: Device) -> Iterator[None]:
+    """A failure of which nobody knows the kernel."""
+    try:
+        yield
+    except DeviceFault as error:
+        if error.kernel:
+            raise
+        raise DeviceFault(
+            f"a step failed on {device.name}: {error} RAPYDLI_CUDA_WAIT=1 has kernels waited for, and says which it "
+            "was. Snapshots written before are kept.",
+            sticky=error.sticky,
+        ) from error
 
 
 def let_go(card: Accelerator, memory: list[int]) -> None:
