@@ -96,7 +96,7 @@ RULES = {
     "cuda",
     space=SPACE,
     fits=RULES,
-    prefer=tile_space.prefer(RULES, product),
+    prefer=tile_space.prefer(RULES, product, largest=128 * 64),
     workspace=tile_space.workspace,
     cost=tile_space.cost(product),
 )
