@@ -74,7 +74,7 @@ def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     own = filters // op.groups
     base = (dw.shape[-2], own, own) if op.groups > 1 else (0, 0, 0)
     group = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
-    lie = {"rows_a": False, "rows_b": False, "state": 6, "dtype": dy.dtype}
+    lie = {"rows_a": False, "rows_b": False, "state": 2, "dtype": dy.dtype}
     return Product(prod(dw.shape[:-1]), own, dy.size // filters, **lie, **group)
 
 
