@@ -350,6 +350,26 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
     (base_a, base_b, base_out), rows, columns = p.base, t.wm // 8, t.wn // 4
     channels, moved = base_out % p.row_pitch, row_of(part.scatter)
 
+    # copies hide behind the last products of a step, but for two stages that is too late
+    soon, not_soon = t.stages == 2, t.stages > 2
+
+    def bring(
+        ins: Any,
+        shared: Any,
+        state_a: Any,
+        state_b: Any,
+        batch: Any,
+        row_0: Any,
+        column_0: Any,
+        k_0: Any,
+        step: Any,
+        thread: Any,
+    ) -> None:
+        to = step % t.stages * stage_size
+        k = select(step < t.steps, k_0 + step * t.bk, p.k)  # after the last step, copy nothing: no branch
+        a.copy(ins[0], shared, to, state_a, batch * base_a, row_0, k, thread)
+        b.copy(ins[1], shared, to + size_a, state_b, batch * base_b, column_0, k, thread)
+
     def body(
         ins: Any,
         outs: Any,
@@ -379,23 +399,20 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
         sums(acc)
         a.prepare(state_a, row_0, thread)
         b.prepare(state_b, column_0, thread)
-        for stage in unroll(ahead):
-            if stage < t.steps:
-                k = k_0 + stage * t.bk
-                a.copy(ins[0], shared, stage * stage_size, state_a, batch * base_a, row_0, k, thread)
-                b.copy(ins[1], shared, stage * stage_size + size_a, state_b, batch * base_b, column_0, k, thread)
+        for step in unroll(ahead):
+            bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step, thread)
             commit()
         for step in range(t.steps):
             arrived()
             cuda.syncthreads()
-            if step + ahead < t.steps:
-                to = (step + ahead) % t.stages * stage_size
-                k = k_0 + (step + ahead) * t.bk
-                a.copy(ins[0], shared, to, state_a, batch * base_a, row_0, k, thread)
-                b.copy(ins[1], shared, to + size_a, state_b, batch * base_b, column_0, k, thread)
-            commit()
+            if soon:
+                bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step + ahead, thread)
+                commit()
             here = step % t.stages * stage_size
             fma(acc, shared, here + read_a, here + size_a + read_b)
+            if not_soon:
+                bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step + ahead, thread)
+                commit()
         for i in unroll(rows):
             if of_a.spread:
                 row = row_0 + warp_row + lane // 4 * 4 + (i // 4 * 32 + i % 4)
