@@ -314,20 +314,16 @@ def _products(parts: Sequence[Part], epilogue: Epilogue) -> Grid:
     ends = [sum(part.tile.blocks for part in parts[: i + 1]) for i in range(count)]
     firsts = [end - part.tile.blocks for end, part in zip(ends, parts, strict=True)]
     bodies = [_body(part, epilogue) for part in parts]
-    states = max(part.a.state for part in parts), max(part.b.state for part in parts)
-    element_type, sums = in_shared(t.p.dtype), t.wm * t.wn // 32
+    element_type = in_shared(t.p.dtype)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         shared = cuda.shared.array(0, element_type, alignment=1024)
-        acc = cuda.local.array(sums, float32)
-        state_a = cuda.local.array(states[0], int32)
-        state_b = cuda.local.array(states[1], int32)
         block = cuda.blockIdx.x
         for i in unroll(count):
             if count == 1:
-                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block)
+                bodies[i](ins, outs, work, extras, at, shared, block)
             elif inside(block - firsts[i], ends[i] - firsts[i]):
-                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block - firsts[i])
+                bodies[i](ins, outs, work, extras, at, shared, block - firsts[i])
 
     return Grid(kernel, ends[-1], t.threads, t.shared_bytes, t.resident)
 
@@ -377,11 +373,11 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
         extras: Any,
         at: Any,
         shared: Any,
-        acc: Any,
-        state_a: Any,
-        state_b: Any,
         number: Any,
     ) -> None:
+        acc = cuda.local.array(t.wm * t.wn // 32, float32)
+        state_a = cuda.local.array(a.state, int32)
+        state_b = cuda.local.array(b.state, int32)
         thread = cuda.threadIdx.x
         block = number % tiles
         batch = number // tiles % p.batch
