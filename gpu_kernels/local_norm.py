@@ -19,10 +19,10 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, broken, template
 
+from .copies import countable, narrow
 from .grid import Grid, blocks_of
 from .pair import Pair
 from .ptx import append, cuda, inside, load, unroll
-from .slice import countable, narrow
 from .tail import tail
 
 SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1, 8)}

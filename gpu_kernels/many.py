@@ -32,7 +32,7 @@ from rapydli_flow.spec import Array, Spec
 from rapydli_flow.template import Epilogue, Scalar
 
 from . import compile as compiling
-from .access import address_of, number_of
+from .chosen import address_of, number_of
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
 from .ptx import append, cuda, load, load_one, store, unroll

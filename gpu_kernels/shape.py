@@ -1,6 +1,6 @@
 """Ops that keep all elements: reshape, which only a fused tail can change, transposes and concatenation.
 
-A transpose that keeps the last axis moves vectors (see `slice`). Any other turns tiles in shared memory: rows along
+A transpose that keeps the last axis moves vectors (see `copies`). Any other turns tiles in shared memory: rows along
 the last axis of y go out. A concatenation gives each operand blocks of its own, for some rows of y at a time.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, Scalar, broken, template
 
-from . import pointwise
+from . import elements
 from .access import affine, pick, put_each
+from .copies import SPACE, countable, merged, narrow, preferred, steps_of, strided, walks
 from .grid import STATIC_SHARED_BYTES, Grid, blocks_of, widest
 from .pair import held
 from .ptx import append, cuda, inside, load, select, unroll
-from .slice import SPACE, countable, merged, narrow, preferred, steps_of, strided, walks
 from .tail import tail
 
 COPY = Scalar(("x0",), (), ("x0",))
@@ -38,17 +38,17 @@ def _flat(specs: Sequence[Spec], outs: Sequence[Spec]) -> list[Spec]:
 def _copies(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, threads: int, vector: int, items: int
 ) -> bool:
-    return pointwise.fits(op, _flat(ins, outs), outs, device, threads=threads, vector=vector, items=items)
+    return elements.fits(op, _flat(ins, outs), outs, device, threads=threads, vector=vector, items=items)
 
 
 def _prefer_copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    return pointwise.prefer_of(_flat(ins, outs), outs, device, indexed=False)
+    return elements.prefer_of(_flat(ins, outs), outs, device, indexed=False)
 
 
-@template("reshape", "cuda", space=pointwise.SPACE, fits=_copies, prefer=_prefer_copy)
+@template("reshape", "cuda", space=elements.SPACE, fits=_copies, prefer=_prefer_copy)
 def copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
     """Each element once."""
-    return pointwise.elements(COPY, _flat(ins, outs), outs, epilogue, **config)
+    return elements.elements(COPY, _flat(ins, outs), outs, epilogue, **config)
 
 
 # ---- concatenation

@@ -84,7 +84,8 @@ def cases():
 def test_template_equals_reference(template, sample):
     values = sample.draw(np.random.default_rng(7))
     want = gpu.wanted(sample.op, values)
-    for i, config in enumerate(chosen(template, sample, seed=3)):
+    halves = any(spec.dtype in HALVES for spec in sample.ins)  # only loads and stores differ: two configs will do
+    for i, config in enumerate(chosen(template, sample, seed=3)[: 2 if halves else None]):
         got = emulated(template, sample.op, values, config, as_compiled=i == 0)
         assert_close(got, want, tolerance(sample))
 
