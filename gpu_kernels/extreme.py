@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, template
+from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import rows, slabs
 from .cost import COPY_BYTES_S, LAUNCH_S
@@ -78,7 +78,7 @@ def _floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
     return all(0 < s.size < slabs.INDEX_LIMIT - slabs.SLACK and s.dtype in slabs.FLOATS for s in (*ins, *outs))
 
 
-def _cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> float:
+def _cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
     cores = device.cores if device.cores > 1 else 132
     busy = min(1.0, ins[0].size / (cores * 1024))
     return LAUNCH_S + 3 * ins[1].size_bytes / (COPY_BYTES_S * cores * busy)

@@ -182,7 +182,7 @@ def prefer(program: Programs, columns: Callable[..., int], fits: Callable[..., b
 def cost(columns: Callable[..., int]) -> Callable[..., float]:
     """Seconds: a group of threads is busy with its row, the others wait for memory."""
 
-    def guess(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> float:
+    def guess(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
         moved = sum(spec.size_bytes for spec in (*ins, *outs))
         rows = max(spec.size for spec in ins) // columns(op, ins, outs)
         cores = device.cores if device.cores > 1 else 132

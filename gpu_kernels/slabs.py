@@ -407,7 +407,7 @@ def serve(family: str, program: Programs, axes: Axes, x: int = 0) -> None:
                         return config
         return {name: values[0] for name, values in SPACE.items()}
 
-    def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> float:
+    def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
         layout = layout_of(op, ins)
         c = Cut.of(layout, config, CORES)
         cores = device.cores if device.cores > 1 else CORES
