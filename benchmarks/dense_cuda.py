@@ -15,43 +15,13 @@ from typing import Any
 
 import torch
 from common import RESULTS, geometric_mean, write
-from conv_cuda import ARITHMETIC, LIMIT, STORED, compile_all
+from conv_cuda import ARITHMETIC, LIMIT
+from gpu_asked import LAYERS, STORED, compile_all, products, requests
 from gpu_timing import COLD_BYTES, ceilings, medians
 
 from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card
-from rapydli_flow.ops import Matmul
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, templates
-
-LAYERS = [  # name, batch, inputs, outputs
-    ("alexnet fc6", 128, 9216, 4096),
-    ("alexnet fc7", 128, 4096, 4096),
-    ("alexnet fc8", 128, 4096, 1000),
-    ("vgg-a fc6", 64, 25088, 4096),
-    ("resnet fc", 256, 2048, 1000),
-    ("transformer", 8192, 1024, 4096),
-    ("square 4096", 4096, 4096, 4096),
-    ("square 8192", 8192, 8192, 8192),
-]
-
-
-def products(batch: int, inputs: int, outputs: int) -> dict[str, tuple[Matmul, tuple[int, int], tuple[int, int]]]:
-    """The op and its operands' shapes, by direction."""
-    x, w, y = (batch, inputs), (inputs, outputs), (batch, outputs)
-    return {"forward": (Matmul(), x, w), "input": (Matmul(tb=True), y, w), "filter": (Matmul(ta=True), x, y)}
-
-
-def requests(op: Any, ins: tuple[Spec, ...], card: Device) -> list[tuple[float, Request]]:
-    """The default of each template that fits, with what its time is guessed to be."""
-    outs = op.out_specs(*ins)
-    found = []
-    for template in templates("matmul", "cuda"):
-        config = template.default(op, ins, outs, card)
-        if config is not None:
-            cost = template.cost(op, ins, outs, card, config) if template.cost else float("inf")
-            found.append((cost, Request(template, op, ins, outs, Epilogue.none(outs[0]), config, card.target)))
-    return sorted(found, key=lambda pair: pair[0])
 
 
 def measure(op: Any, ins: tuple[Spec, ...], asked: list[Request], card: Card, arithmetic: str) -> dict[str, Any]:
@@ -104,7 +74,7 @@ def main() -> None:
         for name, *sizes in LAYERS:
             for direction, (op, a, b) in products(*sizes).items():
                 if given.only in name:
-                    specs = tuple(Spec(shape, STORED[ARITHMETIC[arithmetic]]) for shape in (a, b))
+                    specs = tuple(Spec(shape, STORED[arithmetic]) for shape in (a, b))
                     op = replace(op, tf32=arithmetic == "tf32")
                     asked.append(((name, direction, arithmetic), op, specs, requests(op, specs, device)))
     problems = compile_all([request for *_, found in asked for _, request in found])
