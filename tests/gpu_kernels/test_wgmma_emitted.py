@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpu_kernels import hopper
+from gpu_kernels import warpgroup
+from gpu_kernels.hopper import CHUNK_BYTES
 
 THREADS = np.arange(128)
 
@@ -44,8 +45,8 @@ def computing(monkeypatch):
 
     ir = pytest.importorskip("llvmlite.ir")
     monkeypatch.setattr(ir, "Constant", lambda kind, value: value)
-    monkeypatch.setattr(hopper, "_number", lambda value: value)
-    monkeypatch.setattr(hopper, "_call", call)
+    monkeypatch.setattr(warpgroup, "_number", lambda value: value)
+    monkeypatch.setattr(warpgroup, "emit_ptx", call)
     return Arithmetic()
 
 
@@ -78,25 +79,25 @@ def test_descriptors_of_halves(computing, rows, mn_major):
     memory = swizzled(lines)
     own = lines[first:]
     want = own.reshape(-1, 64, 64).swapaxes(1, 2).reshape(rows, 64) if mn_major else own
-    descriptor = hopper._descriptor(computing, 0, first, mn_major)
-    for step in range(hopper.STEPS):
-        here = hopper._ahead(computing, descriptor, step * hopper._step_bytes(mn_major))
+    descriptor = warpgroup._descriptor(computing, 0, first, mn_major)
+    for step in range(warpgroup.STEPS):
+        here = warpgroup._ahead(computing, descriptor, step * warpgroup._step_bytes(mn_major))
         got = by_descriptor(memory, here, rows, 16, np.uint16, mn_major=mn_major)
         np.testing.assert_array_equal(got, want[:, 16 * step : 16 * step + 16])
 
 
 def test_the_second_part_of_a_is_a_chunk_further(computing):
     lines = np.arange(128 * 64, dtype=np.uint16).reshape(-1, 64)
-    descriptor = hopper._ahead(computing, hopper._descriptor(computing, 0, 0, True), hopper.CHUNK_BYTES)
+    descriptor = warpgroup._ahead(computing, warpgroup._descriptor(computing, 0, 0, True), CHUNK_BYTES)
     got = by_descriptor(swizzled(lines), descriptor, 64, 16, np.uint16, mn_major=True)
     np.testing.assert_array_equal(got, lines[64:80].T)
 
 
 def test_descriptors_of_float32(computing):
     lines = np.arange(192 * 32, dtype=np.float32).reshape(-1, 32)
-    descriptor = hopper._descriptor(computing, 0, 64, False)
-    for step in range(hopper.STEPS):
-        here = hopper._ahead(computing, descriptor, 32 * step)
+    descriptor = warpgroup._descriptor(computing, 0, 64, False)
+    for step in range(warpgroup.STEPS):
+        here = warpgroup._ahead(computing, descriptor, 32 * step)
         got = by_descriptor(swizzled(lines), here, 128, 8, np.float32, mn_major=False)
         np.testing.assert_array_equal(got, lines[64:, 8 * step : 8 * step + 8])
 
@@ -108,31 +109,31 @@ def test_fragments_of_a_in_registers(computing, monkeypatch, mn_major):
     lines = np.arange((first + 64) * 32, dtype=np.float32).reshape(-1, 32)
     memory = swizzled(lines).view(np.float32)
     monkeypatch.setattr(
-        hopper,
+        warpgroup,
         "_read",
         lambda builder, place, count, offset=0: [memory[(place + offset) // 4 + i] for i in range(count)],
     )
     own = lines[first:]
     a = own.reshape(2, 32, 32).swapaxes(1, 2).reshape(64, 32) if mn_major else own
-    read = hopper._values_across if mn_major else hopper._values_along
+    read = warpgroup._values_across if mn_major else warpgroup._values_along
     found = read(computing, 0, first)
-    k_at = np.argsort(hopper.PLACES)  # which k lies where in a line of b
-    for step in range(hopper.STEPS):
+    k_at = np.argsort(warpgroup.PLACES)  # which k lies where in a line of b
+    for step in range(warpgroup.STEPS):
         for i in range(4):
             row = THREADS // 32 * 16 + THREADS % 32 // 4 + i % 2 * 8
             k = k_at[8 * step + THREADS % 4 + i // 2 * 4]
-            np.testing.assert_array_equal(found[step][i], a[np.asarray(hopper.ROWS)[row] if mn_major else row, k])
+            np.testing.assert_array_equal(found[step][i], a[np.asarray(warpgroup.ROWS)[row] if mn_major else row, k])
 
 
 def test_columns_are_exchanged(computing, monkeypatch):
-    acc = hopper._spread(np.arange(64 * 64, dtype=np.float32).reshape(64, 64))
-    monkeypatch.setattr(hopper, "_array", lambda context, builder, kind, value: value)
-    monkeypatch.setattr(hopper, "_at", lambda builder, data, first, more: data[first + more])
+    acc = warpgroup._spread(np.arange(64 * 64, dtype=np.float32).reshape(64, 64))
+    monkeypatch.setattr(warpgroup, "_array", lambda context, builder, kind, value: value)
+    monkeypatch.setattr(warpgroup, "_at", lambda builder, data, first, more: data[first + more])
     types = pytest.importorskip("numba").types
     monkeypatch.setitem(__import__("sys").modules, "numba.cuda", SimpleNamespace(types=types))
-    _, _, emit = hopper._columns_rule(SimpleNamespace(), types.int32)
+    _, _, emit = warpgroup._columns_rule(SimpleNamespace(), types.int32)
     context = SimpleNamespace(make_tuple=lambda builder, kind, values: values)
     signature = SimpleNamespace(args=(None, None), return_type=None)
     for first in (0, 2, 16, 18):
         got = emit(context, computing, signature, (acc, first))
-        np.testing.assert_array_equal(np.stack(got), np.stack(hopper.columns(acc, first)))
+        np.testing.assert_array_equal(np.stack(got), np.stack(warpgroup.columns(acc, first)))
