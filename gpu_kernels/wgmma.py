@@ -33,7 +33,6 @@ from . import cost as costs
 from .grid import INDEX_LIMIT, WARPGROUP, Grid, TensorMap, blocks_of
 from .hopper import (
     ALIGNMENT,
-    CHUNK_BYTES,
     LINE_BYTES,
     LINES,
     acquire,
@@ -52,6 +51,7 @@ from .ptx import append, clear, cuda, float32, select, store, unroll
 from .tail import tail
 from .tensor_core import SPLIT
 from .warpgroup import columns, multiply, multiply_split, settle
+from .wgmma_passes import lanes_of
 
 # These templates are built and tested without a card; until they have run on one, nothing chooses them by itself.
 TRIED = False
@@ -206,8 +206,8 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     turns = blocks_of(t.tiles, t.grid)
     in_group, last_group = t.group * t.blocks_n, t.blocks_m // t.group
     rest = t.blocks_m % t.group
-    fused, eight = epilogue is not None, epilogue is not None and t.dtype in HALVES
-    end = tail(epilogue, 8 if eight else 4) if epilogue else None
+    fused, eight = epilogue is not None, epilogue is not None and lanes_of(epilogue) == 8
+    end = tail(epilogue, lanes_of(epilogue)) if epilogue else None
     trade, steps, write = t.consumers == 2, t.own_steps, store("float32", 4)
     computed, kept = (rows.computed, rows.kept) if rows else (t.m, t.m)
     size = t.m // computed * kept * t.n  # of the outputs
@@ -423,6 +423,3 @@ def seconds(t: Tile, device: Device) -> float:
     return costs.seconds(device, flops=flops, size_bytes=sums, **work) + costs.seconds(
         device, flops=0, size_bytes=sums, **work
     )
-
-
-assert CHUNK_BYTES == LINES * LINE_BYTES

@@ -171,10 +171,16 @@ def split_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any
     return (Spec((config["splits"], *outs[0].shape), "float32"),) if config["splits"] > 1 else ()
 
 
+def lanes_of(epilogue: Epilogue) -> int:
+    """16 bytes of the widest operand that is read with the outputs."""
+    wide = [spec.dtype for spec in (epilogue.out, *epilogue.extras) if spec.shape]
+    return 8 if all(dtype in HALVES for dtype in wide) else 4
+
+
 def add_up(kind: str, splits: int, epilogue: Epilogue) -> Grid:
     """The second kernel: the sums of all splits, in their order."""
     size, channels, threads = epilogue.out.size, epilogue.out.shape[-1], 256
-    lanes, last = 8 if epilogue.out.dtype in HALVES else 4, int(kind != "half")
+    lanes, last = lanes_of(epilogue), int(kind != "half")
     read, plus, zero, gather, end = load("float32", 4), add(4), clear(lanes), take(lanes), tail(epilogue, lanes)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
