@@ -15,7 +15,6 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,22 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, geometric_mean, write
+from gpu_asked import NETWORKS, PRECISION, networks, training
 from networks import MOMENTUM, RATE, batches, dropout_of, traced
 from theirs import LAYOUTS
 from torch import nn as torch_nn
 from twins import twin
 
-import rapydli_flow as rf
-from rapydli_flow import nn, optim
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.remembered import known
 from rapydli_flow.runtime.stale import rank_on
 from rapydli_flow.runtime.warm import warm
 from rapydli_flow.scheduler import make_plan
-from rapydli_flow.zoo import Network, find
+from rapydli_flow.zoo import Network
 
-BATCHES = {"alexnet": 128, "overfeat": 128, "vgg_a": 64, "googlenet": 128, "resnet50": 64}
-PRECISION = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}
 APART = {"fp32": 1e-3, "tf32": 5e-3, "bf16": 5e-2}  # how far first losses may be apart, relatively
 SEED, TURN_S, ROUNDS, FIRST = 0, 0.25, 7, 3
 
@@ -47,15 +43,13 @@ SEED, TURN_S, ROUNDS, FIRST = 0, 0.25, 7, 3
 class Ours:
     """Our step on a card, its batch resident."""
 
-    def __init__(self, case: Network, batch: Any, precision: str, *, dropout: bool) -> None:
+    def __init__(self, case: Network, batch: Any, arithmetic: str, *, dropout: bool) -> None:
         self.network = traced(case, case.batch, dropout=dropout)
-        step = rf.train_step(
-            self.network, loss=nn.cross_entropy, optimizer=optim.sgd(RATE, momentum=MOMENTUM), precision=precision
-        )
+        step = training(self.network, arithmetic)
         device = device_of("cuda")
         (program,) = make_plan(step, 1).programs(step, known(device))
         warmed = warm(program.requests, device)
-        print(f"{case.name} {precision}: {warmed}", flush=True)
+        print(f"{case.name} {arithmetic}: {warmed}", flush=True)
         for (request, choice), why in warmed.failed:
             print(f"NOT COMPILED {request} {choice}: {why[-300:]}", flush=True)
         self.program, self.count = program, 0
@@ -91,7 +85,7 @@ class Ours:
 class Theirs:
     """PyTorch's step on the card, its batch resident."""
 
-    def __init__(self, module: Any, batch: Any, layout: str, precision: str, *, compiled: bool = False) -> None:
+    def __init__(self, module: Any, batch: Any, layout: str, arithmetic: str, *, compiled: bool = False) -> None:
         how = LAYOUTS[layout]
         self.module = module.cuda().to(memory_format=how).train()
         self.call = torch.compile(self.module, dynamic=False) if compiled else self.module
@@ -100,7 +94,7 @@ class Theirs:
         x, label = batch
         self.x = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).cuda().contiguous(memory_format=how)
         self.label = torch.from_numpy(label).cuda()
-        half = precision == "bfloat16"
+        half = arithmetic == "bf16"
         self.context: Callable[[], Any] = partial(torch.autocast, "cuda", torch.bfloat16) if half else nullcontext
 
     def steps(self, count: int) -> float:
@@ -114,16 +108,16 @@ class Theirs:
         return float(loss.detach())
 
 
-def sides(case: Network, batch: Any, precision: str, *, dropout: bool, compiled: bool) -> dict[str, Any]:
+def sides(case: Network, batch: Any, arithmetic: str, *, dropout: bool, compiled: bool) -> dict[str, Any]:
     """Ours and PyTorch's, from the same parameters."""
-    mine = Ours(case, batch, precision, dropout=dropout)
+    mine = Ours(case, batch, arithmetic, dropout=dropout)
     state, rate = mine.state(), dropout_of(case) if dropout else 0.0
     made: dict[str, Any] = {"ours": mine}
     for layout in LAYOUTS:
-        made[layout] = Theirs(twin(case.name, mine.network, state, dropout=rate), batch, layout, precision)
+        made[layout] = Theirs(twin(case.name, mine.network, state, dropout=rate), batch, layout, arithmetic)
     if compiled:
         module = twin(case.name, mine.network, state, dropout=rate)
-        made["compile"] = Theirs(module, batch, "channels_last", precision, compiled=True)
+        made["compile"] = Theirs(module, batch, "channels_last", arithmetic, compiled=True)
     return made
 
 
@@ -145,10 +139,9 @@ def interleaved(runs: dict[str, Any]) -> dict[str, float]:
 
 def measure(case: Network, arithmetic: str, *, compiled: bool) -> dict[str, Any]:
     """Compare first losses, then time."""
-    precision = PRECISION[arithmetic]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"
     (batch,) = batches(case, case.batch, count=1)
-    proof = sides(case, batch, precision, dropout=False, compiled=False)
+    proof = sides(case, batch, arithmetic, dropout=False, compiled=False)
     losses = {name: [side.steps(1) for _ in range(FIRST)] for name, side in proof.items()}
     apart = max(abs(a / b - 1) for a, b in zip(losses["ours"], losses["channels_last"], strict=True))
     own = max(abs(a / b - 1) for a, b in zip(losses["nchw"], losses["channels_last"], strict=True))
@@ -157,7 +150,7 @@ def measure(case: Network, arithmetic: str, *, compiled: bool) -> dict[str, Any]
     proof["ours"].close()
     del proof
     torch.cuda.empty_cache()
-    runs = sides(case, batch, precision, dropout=True, compiled=compiled)
+    runs = sides(case, batch, arithmetic, dropout=True, compiled=compiled)
     times = interleaved(runs)
     mine = runs["ours"]
     best = min(times["nchw"], times["channels_last"])
@@ -175,7 +168,7 @@ def main() -> None:
     """Measure every network in every arithmetic, print, write JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
-    parser.add_argument("--networks", default=",".join(BATCHES))
+    parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--arithmetic", default=",".join(PRECISION))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--budget-s", type=float, default=500.0, help="networks after this are left out")
@@ -184,16 +177,15 @@ def main() -> None:
     until = time.monotonic() + given.budget_s
     torch.backends.cudnn.benchmark = True
     rows: list[dict[str, Any]] = []
-    for name in given.networks.split(","):
+    for case in networks(given.networks):
         for arithmetic in given.arithmetic.split(","):
             if time.monotonic() > until:
                 print("out of time: the rest is left out")
                 break
-            case = replace(find(name), batch=BATCHES[name])
             try:
                 rows.append(measure(case, arithmetic, compiled=given.compile))
             except Exception as error:  # of a network: it is told, the others are measured
-                print(f"{name} {arithmetic}: {type(error).__name__}: {str(error)[:800]}", flush=True)
+                print(f"{case.name} {arithmetic}: {type(error).__name__}: {str(error)[:800]}", flush=True)
                 continue
             torch.cuda.empty_cache()
             row = rows[-1]

@@ -178,13 +178,11 @@ def _unit_stride(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
     return all(step == 1 for step in op.stride)
 
 
-def _rules(walk: Callable[..., Walk], size: machinery.Size, **more: Callable[..., bool]) -> dict[str, Any]:
-    alone = {
-        "a Hopper": machinery.card,
-        **more,
-        "a walk of the copy engine": _supported(walk),
-    }
-    return {**alone, **machinery.rules(size)}
+def _rules(
+    walk: Callable[..., Walk], size: machinery.Size, *, across: bool = False, **more: Callable[..., bool]
+) -> dict[str, Any]:
+    alone = {"a Hopper": machinery.card, "floats": machinery.floats, **more}
+    return {**alone, "a walk of the copy engine": _supported(walk), **machinery.rules(size, lambda op: across)}
 
 
 def _filters(w: Spec, *, gradient: bool) -> tuple[int, int, int]:
@@ -209,8 +207,8 @@ def _with_filters(t: Tile, a: Operand, w: Spec, epilogue: Epilogue, *, gradient:
 
 
 forward_size, backward_size = _size(forward_walk), _size(backward_walk)
-FORWARD = _rules(forward_walk, forward_size, floats=machinery.floats)
-BACKWARD = _rules(backward_walk, backward_size, floats=machinery.floats, unit_stride=_unit_stride)
+FORWARD = _rules(forward_walk, forward_size)
+BACKWARD = _rules(backward_walk, backward_size, unit_stride=_unit_stride)
 
 
 @template(
@@ -256,10 +254,18 @@ def filter_walk(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Walk:
 def filter_size(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, int, int]:
     """Rows are taps of 64s of channels; what is beyond the last channel is computed, but not stored."""
     w = filter_walk(op, ins, outs)
-    return prod(w.window) * w.blocks_c * LINES, outs[0].shape[-1], blocks_of(w.pixels, LINES)
+    depth = depth_of(w.dtype)
+    return prod(w.window) * w.blocks_c * depth, outs[0].shape[-1], blocks_of(w.pixels, depth)
 
 
-FILTERS = _rules(filter_walk, filter_size, halves=machinery.halves)
+def filter_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    """float32: dy, with pixels along lines; then the sums of splits."""
+    kind, pixels = machinery.kind_of(op, ins[0].dtype), filter_walk(op, ins, outs).pixels
+    laid_out = machinery.laid_out(kind, ins[1], 1, pixels, outs[0].shape[-1])
+    return laid_out + machinery.split_sums(op, ins, outs, **config)
+
+
+FILTERS = _rules(filter_walk, filter_size, across=True)
 
 
 @template(
@@ -269,7 +275,7 @@ FILTERS = _rules(filter_walk, filter_size, halves=machinery.halves)
     fits=FILTERS,
     prefer=machinery.preferring(FILTERS, filter_size, splits=SPLIT_SPACE["splits"]),
     cost=machinery.costing(filter_size),
-    workspace=machinery.split_sums,
+    workspace=filter_workspace,
 )
 def wgmma_pixels(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
@@ -277,17 +283,22 @@ def wgmma_pixels(
     """Sums over pixels, split over blocks; a second kernel adds these up."""
     t = cut(op, ins[0].dtype, filter_size(op, ins, outs), config)
     w, filters = filter_walk(op, ins, outs), ins[1].shape[-1]
-    begin, blocks_c = pixel_copy(w, 0), w.blocks_c
+    begin, blocks_c, depth = pixel_copy(w, 0), w.blocks_c, depth_of(w.dtype)
 
     def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-        for part in unroll(t.bm // LINES):
-            chunk = first // LINES + part
-            channel = chunk % blocks_c * LINES
-            begin(maps, bars, i, tiles, line + part * LINES, step * LINES, channel, chunk // blocks_c)
+        for part in unroll(t.bm // depth):
+            chunk = first // depth + part
+            channel = chunk % blocks_c * depth
+            begin(maps, bars, i, tiles, line + part * depth, step * depth, channel, chunk // blocks_c)
 
-    a = Operand((w.map(0, LINES),), True, fetch)
-    b = box_operand(1, t.dtype, (filters, w.pixels), t.bn, 1, mn_major=True)
-    rows = Rows(blocks_c * LINES, w.channels)
+    a = Operand((w.map(0, depth),), True, fetch)
+    before: tuple[Grid, ...] = ()
+    if t.kind == "half":
+        b = box_operand(1, t.dtype, (filters, w.pixels), t.bn, 1, mn_major=True)
+    else:
+        before = (machinery.lay_out(t.kind, ins[1], 1, w.pixels, filters, along=False, by_threads=True),)
+        b = machinery.lines_operand(t, 1, w.pixels)
+    rows = Rows(blocks_c * depth, w.channels)
     if t.splits == 1:
-        return (products(t, a, b, epilogue, rows),)
-    return (products(t, a, b, None, rows), machinery.add_up(t, epilogue))
+        return (*before, products(t, a, b, epilogue, rows))
+    return (*before, products(t, a, b, None, rows), machinery.add_up(t, epilogue))

@@ -25,8 +25,8 @@ def size(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, int, 
 
 
 def _as_it_lies(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Rows of 16 bytes; the inner sum runs along a if that is float32."""
-    return machinery.wide(*ins, *outs) and not (op.ta and ins[0].dtype == "float32")
+    """Rows of 16 bytes."""
+    return machinery.wide(*ins, *outs)
 
 
 def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
@@ -37,7 +37,7 @@ RULES = {
     "a Hopper": machinery.card,
     "floats": machinery.floats,
     "operands as they lie": _as_it_lies,
-    **machinery.rules(size),
+    **machinery.rules(size, across=lambda op: bool(op.ta)),
 }
 PREFER, COST = machinery.preferring(RULES, size), machinery.costing(size)
 
@@ -50,5 +50,5 @@ def wgmma(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     a = box_operand(0, t.dtype, of_a, t.bm, 0, mn_major=bool(op.ta))
     if t.kind == "half":
         return (products(t, a, box_operand(1, t.dtype, of_b, t.bn, 1, mn_major=not op.tb), epilogue),)
-    first = lay_out(t.kind, ins[1], 1, inner(op, ins), t.n, along=bool(op.tb))
+    first = lay_out(t.kind, ins[1], 1, inner(op, ins), t.n, along=bool(op.tb), by_threads=bool(op.ta))
     return (first, products(t, a, lines_operand(t, 1, inner(op, ins)), epilogue))

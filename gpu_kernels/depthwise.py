@@ -35,7 +35,7 @@ from .ptx import clear, cuda, hold, inside, load, take, unroll
 from .tail import tail
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
-    "threads": (256, 128, 512),
+    "threads": (128, 256, 64),
     "vector": (4, 2, 1, 8),
     "rows": (2, 4, 1, 3, 7, 8),  # of a thread's tile; of a strided gradient, times the stride
     "run": (4, 2, 1, 7, 8),
@@ -44,31 +44,39 @@ MOST_TAPS = 121
 Use = tuple[int, int]  # pixel of the tile, and tap
 
 
+Sums = tuple[tuple[int, int, int], ...]  # places of sums and of both factors
+
+
 @cache
-def multiply_add(lanes: int) -> Pair:
-    """``(sums, at, x, at_x, w, at_w)``: sums[at + j] += x[at_x + j] * w[at_w + j]."""
+def multiply_add(lanes: int, sums: Sums) -> Pair:
+    """``(acc, x, w)``: acc[at + j] += x[at_x + j] * w[at_w + j] for all ``(at, at_x, at_w)`` of these sums.
 
-    def twin(sums: Any, at: int, x: Any, at_x: int, w: Any, at_w: int) -> None:
-        sums[at : at + lanes] += x[at_x : at_x + lanes] * w[at_w : at_w + lanes]
+    One intrinsic for a whole row of the source, as each call of one takes the compiler's time.
+    """
 
-    def rule(sums: Any, at: Any, x: Any, at_x: Any, w: Any, at_w: Any) -> Any:
+    def twin(acc: Any, x: Any, w: Any) -> None:
+        for at, at_x, at_w in sums:
+            acc[at : at + lanes] += x[at_x : at_x + lanes] * w[at_w : at_w + lanes]
+
+    def rule(acc: Any, x: Any, w: Any) -> Any:
         from llvmlite import ir
         from numba.cuda import types
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = ir.FloatType() if sums.dtype.bitwidth == 32 else ir.DoubleType()
+            kind = ir.FloatType() if acc.dtype.bitwidth == 32 else ir.DoubleType()
             fma = builder.module.declare_intrinsic("llvm.fma", [kind], ir.FunctionType(kind, [kind] * 3))
-            of = [context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2, 4)]
-            for j in range(lanes):
-                number = context.get_constant(types.int32, j)
-                at_j = [builder.add(args[i], number) for i in (1, 3, 5)]
-                total, a, b = (builder.gep(p, [i], inbounds=True) for p, i in zip(of, at_j, strict=True))
-                builder.store(builder.call(fma, [*map(builder.load, (a, b, total))]), total)
+            data = [context.make_array(k)(context, builder, v).data for k, v in zip(sig.args, args, strict=True)]
+            for places in sums:
+                for j in range(lanes):
+                    at = [context.get_constant(types.int32, place + j) for place in places]
+                    total, *factors = (builder.gep(p, [i], inbounds=True) for p, i in zip(data, at, strict=True))
+                    values = [builder.load(place) for place in (*factors, total)]
+                    builder.store(builder.call(fma, values), total)
             return context.get_dummy_value()
 
-        return types.void, (sums, types.int32, x, types.int32, w, types.int32), emit
+        return types.void, (acc, x, w), emit
 
-    return Pair(f"multiply_add{lanes}", twin, rule)
+    return Pair(f"multiply_add{lanes}_{len(sums)}", twin, rule)
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,17 @@ class Row:
     taps: tuple[int, ...]
     uses: tuple[tuple[Use, ...], ...]
 
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(map(len, self.uses))
+    def sums(self, vector: int) -> Sums:
+        """Pixels of all taps, from this row and the filters of all taps."""
+        return tuple(
+            (pixel * vector, place * vector, tap * vector)
+            for tap, uses in zip(self.taps, self.uses, strict=True)
+            for pixel, place in uses
+        )
+
+    def sums_of(self, tap: int, vector: int) -> Sums:
+        """Pixels of its n-th tap, from this row and one filter."""
+        return tuple((pixel * vector, place * vector, 0) for pixel, place in self.uses[tap])
 
 
 def rows_of(of: Sequence[Line], window: Sequence[int]) -> tuple[Row, ...]:
@@ -183,7 +199,17 @@ def _registers(
     else:
         used = wide * (pixels + (taps if _kept(taps, vector) else 1) + len(w.offsets))
     loads = len(d.offsets) * len(h.offsets) * len(w.offsets)
-    return used + 32 <= min(255, (device.registers or REGISTERS) // threads) and loads <= 400
+    spare = 56 if op.family == "conv_filter_grad" or not _kept(taps, vector) else 46  # addresses, and loads under way
+    return (
+        used + spare <= min(255, (device.registers or REGISTERS) // (threads * together(threads)))
+        and loads <= max(48, 2 * taps)
+        and pixels * taps * vector <= 1024
+    )
+
+
+def together(threads: int, *, bound: int = 384) -> int:
+    """Blocks that a multiprocessor should hold: many threads hide the time of loads."""
+    return max(1, bound // threads)
 
 
 def _taps(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
@@ -221,7 +247,7 @@ def _score(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, c
     used = tiles * each / prod(line.size for line in of)
     threads = ins[0].shape[0] * tiles * (op.groups // config["vector"])
     few = min(1.0, threads / ((device.cores if device.cores > 1 else 132) * 512))
-    return used * (1 + 0.4 * loads) / few * (4 / min(4, config["vector"])) ** 0.5
+    return used * (1 + 0.4 * loads) / few * 4 / min(4, config["vector"])
 
 
 def preferring(space: Mapping[str, tuple[Any, ...]], fits: Mapping[str, str | Callable[..., bool]]) -> Any:
@@ -278,12 +304,14 @@ def depthwise(
     across = channels // vector
     total = ins[0].shape[0] * d.tiles * h.tiles * w.tiles * across
     read, keep, gather = load(dtype, vector, constant=True), hold(vector), take(vector)
-    sums, end, more = clear(d.pixels * h.pixels * w.pixels * vector), tail(epilogue, vector), multiply_add(vector)
+    sums, end = clear(d.pixels * h.pixels * w.pixels * vector), tail(epilogue, vector)
     of_rows, counts = len(source), tuple(len(row.taps) for row in source)
+    all_taps = tuple(multiply_add(vector, row.sums(vector)) for row in source)
+    one_tap = tuple(
+        tuple(multiply_add(vector, row.sums_of(j, vector)) for j in range(count))
+        for row, count in zip(source, counts, strict=True)
+    )
     kind = getattr(np, held(dtype))
-
-    def gain(acc: Any, line: Any, filters: Any, at: Any, use: Any) -> None:
-        more(acc, use[0] * vector, line, use[1] * vector, filters, at)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         acc = cuda.local.array(d.pixels * h.pixels * w.pixels * vector, kind)
@@ -309,14 +337,12 @@ def depthwise(
                 on = active & inside(tile_w * w.step + w.offsets[k], w.read)
                 offset = ((source[i].d * h.read + source[i].h) * w.read + w.offsets[k]) * channels
                 keep(line, k * vector, read(on, ins[0], first_element + offset))
-            for j in unroll(counts[i]):
-                if keeps:
-                    for u in unroll(source[i].counts[j]):
-                        gain(acc, line, filters, source[i].taps[j] * vector, source[i].uses[j][u])
-                else:
+            if keeps:
+                all_taps[i](acc, line, filters)
+            else:
+                for j in unroll(counts[i]):
                     keep(filters, 0, read(there, ins[1], source[i].taps[j] * channels + channel))
-                    for u in unroll(source[i].counts[j]):
-                        gain(acc, line, filters, 0, source[i].uses[j][u])
+                    one_tap[i][j](acc, line, filters)
         for a in unroll(d.pixels):
             for b in unroll(h.pixels):
                 for c in unroll(w.pixels):
@@ -328,4 +354,9 @@ def depthwise(
                     values = gather(acc, ((a * h.pixels + b) * w.pixels + c) * vector)
                     end.finish(on, outs[0], values, element, channel, extras, at)
 
-    return Grid(kernel, blocks_of(total, threads), threads)
+    return Grid(
+        kernel,
+        blocks_of(total, threads),
+        threads,
+        resident=together(threads, bound=384 if keeps and max(op.stride) == 1 else 256),
+    )

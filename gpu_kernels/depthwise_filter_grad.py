@@ -18,14 +18,14 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import cost as guess
-from .depthwise import RULES, cost, lines, multiply_add, one_each, preferring, rows_of
+from .depthwise import RULES, cost, lines, multiply_add, one_each, preferring, rows_of, together
 from .grid import Grid, blocks_of
 from .pair import held
 from .parts import add_parts, add_up, get
 from .ptx import clear, cuda, hold, inside, load, put, store, take, unroll
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
-    "threads": (256, 128, 512),
+    "threads": (128, 256, 64),
     "vector": (4, 2, 1),
     "rows": (2, 1, 4, 7),
     "run": (4, 2, 1, 7),
@@ -114,15 +114,13 @@ def depthwise(
     walkers = parts * lanes
     steps = blocks_of(tiles, walkers)
     pixels = d.pixels * h.pixels * w.pixels
-    read, keep, more = load(dtype, vector, constant=True), hold(vector), multiply_add(vector)
+    read, keep = load(dtype, vector, constant=True), hold(vector)
     sums, write, add, store_sum, gather = clear(taps * vector), put(1), add_up(1), store(held(dtype), 1), take(1)
-    of_rows, counts = len(source), tuple(len(row.taps) for row in source)
+    of_rows = len(source)
+    all_taps = tuple(multiply_add(vector, tuple((t, x, y) for y, x, t in row.sums(vector))) for row in source)
     kind = getattr(np, held(dtype))
     wide = across * vector  # channels of a block
     room, columns = blocks_of(threads, across) * wide, blocks_of(wide, threads)
-
-    def gain(acc: Any, line: Any, near: Any, at: Any, use: Any) -> None:
-        more(acc, at, line, use[1] * vector, near, use[0] * vector)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         acc = cuda.local.array(taps * vector, kind)
@@ -160,9 +158,7 @@ def depthwise(
                     on = active & inside(tile_w * w.step + w.offsets[k], w.read)
                     offset = ((source[i].d * h.read + source[i].h) * w.read + w.offsets[k]) * channels
                     keep(line, k * vector, read(on, ins[0], first_element + offset))
-                for j in unroll(counts[i]):
-                    for u in unroll(source[i].counts[j]):
-                        gain(acc, line, near, source[i].taps[j] * vector, source[i].uses[j][u])
+                all_taps[i](acc, line, near)
         own = thread // across * wide + thread % across * vector
         for tap in unroll(taps):
             for j in unroll(vector):
@@ -178,4 +174,6 @@ def depthwise(
                 store_sum(column < wide, work[0], place, gather(one, 0))
             cuda.syncthreads()
 
-    return Grid(kernel, parts * across_blocks, threads), add_parts(epilogue, parts, size)
+    return Grid(kernel, parts * across_blocks, threads, resident=together(threads, bound=256)), add_parts(
+        epilogue, parts, size
+    )

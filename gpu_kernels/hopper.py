@@ -524,69 +524,58 @@ PLACES = tuple(place_in_line(k) for k in range(32))
 
 
 @cache
-def multiply_split(n: int) -> Pair:
-    """``(acc, tiles, line of a, line of b)``: acc += a b over a line of float32, in three products of TF32.
+def multiply_split(n: int, pieces: int = 2, *, mn_major: bool = False) -> Pair:
+    """``(acc, tiles, line of a, line of b)``: acc += a b over 32 of the inner sum in float32, in products of TF32.
 
-    a is 64 rows; each thread splits what it reads of them. b is split already: ``n`` columns, then n of their rests;
-    its values lie at `PLACES`. Within a line sums are the hardware's, which cuts off; lines are added in float32.
+    a is 64 rows, which may have either order, since threads read it themselves; of mn-major ones `ROWS` tells which row
+    is where. b is ``n`` columns, its values at `PLACES`. With two ``pieces`` each thread splits what it reads of a, and
+    b is split already: n columns, then n of their rests. Three products are added up by the hardware, which cuts off,
+    and to acc in float32. With one piece a is rounded, and sums are the hardware's.
     """
     held = n // 2
 
     def twin(acc: Array, tiles: Shared, line_a: int, line_b: int) -> None:
-        (a, used_a), (b, used_b) = (
-            _operand(tiles, line, rows, "float32", mn_major=False) for line, rows in ((line_a, LINES), (line_b, 2 * n))
-        )
-        high, b = tf32(a, nearest=True), b[:, PLACES]
-        low = tf32(a - high, nearest=True)
-        sums = low @ b[:n].T + high @ b[n:].T + high @ b[:n].T
+        a, used_a = _operand(tiles, line_a, LINES, "float32", mn_major=False)
+        b, used_b = _operand(tiles, line_b, pieces * n, "float32", mn_major=False)
+        if mn_major:
+            a = a.reshape(2, 32, 32).swapaxes(1, 2).reshape(LINES, 32)[list(ROWS)]
+        high, b = tf32(a, nearest=True), tf32(b, nearest=False)[:, PLACES]
+        sums = high @ b[:n].T
+        if pieces == 2:
+            sums = tf32(a - high, nearest=False) @ b[:n].T + high @ b[n:].T + sums
         _Group(acc, _spread(sums), [used_a, used_b]).finish()
 
-    def asm(first: bool) -> tuple[str, str]:
+    def asm(fresh: bool) -> tuple[str, str]:
         regs = ", ".join(f"${i}" for i in range(held))
-        base = held if first else 2 * held
+        base = held if fresh else 2 * held
         own = ", ".join(f"${base + i}" for i in range(4))
         kind = f"wgmma.mma_async.sync.aligned.m64n{n}k8.f32.tf32.tf32"
-        text = f"{kind} {{{regs}}}, {{{own}}}, ${base + 4}, {int(not first)}, 1, 1;"
-        tied = [] if first else [str(i) for i in range(held)]
+        text = f"{kind} {{{regs}}}, {{{own}}}, ${base + 4}, {int(not fresh)}, 1, 1;"
+        tied = [] if fresh else [str(i) for i in range(held)]
         return text, ",".join([*["=f"] * held, *tied, *["r"] * 4, "l"])
 
     def rule(acc: Any, tiles: Any, line_a: Any, line_b: Any) -> Any:
         from llvmlite import ir
         from numba.cuda import types
 
-        f, i32 = ir.FloatType(), ir.IntType(32)
-        four = ir.LiteralStructType([f] * 4)
-        result = ir.LiteralStructType([f] * held)
-
-        def fragments(builder: Any, tiles: Any, line: Any) -> tuple[list[list[Any]], list[list[Any]]]:
-            """For each step the four registers of a, and of the rest."""
-            thread = builder.and_(_call(builder, "mov.u32 $0, %tid.x;", "=r", (), i32), _number(WARPGROUP - 1))
-            row = builder.and_(builder.lshr(thread, _number(2)), _number(7))
-            own = builder.add(builder.mul(builder.lshr(thread, _number(5)), _number(16)), row)
-            at = builder.add(tiles, builder.mul(builder.add(line, own), _number(LINE_BYTES)))
-            values = []  # [lower or upper half of the line][row or the one 8 below][step]
-            for half in range(2):
-                piece = builder.xor(builder.add(builder.and_(thread, _number(3)), _number(4 * half)), row)
-                place = builder.add(at, builder.mul(piece, _number(16)))
-                for below in range(2):
-                    asm = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{below * 8 * LINE_BYTES}];"
-                    found = _call(builder, asm, "=f,=f,=f,=f,r,~{memory}", [place], four)
-                    values.append([builder.extract_value(found, i) for i in range(4)])
-            high = [[_rounded(builder, values[i][step]) for i in range(4)] for step in range(STEPS)]
-            low = [
-                [_rounded(builder, builder.fsub(values[i][step], builder.bitcast(high[step][i], f))) for i in range(4)]
-                for step in range(STEPS)
-            ]
-            return high, low
+        result = ir.LiteralStructType([ir.FloatType()] * held)
+        read = _values_across if mn_major else _values_along
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _array(context, builder, sig.args[0], args[0])
-            high, low = fragments(builder, args[1], args[2])
+            places = [_at(builder, data, i) for i in range(held)]
+            values = read(builder, args[1], args[2])
+            high = [[_near(builder, value) for value in step] for step in values]
             b = _descriptor(builder, args[1], args[3], False)
-            rest = _ahead(builder, b, n * LINE_BYTES)
+            factors, sums = [(high, b)], [builder.load(place) for place in places]
+            if pieces == 2:
+                low = [
+                    [_rest(builder, *both) for both in zip(*steps, strict=True)]
+                    for steps in zip(values, high, strict=True)
+                ]
+                factors, sums = [(low, b), (high, _ahead(builder, b, n * LINE_BYTES)), *factors], []
             _call(builder, "wgmma.fence.sync.aligned;", "~{memory}", ())
-            sums: list[Any] = []
-            for own, other in ((low, b), (high, rest), (high, b)):
+            for own, other in factors:
                 for step in range(STEPS):
                     text, constraints = asm(not sums)
                     operands = [*sums, *own[step], _ahead(builder, other, 32 * step)]
@@ -595,14 +584,86 @@ def multiply_split(n: int) -> Pair:
             tied = ",".join([*["=f"] * held, *map(str, range(held)), "~{memory}"])
             text = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
             found = _call(builder, text, tied, sums, result)
-            for i in range(held):
-                place = _at(builder, data, i)
-                builder.store(builder.fadd(builder.load(place), builder.extract_value(found, i)), place)
+            for i, place in enumerate(places):
+                value = builder.extract_value(found, i)
+                builder.store(builder.fadd(builder.load(place), value) if pieces == 2 else value, place)
             return context.get_dummy_value()
 
         return types.void, (acc, *_types(3, "int32")), emit
 
-    return Pair(f"multiply_split_64x{n}", twin, rule)
+    return Pair(f"multiply_split_64x{n}_{pieces}{'_mn' if mn_major else ''}", twin, rule)
+
+
+# Which row of mn-major a a row of the product is: a thread reads two neighbours, for its rows g and g + 8 of a warp
+ROWS = tuple(row // 16 * 16 + row % 8 * 2 + row % 16 // 8 for row in range(LINES))
+
+
+def _lane(builder: Any) -> tuple[Any, Any, Any]:
+    """Of this thread: its warp in the warpgroup, lane / 4, and lane % 4."""
+    from llvmlite import ir
+
+    thread = builder.and_(_call(builder, "mov.u32 $0, %tid.x;", "=r", (), ir.IntType(32)), _number(WARPGROUP - 1))
+    group = builder.and_(builder.lshr(thread, _number(2)), _number(7))
+    return builder.lshr(thread, _number(5)), group, builder.and_(thread, _number(3))
+
+
+def _read(builder: Any, place: Any, count: int, offset: int = 0) -> list[Any]:
+    """Neighbours in shared memory."""
+    from llvmlite import ir
+
+    regs = ", ".join(f"${i}" for i in range(count))
+    asm = f"ld.shared.v{count}.f32 {{{regs}}}, [${count}+{offset}];"
+    result = ir.LiteralStructType([ir.FloatType()] * count)
+    found = _call(builder, asm, ",".join([*["=f"] * count, "r", "~{memory}"]), [place], result)
+    return [builder.extract_value(found, i) for i in range(count)]
+
+
+def _values_along(builder: Any, tiles: Any, line: Any) -> list[list[Any]]:
+    """For each step the four values of a k-major a that this thread gives to wgmma: rows g, g + 8; then 16 further."""
+    warp, group, own = _lane(builder)
+    row = builder.add(builder.add(line, builder.mul(warp, _number(16))), group)
+    first = builder.add(tiles, builder.mul(row, _number(LINE_BYTES)))
+    values = []
+    for half in range(2):
+        piece = builder.xor(builder.add(own, _number(4 * half)), group)  # the swizzle
+        place = builder.add(first, builder.mul(piece, _number(16)))
+        values += [_read(builder, place, 4), _read(builder, place, 4, 8 * LINE_BYTES)]
+    return [[value[step] for value in values] for step in range(STEPS)]
+
+
+def _values_across(builder: Any, tiles: Any, line: Any) -> list[list[Any]]:
+    """The same of an mn-major a: 32 lines of 32 rows, then the other 32 rows; two rows lie side by side (`ROWS`)."""
+    warp, group, own = _lane(builder)
+    box = builder.mul(builder.lshr(warp, _number(1)), _number(32))
+    column = builder.add(builder.mul(builder.and_(warp, _number(1)), _number(4)), builder.lshr(group, _number(1)))
+    odd = builder.mul(builder.and_(group, _number(1)), _number(8))
+    steps = []
+    for step in range(STEPS):
+        values = []
+        for half in range(2):
+            k = builder.add(builder.mul(own, _number(4)), _number(16 * half + step))
+            place = builder.add(tiles, builder.mul(builder.add(builder.add(line, box), k), _number(LINE_BYTES)))
+            piece = builder.xor(column, builder.and_(k, _number(7)))
+            place = builder.add(builder.add(place, builder.mul(piece, _number(16))), odd)
+            values += _read(builder, place, 2)
+        steps.append(values)
+    return steps
+
+
+def _near(builder: Any, value: Any) -> Any:
+    """Rounded to TF32 in two steps; of a NaN whose bits this turns over, the rest is still NaN."""
+    from llvmlite import ir
+
+    asm = f"{{ .reg .b32 t; mov.b32 t, $1; add.u32 t, t, {_TF32_HALF}; and.b32 $0, t, {_TF32_BITS}; }}"
+    return _call(builder, asm, "=r,f", [value], ir.IntType(32))
+
+
+def _rest(builder: Any, value: Any, near: Any) -> Any:
+    """What the hardware cuts off of this is below 2^-21 of the value."""
+    from llvmlite import ir
+
+    asm = "{ .reg .f32 t; mov.b32 t, $2; sub.rn.f32 t, $1, t; mov.b32 $0, t; }"
+    return _call(builder, asm, "=r,f,r", [value, near], ir.IntType(32))
 
 
 def _rounded(builder: Any, value: Any) -> Any:

@@ -257,6 +257,17 @@ def rounded(x: Array) -> Array:
     return np.where(np.isfinite(x), ((bits + np.uint32(_HALF)) & np.uint32(_BITS)).view(np.float32), x)
 
 
+def nearest(x: Array) -> Array:
+    """float32 to the nearest TF32 by two float32 instructions; infinite from 2^115 on.
+
+    8193 x is rounded where 8192 x, subtracted from it, leaves the 11 first bits of x. The conversion that
+    tensor cores' operands are meant for takes four instructions, which are what limits kernels of one product.
+    """
+    x = np.asarray(x, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.float64(x * np.float32(8193)) - np.float64(x) * 8192).astype(np.float32)
+
+
 def truncated(x: Array) -> Array:
     """What tensor cores see of a float32."""
     return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(_BITS)).view(np.float32)
@@ -270,7 +281,7 @@ def toward_zero(x: Array) -> Array:
 def _added(kind: str, part: Array, a: Array, b: Array) -> Array:
     """``part`` and the products of an instruction, or of three: small ones first."""
     if kind != SPLIT:
-        return part + (rounded(a) @ rounded(b) if kind == "tf32" else a @ b)
+        return part + (nearest(a) @ nearest(b) if kind == "tf32" else a @ b)
     high_a, high_b = rounded(a), rounded(b)
     low_a, low_b = truncated(a - high_a), truncated(b - high_b)
     for x, y in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
@@ -374,13 +385,18 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
             low = builder.fsub(builder.bitcast(value, f32), builder.bitcast(high, f32))
             return high, builder.bitcast(low, i32)
 
+        def to_nearest(builder: Any, x: Any) -> Any:
+            """See `nearest`."""
+            fma = builder.module.declare_intrinsic("llvm.fma", [f32], ir.FunctionType(f32, [f32] * 3))
+            much = builder.fmul(x, ir.Constant(f32, 8193.0))
+            return builder.bitcast(builder.call(fma, [x, ir.Constant(f32, -8192.0), much]), i32)
+
         def terms(builder: Any, values: Sequence[Any]) -> tuple[list[Any], ...]:
             if kind == SPLIT:
                 pairs = [split(builder, value) for value in values]
                 return [high for high, _ in pairs], [low for _, low in pairs]
             if kind == "tf32":
-                convert = ir.InlineAsm(ir.FunctionType(i32, [f32]), "cvt.rna.tf32.f32 $0, $1;", "=r,f")
-                values = [builder.call(convert, [builder.bitcast(value, f32)]) for value in values]
+                values = [to_nearest(builder, builder.bitcast(value, f32)) for value in values]
             return (list(values),)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -179,29 +179,30 @@ def box_operand(array: int, dtype: str, size: tuple[int, int], rows: int, index:
     if mn_major:
 
         def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-            for part in unroll(rows // LINES):
-                begin(maps[index], bars, i, tiles, line + part * LINES, first + part * LINES, step * depth)
+            for part in unroll(rows // depth):
+                begin(maps[index], bars, i, tiles, line + part * depth, first + part * depth, step * depth)
 
     else:
 
         def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
             begin(maps[index], bars, i, tiles, line, step * depth, first)
 
-    box = (LINES, depth) if mn_major else (depth, rows)
+    box = (depth, depth) if mn_major else (depth, rows)
     return Operand((TensorMap(array, dtype, size, (size[0],), box),), mn_major, fetch)
 
 
 def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: Rows | None = None) -> Grid:
     """The kernel: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[column, k]).
 
-    Without an epilogue the sums of split s go to work[0][s, row, column].
+    Without an epilogue the sums of split s go to the last workspace, [s, row, column].
     """
     full, empty = 0, t.stages
     size_bytes = t.lines * LINE_BYTES
     ready, free = start_barriers(full, t.stages, 1), start_barriers(empty, t.stages, 4 * t.consumers)
     announce, own, held = expect(size_bytes), acquire(), t.parts * t.bn // 2
-    if t.kind == SPLIT:
-        fma = multiply_split(t.bn)
+    by_threads = t.kind == SPLIT or (t.kind == "tf32" and a.mn_major)
+    if by_threads:
+        fma = multiply_split(t.bn, t.pieces, mn_major=a.mn_major)
     else:
         fma = multiply(t.dtype, t.parts, t.bn, mn_major=(a.mn_major, b.mn_major), left=t.ahead)
     sums, done = clear(held), settle(held)
@@ -216,6 +217,8 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     trade, steps, write = t.consumers == 2, t.own_steps, store("float32", 4)
     computed, kept = (rows.computed, rows.kept) if rows else (t.m, t.m)
     size = t.m // computed * kept * t.n  # of the outputs
+    # which rows of 16 a thread has: neighbours where it has read a itself, across lines
+    (apart, next_half), last = (2, 1) if by_threads and a.mn_major else (1, 8), int(t.kind != "half")
 
     def ask(maps: Any, bars: Any, tiles: Any, block: Any) -> None:
         for i in unroll(maps_used):
@@ -238,12 +241,12 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
 
     def finish(acc: Any, outs: Any, work: Any, extras: Any, at: Any, row_0: Any, column_0: Any, split: Any) -> None:
         thread = cuda.threadIdx.x % WARPGROUP
-        first_row = row_0 + thread // 32 * 16 + thread % 32 // 4
+        first_row = row_0 + thread // 32 * 16 + thread % 32 // 4 * apart
         first_column = column_0 + thread % 4 * 8
         for part in unroll(t.parts):
             for across in unroll(t.bn // 32):
                 for half in unroll(2):
-                    row = first_row + (part * LINES + half * 8)
+                    row = first_row + (part * LINES + half * next_half)
                     column = first_column + across * 32
                     values = columns(acc, part * (t.bn // 2) + across * 16 + half * 2)
                     active = (row < t.m) & (row % computed < kept)
@@ -260,7 +263,7 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
                             if fused:
                                 end.finish(on, outs[0], four, place, column + piece * 4, extras, at)
                             else:
-                                write(on, work[0], split * size + place, four)
+                                write(on, work[last], split * size + place, four)
 
     def consume(outs: Any, work: Any, extras: Any, at: Any, bars: Any, tiles: Any, block: Any, number: Any) -> None:
         acc = cuda.local.array(held, float32)
@@ -317,19 +320,20 @@ def split_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any
 def add_up(t: Tile, epilogue: Epilogue) -> Grid:
     """The second kernel: the sums of all splits, in their order."""
     size, channels, threads = epilogue.out.size, epilogue.out.shape[-1], 256
-    read, plus, zero, gather, end = load("float32", 4), add(4), clear(8), take(8), tail(epilogue, 8)
+    lanes, last = 8 if t.dtype in HALVES else 4, int(t.kind != "half")
+    read, plus, zero, gather, end = load("float32", 4), add(4), clear(lanes), take(lanes), tail(epilogue, lanes)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        total = cuda.local.array(8, float32)
-        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * 8
+        total = cuda.local.array(lanes, float32)
+        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * lanes
         active = element < size
         zero(total)
         for split in range(t.splits):
-            for piece in unroll(2):
-                plus(total, piece * 4, read(active, work[0], split * size + element + piece * 4))
+            for piece in unroll(lanes // 4):
+                plus(total, piece * 4, read(active, work[last], split * size + element + piece * 4))
         end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
 
-    return Grid(kernel, blocks_of(size, threads * 8), threads)
+    return Grid(kernel, blocks_of(size, threads * lanes), threads)
 
 
 def laid_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int) -> tuple[Spec, ...]:
@@ -340,10 +344,13 @@ def laid_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int) -> tupl
     return (Spec((2 if kind == SPLIT else 1, taps, columns_of, blocks_of(inner, depth) * depth), b.dtype),)
 
 
-def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along: bool) -> Grid:
+def lay_out(
+    kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along: bool, by_threads: bool = False
+) -> Grid:
     """The first kernel for float32: b goes to the workspace as whole lines, as TF32 and, if it is split, the rest.
 
     b is stored as [tap, inner, column] or, ``along`` the inner sum, [tap, column, inner]. A thread moves 16 values.
+    ``by_threads``: a is read as `multiply_split` does, so values go to `PLACES`.
     """
     (out,) = laid_out(kind, b, taps, inner, columns_of)
     pitch, size, threads, split = out.shape[-1], out.size // out.shape[0], 256, kind == SPLIT
@@ -351,7 +358,8 @@ def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along
     across, high, low = pick(4, 4), rounded(4), rounded(4, rest=True)
     wide = blocks_of(columns_of, 32)
     # a thread has four columns and four of the inner sum that are neighbours in a line: 4 apart where it is split
-    step, gather = 4 if split else 1, take(4)
+    moved, gather = split or by_threads, take(4)
+    step = 4 if moved else 1
 
     def turned(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         held = cuda.local.array(16, float32)
@@ -360,7 +368,7 @@ def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along
         run = item // (32 * wide) * 4 + item % 32 // 8
         tap = run // (pitch // 4)
         line = run % (pitch // 4) * 4  # where it begins
-        k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8 if split else line
+        k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8 if moved else line
         for j in unroll(4):
             active = (tap < taps) & (k + j * step < inner) & (column < columns_of)
             keep(held, j * 4, read(active, ins[1], (tap * inner + k + j * step) * columns_of + column))
@@ -381,10 +389,11 @@ def lay_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along
             keep(held, j * 4, read(active, ins[1], row * inner + begin + j * 4))
         for j in unroll(4):
             active = row < taps * columns_of
-            if split:
+            if moved:
                 place = row * pitch + begin // 32 * 32 + begin % 32 // 4 + j * 8
                 write(active, work[0], place, high(across(held, j)))
-                write(active, work[0], size + place, low(across(held, j)))
+                if split:
+                    write(active, work[0], size + place, low(across(held, j)))
             else:
                 write(active, work[0], row * pitch + begin + j * 4, high(gather(held, j * 4)))
 
@@ -429,11 +438,6 @@ def card(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> 
     return TRIED and device.target == "sm_90a"
 
 
-def halves(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Are these non-empty halves that 32 bits can index?"""
-    return all(spec.dtype in HALVES and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
-
-
 def floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
     """Halves, or float32 that need not be exact."""
     if op.exact or not all(0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs)):
@@ -446,16 +450,21 @@ def wide(*specs: Spec) -> bool:
     return all(spec.shape[-1] * np.dtype(spec.dtype).itemsize % 16 == 0 for spec in specs)
 
 
-def rules(size: Size) -> dict[str, str | Callable[..., bool]]:
-    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a size."""
+def rules(size: Size, across: Callable[[Any], bool] = lambda op: False) -> dict[str, str | Callable[..., bool]]:
+    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a size.
+
+    ``across``: is a of this op mn-major?
+    """
 
     def indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
         t = cut(op, ins[0].dtype, size(op, ins, outs), config)
-        return t.splits * (t.m + t.bm) * (t.n + t.bn) < INDEX_LIMIT
+        laid = t.pieces * t.steps * depth_of(t.dtype) * t.n if t.kind != "half" else 0
+        return t.splits * (t.m + t.bm) * (t.n + t.bn) < INDEX_LIMIT and laid < INDEX_LIMIT
 
     def sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
         t = cut(op, ins[0].dtype, (1, 1, 1), config)
-        return t.sums <= SUMS and (t.kind != SPLIT or (t.parts == 1 and t.ahead == 0))
+        by_threads = t.kind == SPLIT or (t.kind == "tf32" and across(op))
+        return t.sums <= SUMS and not (by_threads and (t.parts > 1 or t.ahead))
 
     def stages(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
         return cut(op, ins[0].dtype, (1, 1, 1), config).shared_bytes <= SHARED_BYTES
@@ -489,8 +498,8 @@ def costing(size: Size) -> Callable[..., float]:
 
 def _tried(kind: str, dtype: str, device: Device, splits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """For each shape of a tile as many stages as there is room for."""
-    blocks, ahead = device.cores if device.cores in SPACE["blocks"] else 0, 0 if kind == SPLIT else 1
-    for bm, bn in product(SPACE["bm"], SPACE["bn"]):
+    blocks = device.cores if device.cores in SPACE["blocks"] else 0
+    for bm, bn, ahead in product(SPACE["bm"], SPACE["bn"], (1, 0)):
         config = {"bm": bm, "bn": bn, "stages": 1, "group": 16, "ahead": ahead, "blocks": blocks}
         t = Tile(kind, dtype, 1, 1, 1, **config)
         room = (SHARED_BYTES - ALIGNMENT) // (t.lines * LINE_BYTES)

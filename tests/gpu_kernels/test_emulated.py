@@ -23,6 +23,7 @@ from rapydli_flow.spec import HALVES, Block, Spec
 from rapydli_flow.template import Epilogue, templates
 from rapydli_flow.testing import gpu
 from rapydli_flow.testing.gpu import CARD, assert_close, bias_residual_relu, chosen, emulated, tolerance
+from rapydli_flow.tuner import Request
 
 FAMILIES = sorted({cls.family for cls in ops.registry.values() if templates(cls.family, "cuda")})
 
@@ -98,6 +99,21 @@ def test_every_float32_sample_has_a_template():
         if not any(fitting(template, sample) for template in templates(family, "cuda"))
     }
     assert left_out == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untuned_ops_are_served_by_the_template_that_foretells_the_least_time(family):
+    for sample in samples_of(family):
+        choices = {}
+        for template in templates(family, "cuda"):
+            if fitting(template, sample):
+                outs = sample.op.out_specs(*sample.ins)
+                config = template.default(sample.op, sample.ins, outs, CARD)
+                told = template.cost(sample.op, sample.ins, outs, CARD, config) if template.cost else np.inf
+                assert told > 0
+                choices.setdefault(told, template.name)
+        request = Request(sample.op, sample.ins, Epilogue.none(sample.op.out_specs(*sample.ins)[0]))
+        assert request.default(CARD).template == (choices[min(choices)] if choices else "reference")
 
 
 @pytest.mark.parametrize("scaled", [False, True])

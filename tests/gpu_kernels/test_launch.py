@@ -205,3 +205,28 @@ def test_a_closed_card_has_given_everything_back():
     gpu.close()
     gpu.close()
     assert len(library.named("cuMemFreeHost")) == len(library.named("cuStreamDestroy_v2")) == 1
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is():
+    gpu, library = card(refuse="cuMemHostRegister_v2", error=b"CUDA_ERROR_OUT_OF_MEMORY")
+    gpu.pin(np.zeros(4096, np.uint8))
+    assert len(library.named("cuMemHostRegister_v2")) == 1
+
+
+def test_another_cards_work_is_not_disturbed():
+    """A kernel that nobody needs any more may go while its thread works on another card."""
+    gpu, library = card()
+    kernel = gpu.load((CODE,))
+    library.calls.clear()
+    del kernel
+    assert [name for name, _ in library.calls] == ["cuCtxPushCurrent_v2", "cuModuleUnload", "cuCtxPopCurrent_v2"]
+
+
+def test_a_queue_waits_for_a_moment_of_another():
+    gpu, library = card()
+    line = Card(driver=gpu.call)
+    sent = line.mark()
+    sent.set()
+    gpu.after(sent)
+    ((stream, event, flags),) = library.named("cuStreamWaitEvent")
+    assert (stream.value, event.value, flags.value) == (gpu.stream, sent.event.value, 0)

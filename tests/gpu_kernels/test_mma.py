@@ -152,6 +152,17 @@ def test_rounding_to_tf32():
     assert np.all(np.abs(np.float64(x) - high - low) <= 2.0**-22 * np.abs(x))
 
 
+def test_rounding_by_two_products_is_to_nearest():
+    sizes = np.float32(10) ** np.arange(-10, 10).repeat(1000)
+    x = np.random.default_rng(1).normal(size=20000).astype(np.float32) * sizes
+    x = np.concatenate([x, np.float32([1, 1.9998, 2 - 2**-22, 2, -3, 0])])
+    found = tensor_core.nearest(x)
+    np.testing.assert_array_equal(found, tensor_core.truncated(found))
+    assert np.all(np.abs(np.float64(found) - x) <= 2.0**-11 * np.abs(x))
+    assert np.mean(found == tensor_core.rounded(x)) > 0.999  # all but ties, and those next to a power of two
+    assert not np.isfinite(tensor_core.nearest(np.float32([np.nan, 1e38]))).any()
+
+
 def test_kind_of_product_is_a_property_of_the_op():
     assert mma.kind_of(ops.Matmul(), "float32") == SPLIT
     assert mma.kind_of(ops.Matmul(tf32=True), "float32") == "tf32"
