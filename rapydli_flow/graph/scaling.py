@@ -26,8 +26,9 @@ LEAST, MOST = 1.0, 2.0**24
 
 @dataclass(frozen=True)
 class LossScale:
-    """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where the loss or a gradient
-    is not finite. It stays within 1 and 2^24; powers of two lose no bits."""
+    """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where the loss or a
+    gradient is not finite. It stays within 1 and 2^24; powers of two lose no bits.
+    """
 
     start: float = 2.0**16
     growth: float = 2.0
