@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from rapydli_flow import random, winograd
 from rapydli_flow.config import settings
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -122,7 +123,8 @@ class Request:
 @cache
 def sources() -> tuple[tuple[str, str], ...]:
     """The modules that templates are written with: those that define none themselves."""
-    found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
+    shared = [Path(str(module.__file__)) for module in (random, winograd)]  # what they say is in kernels, too
+    found = ((path.stem, path.read_text()) for path in sorted([*Path(__file__).parent.glob("*.py"), *shared]))
     return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
 
 
@@ -185,7 +187,10 @@ def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
     if path.exists():
         return _read(path)
     specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}
-    made = tuple(compile_grid(grid, **specs, target=request.target) for grid in request.grids())
+    grids = request.grids()
+    # some come again and again
+    once = {grid: compile_grid(grid, **specs, target=request.target) for grid in dict.fromkeys(grids)}
+    made = tuple(once[grid] for grid in grids)
     _write(path, made)
     return made
 
