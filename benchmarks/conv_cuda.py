@@ -12,85 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, geometric_mean, write
-from conv import DIRECTIONS, Shape
+from conv_shape import DIRECTIONS, SHAPES
+from gpu_asked import FUSED, Row, chosen, compile_all
 from gpu_timing import COLD_BYTES, ceilings, medians
 
-from gpu_kernels.compile import Request, compiler, cubins
+from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card
 from rapydli_flow.errors import TemplateError
-from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, templates
-from rapydli_flow.testing.gpu import bias_residual_relu
+from rapydli_flow.template import Device
 
 ARITHMETIC = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LIMIT = {"fp32": 2e-5, "tf32": 5e-3, "bf16": 2e-2}  # of errors
-FUSED = "fused"  # forward with a tail
-BATCHES, MOST = 8, 128
-
-
-@dataclass(frozen=True)
-class Row:
-    """One convolution in one direction and arithmetic."""
-
-    shape: Shape
-    direction: str
-    arithmetic: str
-
-    @property
-    def fused(self) -> bool:
-        return self.direction == FUSED
-
-    def op(self) -> tuple[Any, tuple[Spec, ...], Spec]:
-        """The op, its operands and its result."""
-        op, ins, out = self.shape.op("forward" if self.fused else self.direction)
-        dtype = STORED[ARITHMETIC[self.arithmetic]]
-        specs = tuple(Spec(s.shape, dtype) for s in (*ins, out))
-        return replace(op, tf32=self.arithmetic == "tf32"), specs[:-1], specs[-1]
-
-    def requests(self, card: Device) -> list[Request]:
-        """The default of each template that fits, that which runs untuned first."""
-        op, ins, out = self.op()
-        epilogue = bias_residual_relu(out) if self.fused else Epilogue.none(out)
-        found: list[tuple[float, Request]] = []
-        for template in templates(op.family, "cuda"):
-            config = template.default(op, ins, (out,), card)
-            if config is not None:
-                cost = template.cost(op, ins, (out,), card, config) if template.cost else float("inf")
-                found.append((cost, Request(template, op, ins, (out,), epilogue, config, card.target)))
-        return [request for _, request in sorted(found, key=lambda pair: pair[0])]
-
-
-_asked: list[Request] = []
-
-
-def _compile(number: int) -> str:
-    try:
-        cubins(_asked[number])
-    except Exception as problem:  # whatever a compiler does: the kernel is left out, and told
-        return f"{type(problem).__name__}: {problem}"
-    return ""
-
-
-def compile_all(requests: Sequence[Request]) -> dict[str, str]:
-    """Compile in parallel; by key, why something cannot be compiled."""
-    compiler()
-    _asked[:] = requests  # templates are closures: processes that are forked have them
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        found = pool.map(_compile, range(len(requests)), chunksize=2)
-        return {request.key: why for request, why in zip(requests, found, strict=True) if why}
 
 
 def operands(row: Row, dtype: Any) -> list[Any]:
@@ -212,19 +151,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def chosen(only: str, directions: Sequence[str], arithmetic: Sequence[str], shapes: Path) -> list[Row]:
-    """The rows of the table that are asked for; ``only``: parts of names, parted by commas."""
-    found = [Shape.read(row) for row in json.loads(shapes.read_text())]
-    parts = [part for part in only.split(",") if part]
-    found = [replace(s, n=min(MOST, s.n * BATCHES)) for s in found if not parts or any(p in s.name for p in parts)]
-    return [Row(s, d, a) for a in arithmetic for s in found for d in directions]
-
-
 def main() -> None:
     """Measure every row, print it and a summary, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda"])
-    parser.add_argument("--shapes", type=Path, default=Path(__file__).with_name("conv_shapes.json"))
+    parser.add_argument("--shapes", type=Path, default=SHAPES)
     parser.add_argument("--only", default="", help="shapes whose names contain one of these, parted by commas")
     parser.add_argument("--directions", default=",".join((*DIRECTIONS, FUSED)))
     parser.add_argument("--arithmetic", default=",".join(ARITHMETIC))

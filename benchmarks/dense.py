@@ -1,6 +1,7 @@
 """Products of dense layers beside NumPy's BLAS and PyTorch's, forward and with both gradients.
 
     .peers/bin/python benchmarks/dense.py [--seconds 2] [--only fc]
+    python benchmarks/dense.py --device cuda ...    see dense_cuda.py
 
 float32, random data, the same threads, results compared first. NumPy calls the BLAS that it brings, of which threads
 are as many as the machine has cores; PyTorch calls its own. OpenBLAS' threads wait for more work on cores that the next
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -68,6 +70,11 @@ def measure(a: Any, b: Any, ta: bool, tb: bool, *, seconds: float, threads: int)
 
 def main() -> None:
     """Measure every layer in every direction, print a table, write JSON."""
+    if "cuda" in sys.argv:
+        from dense_cuda import main as on_a_gpu
+
+        on_a_gpu()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="layers whose names contain this")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each row, about")

@@ -16,83 +16,12 @@ from typing import Any
 
 import torch
 from common import RESULTS, geometric_mean, write
-from conv_cuda import compile_all
+from gpu_asked import FLOAT32, cases, compile_all, request_of, stored
 from gpu_timing import COLD_BYTES, ceilings, medians
 
 from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card
-from rapydli_flow import ops
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Device, Epilogue, templates
-
-FLOAT32 = ("cast", "momentum")  # what is never stored as halves
-Case = tuple[str, Any, tuple[Spec, ...]]
-
-
-def cases() -> list[Case]:
-    """What networks of the zoo contain, at their batches."""
-    map56, map28, map14 = Spec((64, 56, 56, 256)), Spec((128, 28, 28, 256)), Spec((64, 14, 14, 1024))
-    wide, channel = Spec((64, 112, 112, 64)), Spec((256,))
-    flat, scalar = Spec((64_000_000,)), Spec(())
-    labels, rows = Spec((8192,), "int64"), Spec((8192, 1000))
-    window = {"window": (3, 3), "stride": (2, 2), "padding": ((1, 1), (1, 1))}
-    pool = ops.MaxPool(**window)
-    pooled = pool.out_specs(wide)
-    two = {"window": (2, 2), "stride": (2, 2), "padding": ((0, 0), (0, 0))}
-    lrn = ops.LocalResponse.samples()[0].op
-    found: list[Case] = [
-        ("relu", ops.Relu(), (map56,)),
-        ("add", ops.Add(), (map56, map56)),
-        ("add a channel's bias", ops.Add(), (map56, channel)),
-        ("relu gradient", ops.ReluGrad(), (map56, map56)),
-        ("normalize", ops.Normalize(eps=1e-5), (map56, *[channel] * 4)),
-        ("momentum", ops.Momentum(beta=0.9), (*[flat] * 3, scalar)),
-        ("dropout", ops.Dropout(rate=0.5, stream=1), (map28, Spec((), "int64"), Spec((), "int64"))),
-        ("cast to bf16", ops.Cast(to="bfloat16"), (flat,)),
-        ("cast from uint8", ops.Cast(), (Spec((128, 224, 224, 3), "uint8"),)),
-        ("max pool 3x3/2", pool, (wide,)),
-        ("max pool gradient", ops.MaxPoolGrad(size=(112, 112), **window), (pooled[0], pooled[1])),
-        ("sum pool 2x2", ops.SumPool(**two), (wide,)),
-        ("sum over records and pixels", ops.Sum(axes=(0, 1, 2)), (map56,)),
-        ("sum of 64 M", ops.Sum(axes=(0,)), (flat,)),
-        ("moments", ops.Moments(), (map56, channel)),
-        ("moments 14", ops.Moments(), (map14, Spec((1024,)))),
-        ("sums of batch norm's gradient", ops.NormalizeSums(eps=1e-5), (map56, map56, channel, channel)),
-        ("softmax", ops.Softmax(), (rows,)),
-        ("cross entropy", ops.CrossEntropy(), (rows, labels)),
-        ("cross entropy gradient", ops.CrossEntropyGrad(), (Spec((8192,)), rows, labels)),
-        ("layer norm", ops.Standardize.samples()[0].op, (Spec((8192, 1024)),)),
-        ("local response", lrn, (Spec((128, 27, 27, 192)),)),
-        ("concatenate", ops.Concatenate(axis=3), tuple(Spec((128, 28, 28, c)) for c in (64, 128, 32, 32))),
-        ("transpose", ops.Transpose(order=(0, 2, 1)), (Spec((64, 1024, 1024)),)),
-    ]
-    return [case for case in found if _possible(case)]
-
-
-def _possible(case: Case) -> bool:
-    try:
-        case[1].out_specs(*case[2])
-    except Exception as error:  # a case that is written wrongly is told, the others are measured
-        print(f"{case[0]}: {error}")
-        return False
-    return True
-
-
-def stored(specs: tuple[Spec, ...], dtype: str) -> tuple[Spec, ...]:
-    return tuple(Spec(s.shape, dtype) if s.dtype == "float32" and s.shape else s for s in specs)
-
-
-def request_of(case: Case, card: Device) -> Request | None:
-    """The cheapest default of the templates that fit."""
-    _, op, ins = case
-    outs = op.out_specs(*ins)
-    found: list[tuple[float, Request]] = []
-    for template in templates(op.family, "cuda"):
-        config = template.default(op, ins, outs, card)
-        if config is not None:
-            cost = template.cost(op, ins, outs, card, config) if template.cost else float("inf")
-            found.append((cost, Request(template, op, ins, outs, Epilogue.none(outs[0]), config, card.target)))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def drawn(spec: Spec) -> Any:

@@ -1,6 +1,7 @@
 """A whole training step (forward, loss, backward, SGD with momentum) beside PyTorch's, on CPU.
 
     python benchmarks/train_step.py [--networks lenet,resnet18] [--threads 2] [--seconds 60] [--tune 60] [--compile]
+    python benchmarks/train_step.py --device cuda ...    see train_cuda.py
 
 All sides start from the same parameters and see the same batches; before anything is timed, their losses are compared
 over a few steps, without dropout, whose random numbers differ. What is timed has dropout where the network has it.
@@ -11,6 +12,7 @@ most that a process has which runs one side only.
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,11 @@ def measure(case: Network, given: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every network, print a table, write JSON after each."""
+    if "cuda" in sys.argv:
+        from train_cuda import main as on_a_gpu
+
+        on_a_gpu()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(parser, rounds=30)
     parser.add_argument("--agree-steps", type=int, default=20, help="steps over which losses are compared first")

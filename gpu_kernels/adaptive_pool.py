@@ -20,7 +20,7 @@ from rapydli_flow.template import Config, Device, Epilogue, Rule, template
 from .access import larger, one_over, plus, plus_chosen, plus_times, repeated, spread, times
 from .grid import Grid, blocks_of
 from .pair import held
-from .pool import channels_fit, countable, enough, first_of, three
+from .pool_geometry import channels_fit, countable, enough, first_of, three
 from .ptx import cuda, hold, int32, load, store, take, unroll
 from .tail import tail
 

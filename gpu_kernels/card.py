@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
 from .compile import Request
+
+PAGE = 4096  # bytes
 
 
 class Mark(ABC):
@@ -50,6 +53,10 @@ class Accelerator(ABC):
         """Called by a thread before it asks for anything else."""
 
     @abstractmethod
+    def briefly(self) -> AbstractContextManager[None]:
+        """As `use`, and as it was afterwards: for what may happen in the middle of another card's work."""
+
+    @abstractmethod
     def reserve(self, size_bytes: int) -> int:
         """The address of new memory; TooLittleMemory."""
 
@@ -60,6 +67,14 @@ class Accelerator(ABC):
     @abstractmethod
     def pinned(self, size_bytes: int) -> Array:
         """Bytes of the host that the card reaches itself, until it is closed."""
+
+    @abstractmethod
+    def pin(self, data: Array) -> None:
+        """Have the card reach whole pages of the host itself, until `unpin`; where that is refused, it is slower."""
+
+    @abstractmethod
+    def unpin(self, data: Array) -> None:
+        """What `pin` did is over."""
 
     @abstractmethod
     def upload(self, address: int, data: Array) -> None:
@@ -92,6 +107,10 @@ class Accelerator(ABC):
     @abstractmethod
     def mark(self) -> Mark:
         """A moment to be set."""
+
+    @abstractmethod
+    def after(self, mark: Mark) -> None:
+        """What is asked for from now on waits for a moment of another queue of this card; not, if it was never set."""
 
     @abstractmethod
     def wait(self) -> None:

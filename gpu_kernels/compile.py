@@ -34,6 +34,7 @@ from .pair import stored_type
 from .specialise import flatten
 
 _ELSEWHERE = ("card", "emulate", "emulated", "launch")  # what they say does not change machine code
+ATTEMPTS = 3  # to link a kernel
 Capability = tuple[int, int] | tuple[int, int, str]
 
 
@@ -249,12 +250,15 @@ def compile_grid(
         launch_bounds=(grid.block, grid.resident),
     )
     options = LinkerOptions(arch=target, link_time_optimization=True, ptxas_options=["-v"])
-    linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
-    try:
-        code = bytes(linker.link("cubin").code)
-    except Exception as problem:  # cuda.core's own classes differ by version; a kernel that cannot be built is pruned
-        raise TemplateError(f"the assembler refuses this kernel for {target}: {problem}") from problem
-    log = linker.get_info_log() + linker.get_error_log()
+    for _ in range(ATTEMPTS):  # a report was seen to be empty, once in thousands
+        linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
+        try:
+            code = bytes(linker.link("cubin").code)
+        except Exception as problem:  # cuda.core's own classes differ by version; a kernel that fails is pruned
+            raise TemplateError(f"the assembler refuses this kernel for {target}: {problem}") from problem
+        log = linker.get_info_log() + linker.get_error_log()
+        if log:
+            break
 
     def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, log)))

@@ -15,11 +15,10 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import mma
-from .conv_mma import reach, slide
 from .grid import INDEX_LIMIT, Grid
-from .mma import SPACE, Loader, Problem, Tile, cut, kind_of, lines_loader, moves, multiply, vector_of
-from .mma_window import Slide
+from .mma import Loader, Part, Problem, Tile, cut, kind_of, lines_loader, moves, multiply, vector_of
+from .mma_rules import SPACE, settings
+from .mma_window import Slide, reach, slide
 from .ptx import inside, unroll
 from .tensor_core import copy_async, place_of
 
@@ -97,23 +96,14 @@ def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device)
     return reach(slide_of(op, ins, outs), x.shape[0], x.shape[-1]) < INDEX_LIMIT
 
 
-SPLIT_SPACE = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)}
-RULES = {"operands": mma.operands, "taps in 32-bit indices": in_reach, **mma.rules(problems)}
+SPLITS = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)}
 
 
-@template(
-    "conv_filter_grad",
-    "cuda",
-    space=SPLIT_SPACE,
-    fits=RULES,
-    prefer=mma.prefer(RULES, problems, SPLIT_SPACE),
-    workspace=mma.workspace(problems),
-    cost=mma.cost(problems),
-)
+@template("conv_filter_grad", "cuda", **settings(problems, {"taps in 32-bit indices": in_reach}, SPLITS))
 def tensor_cores(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Tiles of mma.sync over taps, channels and filters, split over pixels."""
     (p,) = problems(op, ins, outs)
     t = cut(p, config)
-    return multiply(t, *loaders(t, slide_of(op, ins, outs), ins[0].shape[-1]), epilogue)
+    return multiply([Part(t, *loaders(t, slide_of(op, ins, outs), ins[0].shape[-1]))], epilogue)

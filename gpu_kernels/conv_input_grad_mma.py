@@ -4,7 +4,8 @@
 
 Pixels i of one phase, that is with one remainder by the stride, meet the same taps; each phase is a dense product of
 its pixels by channels, over its taps and filters, and nothing is multiplied by zeros that strides put in between.
-A stride of 1 has one phase. Phases run one after the other; one without taps writes what is fused into the op.
+A stride of 1 has one phase. Each phase has some of a kernel's blocks, those with most taps first; one without taps
+writes zeros, or what is fused into the op.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import mma
 from .conv import geometry
-from .conv_mma import reach
 from .grid import INDEX_LIMIT, Grid, blocks_of
-from .mma import SPACE, Loader, Problem, Scatter, Tile, cut, kind_of, moves, multiply, nothing, rows_loader, vector_of
-from .mma_window import Slide, pixels_loader
+from .mma import Loader, Part, Problem, Scatter, Tile, cut, kind_of, moves, multiply, nothing, rows_loader, vector_of
+from .mma_rules import settings
+from .mma_window import Slide, pixels_loader, reach
 from .ptx import unroll
 from .tensor_core import copy_async, place_of
 
@@ -73,7 +73,7 @@ def phases(op: Any, dy: Spec, w: Spec, dx: Spec) -> list[Phase]:
         slide = Slide(g.out, out, taps, (1, 1, 1), start, far)
         scatter = Scatter(out, g.size, g.stride, tuple(a.phase for a in axes))
         found.append(Phase(slide, g.window, first, step, scatter if max(g.stride) > 1 else None))
-    return found
+    return sorted(found, key=lambda phase: -prod(phase.slide.window))
 
 
 def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> list[Problem]:
@@ -137,29 +137,16 @@ def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device)
     return all(reach(phase.slide, dy.shape[0], dy.shape[-1]) < INDEX_LIMIT for phase in phases(op, *ins, outs[0]))
 
 
-RULES = {
-    "operands": mma.operands,
-    "taps in 31 bits": taps_in_bits,
-    "taps in 32-bit indices": in_reach,
-    **mma.rules(problems),
-}
+RULES = {"taps in 31 bits": taps_in_bits, "taps in 32-bit indices": in_reach}
 
 
-@template(
-    "conv_input_grad",
-    "cuda",
-    space=SPACE,
-    fits=RULES,
-    prefer=mma.prefer(RULES, problems),
-    workspace=mma.workspace(problems),
-    cost=mma.cost(problems),
-)
+@template("conv_input_grad", "cuda", **settings(problems, RULES))
 def tensor_cores(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Tiles of mma.sync over pixels and channels, one dense product for each phase of the stride."""
     dy, w = ins
-    made: list[Grid] = []
+    parts = []
     for p, phase in zip(problems(op, ins, outs), phases(op, dy, w, outs[0]), strict=True):
         t = cut(p, config)
         a, b = t.shares()
@@ -174,5 +161,5 @@ def tensor_cores(
             )
         else:  # nothing is copied
             loaders = rows_loader(p.dtype, t.a.layout, a, p.m, 0), rows_loader(p.dtype, t.b.layout, b, p.n, 0)
-        made += multiply(t, *loaders, epilogue, phase.scatter)
-    return tuple(made)
+        parts.append(Part(t, *loaders, phase.scatter))
+    return multiply(parts, epilogue)

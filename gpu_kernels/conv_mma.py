@@ -14,17 +14,10 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import mma
-from .conv import geometry
 from .grid import INDEX_LIMIT, Grid
-from .mma import SPACE, Loader, Problem, Tile, cut, kind_of, lines_loader, multiply, vector_of
-from .mma_window import Slide, pixels_loader
-
-
-def slide(op: Any, x: Spec, w: Spec, y: Spec) -> Slide:
-    """How a convolution reads x."""
-    g = geometry(op, x, w, y)
-    return Slide(g.size, g.out, g.window, g.stride, tuple(-low for low in g.low), g.dilation)
+from .mma import Loader, Part, Problem, Tile, cut, kind_of, lines_loader, multiply, vector_of
+from .mma_rules import settings
+from .mma_window import Slide, pixels_loader, reach, slide
 
 
 def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Problem]:
@@ -41,23 +34,12 @@ def taps_in_bits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
     return slide(op, *ins, outs[0]).bits <= 31
 
 
-def reach(s: Slide, images: int, channels: int) -> int:
-    """The farthest element that an index names, inside or not, counted from the image."""
-    ends = [max(abs(end) for end in s.reach(axis)) + s.size[axis] + 64 * abs(s.far[axis]) for axis in range(3)]
-    return (images * prod(s.size) + 2 * prod(ends)) * channels
-
-
 def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
     x = ins[0]
     return reach(slide(op, *ins, outs[0]), x.shape[0], x.shape[-1]) < INDEX_LIMIT
 
 
-RULES = {
-    "operands": mma.operands,
-    "taps in 31 bits": taps_in_bits,
-    "taps in 32-bit indices": in_reach,
-    **mma.rules(problems),
-}
+RULES = {"taps in 31 bits": taps_in_bits, "taps in 32-bit indices": in_reach}
 
 
 def loaders(t: Tile, s: Slide, channels: int) -> tuple[Loader, Loader]:
@@ -70,19 +52,11 @@ def loaders(t: Tile, s: Slide, channels: int) -> tuple[Loader, Loader]:
     return pixels, lines_loader(p.dtype, t.b.layout, b, p.n, p.k, p.row_pitch)
 
 
-@template(
-    "conv",
-    "cuda",
-    space=SPACE,
-    fits=RULES,
-    prefer=mma.prefer(RULES, problems),
-    workspace=mma.workspace(problems),
-    cost=mma.cost(problems),
-)
+@template("conv", "cuda", **settings(problems, RULES))
 def tensor_cores(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Tiles of mma.sync over pixels and filters, filled by asynchronous copies."""
     (p,) = problems(op, ins, outs)
     t = cut(p, config)
-    return multiply(t, *loaders(t, slide(op, *ins, outs[0]), ins[0].shape[-1]), epilogue)
+    return multiply([Part(t, *loaders(t, slide(op, *ins, outs[0]), ins[0].shape[-1]))], epilogue)

@@ -22,9 +22,9 @@ from rapydli_flow.template import Device, Epilogue, template
 
 from . import wgmma as machinery
 from .grid import Grid, TensorMap, blocks_of
-from .hopper import DEPTH, LINES, copy
+from .hopper import LINES, copy, depth_of
 from .ptx import unroll
-from .wgmma import SPACE, SPLIT_SPACE, Operand, Rows, box_operand, cut, products
+from .wgmma import SPACE, SPLIT_SPACE, Operand, Rows, Tile, box_operand, cut, products
 
 CORNERS = {1: 2**15, 2: 2**7, 3: 2**4}  # of a box of pixels, by the number of spatial axes
 TAPS = {1: 2**16, 2: 2**8, 3: 2**5}
@@ -44,6 +44,7 @@ class Walk:
     lower: tuple[int, ...]
     steps: tuple[int, ...]
     dilation: tuple[int, ...]
+    dtype: str
 
     @property
     def pixels(self) -> int:
@@ -51,8 +52,8 @@ class Walk:
 
     @property
     def blocks_c(self) -> int:
-        """64s of channels."""
-        return blocks_of(self.channels, DEPTH)
+        """Lines of channels."""
+        return blocks_of(self.channels, depth_of(self.dtype))
 
     @property
     def upper(self) -> tuple[int, ...]:
@@ -67,11 +68,11 @@ class Walk:
         taps = all((w + 3) * d < TAPS[n] for w, d in zip(self.window, self.dilation, strict=True))
         return corners and taps and max(self.steps) <= STEPS
 
-    def map(self, array: int, dtype: str, pixels: int) -> TensorMap:
+    def map(self, array: int, pixels: int) -> TensorMap:
         dims = (self.channels, *self.size[::-1], self.images)
         pitches = tuple(prod(dims[: i + 1]) for i in range(len(dims) - 1))
         corners = {"lower": self.lower[::-1], "upper": self.upper[::-1], "steps": self.steps[::-1]}
-        return TensorMap(array, dtype, dims, pitches, (DEPTH, pixels), **corners)
+        return TensorMap(array, self.dtype, dims, pitches, (depth_of(self.dtype), pixels), **corners)
 
 
 def pixel_copy(w: Walk, index: int) -> Callable[..., None]:
@@ -110,31 +111,31 @@ def _three(values: Sequence[int]) -> tuple[int, ...]:
     return (*[1] * (3 - len(values)), *values)
 
 
-def window_operand(w: Walk, dtype: str, rows: int) -> Operand:
-    """Rows are pixels; the inner sum runs over taps, and 64s of channels."""
-    begin, blocks_c = pixel_copy(w, 0), w.blocks_c
+def window_operand(w: Walk, rows: int) -> Operand:
+    """Rows are pixels; the inner sum runs over taps, and lines of channels."""
+    begin, blocks_c, depth = pixel_copy(w, 0), w.blocks_c, depth_of(w.dtype)
 
     def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-        begin(maps, bars, i, tiles, line, first, step % blocks_c * DEPTH, step // blocks_c)
+        begin(maps, bars, i, tiles, line, first, step % blocks_c * depth, step // blocks_c)
 
-    return Operand((w.map(0, dtype, rows),), False, fetch)
+    return Operand((w.map(0, rows),), False, fetch)
 
 
 def filter_operand(w: Spec, rows: int, *, gradient: bool) -> Operand:
-    """Columns are filters, the inner sum runs over taps and 64s of channels; for a gradient the other way round, and
-    the taps from the last to the first."""
+    """Halves: columns are filters, the inner sum runs over taps and 64s of channels; for a gradient the other way
+    round, and the taps from the last to the first."""
     taps, (c, k) = prod(w.shape[:-2]), w.shape[-2:]
-    blocks_c, blocks_k, begin = blocks_of(c, DEPTH), blocks_of(k, DEPTH), copy(3)
-    box = (DEPTH, rows, 1) if gradient else (LINES, DEPTH, 1)
+    blocks_c, blocks_k, begin = blocks_of(c, LINES), blocks_of(k, LINES), copy(3)
+    box = (LINES, rows, 1) if gradient else (LINES, LINES, 1)
     maps = (TensorMap(1, w.dtype, (k, c, taps), (k, c * k), box),)
 
     def forward(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
         for part in unroll(rows // LINES):
-            column, at = first + part * LINES, step % blocks_c * DEPTH
+            column, at = first + part * LINES, step % blocks_c * LINES
             begin(maps[1], bars, i, tiles, line + part * LINES, column, at, step // blocks_c)
 
     def backward(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-        begin(maps[1], bars, i, tiles, line, step % blocks_k * DEPTH, first, (taps - 1) - step // blocks_k)
+        begin(maps[1], bars, i, tiles, line, step % blocks_k * LINES, first, (taps - 1) - step // blocks_k)
 
     return Operand(maps, not gradient, backward if gradient else forward)
 
@@ -145,7 +146,7 @@ def filter_operand(w: Spec, rows: int, *, gradient: bool) -> Operand:
 def forward_walk(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Walk:
     x, w, y = ins[0].shape, ins[1].shape, outs[0].shape
     lower = tuple(-low for low, _ in op.padding)
-    return Walk(x[0], x[1:-1], x[-1], y[1:-1], w[:-2], lower, op.stride, op.dilation)
+    return Walk(x[0], x[1:-1], x[-1], y[1:-1], w[:-2], lower, op.stride, op.dilation, ins[0].dtype)
 
 
 def backward_walk(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Walk:
@@ -153,7 +154,7 @@ def backward_walk(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Walk:
     dy, w, dx = ins[0].shape, ins[1].shape, outs[0].shape
     reach = zip(w, op.dilation, op.padding, strict=False)
     lower = tuple(low - (taps - 1) * far for taps, far, (low, _) in reach)
-    return Walk(dy[0], dy[1:-1], dy[-1], dx[1:-1], w[:-2], lower, (1,) * len(op.stride), op.dilation)
+    return Walk(dy[0], dy[1:-1], dy[-1], dx[1:-1], w[:-2], lower, (1,) * len(op.stride), op.dilation, ins[0].dtype)
 
 
 def _size(walk: Callable[..., Walk]) -> machinery.Size:
@@ -168,8 +169,7 @@ def _supported(walk: Callable[..., Walk]) -> Callable[..., bool]:
     """No groups, and 16 bytes everywhere; corners, taps and steps that the copy engine can count to."""
 
     def supported(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-        wide = all(spec.shape[-1] % 8 == 0 for spec in (*ins, *outs))
-        return op.groups == 1 and wide and walk(op, ins, outs).supported
+        return op.groups == 1 and machinery.wide(*ins, *outs) and walk(op, ins, outs).supported
 
     return supported
 
@@ -178,14 +178,32 @@ def _unit_stride(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
     return all(step == 1 for step in op.stride)
 
 
-def _rules(walk: Callable[..., Walk], size: machinery.Size, **more: Callable[..., bool]) -> dict[str, Any]:
-    alone = {
-        "a Hopper": machinery.card,
-        "halves": machinery.halves,
-        **more,
-        "a walk of the copy engine": _supported(walk),
-    }
-    return {**alone, **machinery.rules(size)}
+def _rules(
+    walk: Callable[..., Walk], size: machinery.Size, *, across: bool = False, **more: Callable[..., bool]
+) -> dict[str, Any]:
+    alone = {"a Hopper": machinery.card, "floats": machinery.floats, **more}
+    return {**alone, "a walk of the copy engine": _supported(walk), **machinery.rules(size, lambda op: across)}
+
+
+def _filters(w: Spec, *, gradient: bool) -> tuple[int, int, int]:
+    """Taps, the length of the inner sum for each, and columns."""
+    return (prod(w.shape[:-2]), *(w.shape[:-3:-1] if gradient else w.shape[-2:]))
+
+
+def _filters_laid_out(*, gradient: bool) -> Callable[..., tuple[Spec, ...]]:
+    def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+        kind = machinery.kind_of(op, ins[0].dtype)
+        return machinery.laid_out(kind, ins[1], *_filters(ins[1], gradient=gradient))
+
+    return workspace
+
+
+def _with_filters(t: Tile, a: Operand, w: Spec, epilogue: Epilogue, *, gradient: bool) -> tuple[Grid, ...]:
+    if t.kind == "half":
+        return (products(t, a, filter_operand(w, t.bn, gradient=gradient), epilogue),)
+    taps, inner, columns = _filters(w, gradient=gradient)
+    first = machinery.lay_out(t.kind, w, taps, inner, columns, along=gradient)
+    return (first, products(t, a, machinery.lines_operand(t, taps, inner, turned=gradient), epilogue))
 
 
 forward_size, backward_size = _size(forward_walk), _size(backward_walk)
@@ -200,12 +218,12 @@ BACKWARD = _rules(backward_walk, backward_size, unit_stride=_unit_stride)
     fits=FORWARD,
     prefer=machinery.preferring(FORWARD, forward_size),
     cost=machinery.costing(forward_size),
+    workspace=_filters_laid_out(gradient=False),
 )
-def wgmma(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
+def wgmma(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> tuple[Grid, ...]:
     """Warpgroup products of pixels and filters."""
-    t = cut(ins[0].dtype, forward_size(op, ins, outs), config)
-    a = window_operand(forward_walk(op, ins, outs), t.dtype, t.bm)
-    return products(t, a, filter_operand(ins[1], t.bn, gradient=False), epilogue)
+    t = cut(op, ins[0].dtype, forward_size(op, ins, outs), config)
+    return _with_filters(t, window_operand(forward_walk(op, ins, outs), t.bm), ins[1], epilogue, gradient=False)
 
 
 @template(
@@ -215,12 +233,14 @@ def wgmma(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     fits=BACKWARD,
     prefer=machinery.preferring(BACKWARD, backward_size),
     cost=machinery.costing(backward_size),
+    workspace=_filters_laid_out(gradient=True),
 )
-def wgmma_turned(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
+def wgmma_turned(
+    op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
+) -> tuple[Grid, ...]:
     """The convolution of dy with the filters turned round, for stride 1."""
-    t = cut(ins[0].dtype, backward_size(op, ins, outs), config)
-    a = window_operand(backward_walk(op, ins, outs), t.dtype, t.bm)
-    return products(t, a, filter_operand(ins[1], t.bn, gradient=True), epilogue)
+    t = cut(op, ins[0].dtype, backward_size(op, ins, outs), config)
+    return _with_filters(t, window_operand(backward_walk(op, ins, outs), t.bm), ins[1], epilogue, gradient=True)
 
 
 # ---- gradient of the filters
@@ -228,16 +248,24 @@ def wgmma_turned(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: E
 
 def filter_walk(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Walk:
     x, dy, lower = ins[0].shape, ins[1].shape, tuple(-low for low, _ in op.padding)
-    return Walk(x[0], x[1:-1], x[-1], dy[1:-1], op.window, lower, op.stride, op.dilation)
+    return Walk(x[0], x[1:-1], x[-1], dy[1:-1], op.window, lower, op.stride, op.dilation, ins[0].dtype)
 
 
 def filter_size(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int, int, int]:
     """Rows are taps of 64s of channels; what is beyond the last channel is computed, but not stored."""
     w = filter_walk(op, ins, outs)
-    return prod(w.window) * w.blocks_c * DEPTH, outs[0].shape[-1], blocks_of(w.pixels, DEPTH)
+    depth = depth_of(w.dtype)
+    return prod(w.window) * w.blocks_c * depth, outs[0].shape[-1], blocks_of(w.pixels, depth)
 
 
-FILTERS = _rules(filter_walk, filter_size)
+def filter_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
+    """float32: dy, with pixels along lines; then the sums of splits."""
+    kind, pixels = machinery.kind_of(op, ins[0].dtype), filter_walk(op, ins, outs).pixels
+    laid_out = machinery.laid_out(kind, ins[1], 1, pixels, outs[0].shape[-1])
+    return laid_out + machinery.split_sums(op, ins, outs, **config)
+
+
+FILTERS = _rules(filter_walk, filter_size, across=True)
 
 
 @template(
@@ -247,25 +275,30 @@ FILTERS = _rules(filter_walk, filter_size)
     fits=FILTERS,
     prefer=machinery.preferring(FILTERS, filter_size, splits=SPLIT_SPACE["splits"]),
     cost=machinery.costing(filter_size),
-    workspace=machinery.split_sums,
+    workspace=filter_workspace,
 )
 def wgmma_pixels(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Sums over pixels, split over blocks; a second kernel adds these up."""
-    t = cut(ins[0].dtype, filter_size(op, ins, outs), config)
+    t = cut(op, ins[0].dtype, filter_size(op, ins, outs), config)
     w, filters = filter_walk(op, ins, outs), ins[1].shape[-1]
-    begin, blocks_c = pixel_copy(w, 0), w.blocks_c
+    begin, blocks_c, depth = pixel_copy(w, 0), w.blocks_c, depth_of(w.dtype)
 
     def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-        for part in unroll(t.bm // LINES):
-            chunk = first // LINES + part
-            channel = chunk % blocks_c * LINES
-            begin(maps, bars, i, tiles, line + part * LINES, step * DEPTH, channel, chunk // blocks_c)
+        for part in unroll(t.bm // depth):
+            chunk = first // depth + part
+            channel = chunk % blocks_c * depth
+            begin(maps, bars, i, tiles, line + part * depth, step * depth, channel, chunk // blocks_c)
 
-    a = Operand((w.map(0, t.dtype, DEPTH),), True, fetch)
-    b = box_operand(1, t.dtype, (filters, w.pixels), t.bn, 1, mn_major=True)
-    rows = Rows(blocks_c * DEPTH, w.channels)
+    a = Operand((w.map(0, depth),), True, fetch)
+    before: tuple[Grid, ...] = ()
+    if t.kind == "half":
+        b = box_operand(1, t.dtype, (filters, w.pixels), t.bn, 1, mn_major=True)
+    else:
+        before = (machinery.lay_out(t.kind, ins[1], 1, w.pixels, filters, along=False, by_threads=True),)
+        b = machinery.lines_operand(t, 1, w.pixels)
+    rows = Rows(blocks_c * depth, w.channels)
     if t.splits == 1:
-        return (products(t, a, b, epilogue, rows),)
-    return (products(t, a, b, None, rows), machinery.add_up(t, epilogue))
+        return (*before, products(t, a, b, epilogue, rows))
+    return (*before, products(t, a, b, None, rows), machinery.add_up(t, epilogue))

@@ -15,8 +15,9 @@ LAUNCH_S = 2e-6
 FLOPS_S = {  # of one multiprocessor
     "fp32": 42e12 / 132,  # fused multiply-adds
     "3xtf32": 75e12 / 132,  # three products on tensor cores for one of float32
-    "tf32": 220e12 / 132,  # mma.sync
-    "half": 420e12 / 132,
+    "tf32": 150e12 / 132,  # mma.sync
+    "half": 370e12 / 132,
+    "wgmma 3xtf32": 110e12 / 132,
     "wgmma tf32": 330e12 / 132,
     "wgmma half": 620e12 / 132,
 }

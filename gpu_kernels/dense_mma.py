@@ -9,9 +9,9 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, template
 
-from . import mma
 from .grid import Grid
-from .mma import SPACE, Problem, cut, kind_of, loader, multiply, vector_of
+from .mma import Part, Problem, cut, kind_of, loader, multiply, vector_of
+from .mma_rules import settings
 
 
 def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Problem]:
@@ -27,14 +27,7 @@ def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Proble
     return (Problem(dtype, kind_of(op, dtype), m, n, k, **lie, **vectors, base=base),)
 
 
-RULES = {"operands": mma.operands, **mma.rules(problems)}
-SETTINGS: dict[str, Any] = {
-    "space": SPACE,
-    "fits": RULES,
-    "prefer": mma.prefer(RULES, problems),
-    "workspace": mma.workspace(problems),
-    "cost": mma.cost(problems),
-}
+SETTINGS = settings(problems)
 
 
 @template("batch_matmul", "cuda", **SETTINGS)
@@ -45,4 +38,4 @@ def tensor_cores(
     """Tiles of mma.sync; both operands pass through shared memory by asynchronous copies."""
     (p,) = problems(op, ins, outs)
     t = cut(p, config)
-    return multiply(t, loader(t, True), loader(t, False), epilogue)
+    return multiply([Part(t, loader(t, True), loader(t, False))], epilogue)

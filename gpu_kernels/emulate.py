@@ -177,6 +177,7 @@ class _Member:
         self.number, self.arrays = number, 0
         self.ready: Callable[[], bool] = lambda: True
         self.turn = threading.Semaphore(0)
+        self.products: list[Any] = []  # that were begun and are not waited for
         self.done = False
 
 
@@ -188,7 +189,9 @@ class _Crew:
         self.shared: list[Shared] = []
         self.back = threading.Semaphore(0)
         self.current = self.members[0]
-        self.arrived, self.error = 0, None
+        self.arrived = 0
+        self.error: BaseException | None = None
+        self.at_end: list[Callable[[], None]] = []  # what must be true when all are done
         self.stopped = False
 
     def run(self, program: Callable[[], None]) -> None:
@@ -223,6 +226,8 @@ class _Crew:
             thread.join()
         if self.error is not None:
             raise self.error
+        for check in self.at_end:
+            check()
 
     def _let(self, member: _Member) -> None:
         self.current = member

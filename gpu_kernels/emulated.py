@@ -10,6 +10,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from rapydli_flow.spec import Array, Block, Spec
 from rapydli_flow.template import Device
 
 from . import emulate
-from .card import Accelerator, Mark
+from .card import PAGE, Accelerator, Mark
 from .compile import Request
 
 ALIGNMENT = 256  # of memory, as the driver has it
@@ -77,6 +78,15 @@ class Emulated(Accelerator):
     def pinned(self, size_bytes: int) -> Array:
         return np.empty(size_bytes, np.uint8)
 
+    def pin(self, data: Array) -> None:
+        assert data.ctypes.data % PAGE == data.nbytes % PAGE == 0
+
+    def unpin(self, data: Array) -> None:
+        pass
+
+    def briefly(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def upload(self, address: int, data: Array) -> None:
         ctypes.memmove(address, data.ctypes.data, data.nbytes)
 
@@ -101,6 +111,9 @@ class Emulated(Accelerator):
 
     def mark(self) -> Moment:
         return Moment()
+
+    def after(self, mark: Mark) -> None:
+        pass
 
     def wait(self) -> None:
         pass

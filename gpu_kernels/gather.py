@@ -21,11 +21,12 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, template
 
-from .access import before, chosen_of, otherwise, plus_chosen, plus_rows, spread, whole
+from .access import otherwise, plus_chosen, spread, whole
+from .chosen import before, chosen_of, plus_rows
+from .copies import SPACE, countable, preferred
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
 from .ptx import append, cuda, load, select, store, take, unroll
-from .slice import SPACE, countable, preferred
 from .tail import tail
 
 NAN = float("nan")

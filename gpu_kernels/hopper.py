@@ -1,11 +1,13 @@
 """Intrinsics for sm_90a: the copy engine (TMA), barriers in shared memory (mbarrier) and warpgroup products (wgmma).
 
-Shared memory is lines of 128 bytes, in chunks of 64 lines (8 KB, `LINES`); a line holds 64 halves. The copy engine
-swizzles the 16-byte pieces of a line and wgmma undoes that, so kernels name whole lines only. A chunk of an operand is
-64 of its rows (or columns) by 64 of the inner sum, in either order:
+Shared memory is lines of 128 bytes, in chunks of 64 lines (8 KB, `LINES`); a line holds 64 halves, or 32 of float32.
+The copy engine swizzles the 16-byte pieces of a line and wgmma undoes that, so kernels name whole lines only. A chunk
+of an operand is 64 of its rows (or columns) by a line's worth of the inner sum (`depth_of`); halves in either order:
 
     k-major     line = row, the inner sum runs along it          [row][k]
     mn-major    line = step of the inner sum, rows along it      [k][row]
+
+float32 is multiplied as TF32 (`multiply`), or each factor as the sum of two of those (`multiply_split`).
 
 Copies and products are asynchronous. A barrier's phase is complete when all have arrived and all bytes that were
 announced have; waiting names the parity of the phase. The twins keep what hardware would not tell: a line that is
@@ -35,10 +37,16 @@ from .ptx import _array, _at, _number
 LINE_BYTES = 128
 LINES = 64  # of a chunk
 CHUNK_BYTES = LINES * LINE_BYTES
-DEPTH = 64  # of the inner sum of a chunk of halves
+STEPS = 4  # products of a line: wgmma multiplies 32 bytes of the inner sum at a time
 ALIGNMENT = 1024  # of chunks: the swizzle repeats after 8 lines
-_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16"}
-_NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_PTX_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}
+_NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+_TF32_BITS, _TF32_HALF = 0xFFFFE000, 0x1000  # what TF32 keeps of float32, and half of its last place
+
+
+def depth_of(dtype: str) -> int:
+    """How much of the inner sum a line holds."""
+    return LINE_BYTES // int(np.dtype(_NUMPY[dtype]).itemsize)
 
 
 def _types(count: int, kind: str) -> tuple[Any, ...]:
@@ -136,13 +144,24 @@ def place_of(alignment: int) -> Pair:
     return Pair(f"place_{alignment}", lambda shared: shared, rule)
 
 
+def _crew() -> Any:
+    assert cuda.crew is not None, "these intrinsics are for grids with roles"
+    return cuda.crew
+
+
+def _current() -> Any:
+    """The warpgroup that runs."""
+    return _crew().current
+
+
 class _Barrier:
     """The twin of an mbarrier."""
 
     def __init__(self, arrivals: int) -> None:
         self.arrivals, self.phase = arrivals, 0
         self.missing, self.expected, self.copied = arrivals, 0, 0
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[Callable[[], Array]] = []
+        self.here: list[Array] = []  # who knows of each line that came with the last phase
 
     def arrive(self, count: int = 1) -> None:
         self.missing -= count
@@ -155,16 +174,19 @@ class _Barrier:
             raise KernelFault(f"{self.copied} bytes come to a barrier that expects {self.expected}.")
         if self.missing or self.copied < self.expected:
             return
-        for deliver in self.copies:
-            deliver()
+        self.here = [deliver() for deliver in self.copies]
         self.phase += 1
         self.missing, self.expected, self.copied, self.copies = self.arrivals, 0, 0, []
+
+    def end(self) -> None:
+        if self.copies:
+            raise KernelFault(f"{self.copied} bytes are under way when a block ends, and nobody waits for them.")
 
     def expect(self, size_bytes: int) -> None:
         self.expected += size_bytes
         self.arrive()
 
-    def copy(self, size_bytes: int, deliver: Callable[[], None]) -> None:
+    def copy(self, size_bytes: int, deliver: Callable[[], Array]) -> None:
         self.copied += size_bytes
         self.copies.append(deliver)
         if not self.missing:
@@ -184,7 +206,8 @@ def start_barriers(first: int, count: int, arrivals: int) -> Pair:
 
     def twin(bars: Shared) -> None:
         for i in range(first, first + count):
-            bars.notes[f"barrier {i}"] = _Barrier(arrivals)
+            bars.notes[f"barrier {i}"] = barrier = _Barrier(arrivals)
+            _crew().at_end.append(barrier.end)
 
     places = range(8 * first, 8 * (first + count), 8)
     asm = " ".join(f"mbarrier.init.shared::cta.b64 [$0+{place}], {arrivals};" for place in places)
@@ -205,8 +228,10 @@ def expect(size_bytes: int) -> Pair:
 
 def _wait_twin(bars: Shared, i: int, parity: int) -> None:
     barrier = _barrier(bars, i)
-    assert cuda.crew is not None
-    cuda.crew.wait(lambda: barrier.phase % 2 != parity)
+    me = _current()
+    _crew().wait(lambda: barrier.phase % 2 != parity)
+    for known_to in barrier.here:
+        known_to |= 1 << me.number
 
 
 arrive = _statement(  # (barriers, i): one thread of each warp does
@@ -305,9 +330,12 @@ def _begin(lines: Array, bars: Shared, i: int, tiles: Shared, line: int) -> None
     words = tiles.data.reshape(-1, LINE_BYTES // tiles.data.itemsize)
     words[where] = np.iinfo(words.dtype).max
 
-    def deliver() -> None:
+    def deliver() -> Array:
         known["flight"][where] = False
         words[where] = lines.view(words.dtype)
+        known["known to"][where] = 0
+        seen: Array = known["known to"][where]
+        return seen
 
     _barrier(bars, i).copy(lines.size * lines.itemsize, deliver)
 
@@ -316,6 +344,7 @@ def _lines(tiles: Shared) -> dict[str, Any]:
     count = tiles.data.size * tiles.data.itemsize // LINE_BYTES
     if not tiles.notes:
         tiles.notes = {"flight": np.zeros(count, bool), "readers": np.zeros(count, np.int32)}
+        tiles.notes["known to"] = np.zeros(count, np.int32)  # a bit for each warpgroup that waited for its copy
     return tiles.notes
 
 
@@ -369,8 +398,8 @@ class _Group:
 
 
 def _under_way() -> list[_Group]:
-    assert cuda.crew is not None
-    return cuda.crew.current.__dict__.setdefault("products", [])
+    found: list[_Group] = _current().products
+    return found
 
 
 def _finish(left: int) -> None:
@@ -382,12 +411,21 @@ def _finish(left: int) -> None:
 def _operand(tiles: Shared, line: int, rows: int, dtype: str, *, mn_major: bool) -> tuple[Array, tuple[Array, slice]]:
     """``rows`` x 64 of the inner sum."""
     known, where = _lines(tiles), slice(int(line), int(line) + rows)
-    if known["flight"][where].any():
+    if known["flight"][where].any() or not (known["known to"][where] >> _current().number & 1).all():
         raise KernelFault("a product reads shared memory before the copy to it was waited for.")
     known["readers"][where] += 1
     words = tiles.data.reshape(-1, LINE_BYTES // tiles.data.itemsize)[where]
-    chunks = words.view(_NUMPY[dtype]).astype(np.float32).reshape(rows // LINES, LINES, DEPTH)
-    return (chunks.swapaxes(1, 2) if mn_major else chunks).reshape(rows, DEPTH), (known["readers"], where)
+    values = words.view(_NUMPY[dtype]).astype(np.float32)
+    if mn_major:
+        values = values.reshape(rows // LINES, LINES, LINES).swapaxes(1, 2).reshape(rows, LINES)
+    return values, (known["readers"], where)
+
+
+def tf32(x: Array, *, nearest: bool) -> Array:
+    """float32 with the mantissa of TF32; the hardware cuts the rest off where nobody has rounded."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    cut = (bits + np.uint32(_TF32_HALF * nearest)) & np.uint32(_TF32_BITS)
+    return np.where(np.isfinite(x), cut.view(np.float32), x).astype(np.float32)
 
 
 def _spread(product: Array) -> Array:
@@ -410,14 +448,18 @@ def multiply(dtype: str, parts: int, n: int, *, mn_major: tuple[bool, bool], lef
     def twin(acc: Array, tiles: Shared, line_a: int, line_b: int) -> None:
         a, used_a = _operand(tiles, line_a, parts * LINES, dtype, mn_major=mn_major[0])
         b, used_b = _operand(tiles, line_b, n, dtype, mn_major=mn_major[1])
+        if dtype == "float32":
+            a, b = tf32(a, nearest=False), tf32(b, nearest=False)
         sums = np.concatenate([_spread(part) for part in np.split(a @ b.T, parts)])
         _under_way().append(_Group(acc, sums, [used_a, used_b]))
         _finish(left)
 
     regs = ", ".join(f"${i}" for i in range(held))
     kind = _PTX_NAMES[dtype]
-    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{regs}}}, ${2 * held}, ${2 * held + 1}, 1, 1, 1"
-    asm += f", {int(mn_major[0])}, {int(mn_major[1])};"
+    deep = depth_of(dtype) // STEPS
+    asm = f"wgmma.mma_async.sync.aligned.m64n{n}k{deep}.f32.{kind}.{kind} {{{regs}}}, "
+    asm += f"${2 * held}, ${2 * held + 1}, 1, 1, 1"
+    asm += ";" if dtype == "float32" else f", {int(mn_major[0])}, {int(mn_major[1])};"
     tied = [*["=f"] * held, *map(str, range(held))]
 
     def rule(acc: Any, tiles: Any, line_a: Any, line_b: Any) -> Any:
@@ -432,7 +474,7 @@ def multiply(dtype: str, parts: int, n: int, *, mn_major: tuple[bool, bool], lef
             result = ir.LiteralStructType([ir.FloatType()] * held)
             constraints = ",".join([*tied, "l", "l"])
             _call(builder, "wgmma.fence.sync.aligned;", "~{memory}", ())
-            for step in range(DEPTH // 16):
+            for step in range(STEPS):
                 for part in range(parts):
                     own = slice(part * held, (part + 1) * held)
                     at_a = _ahead(builder, a, step * _step_bytes(mn_major[0]) + part * CHUNK_BYTES)
@@ -471,6 +513,211 @@ def _ahead(builder: Any, descriptor: Any, size_bytes: int) -> Any:
     from llvmlite import ir
 
     return builder.add(descriptor, ir.Constant(ir.IntType(64), size_bytes >> 4))
+
+
+def place_in_line(k: int) -> int:
+    """Where `multiply_split` wants b's value k of a line: a thread reads four neighbours of a, one for each step."""
+    return k % 4 * 8 + k // 16 * 4 + k % 16 // 4
+
+
+PLACES = tuple(place_in_line(k) for k in range(32))
+
+
+@cache
+def multiply_split(n: int, pieces: int = 2, *, mn_major: bool = False) -> Pair:
+    """``(acc, tiles, line of a, line of b)``: acc += a b over 32 of the inner sum in float32, in products of TF32.
+
+    a is 64 rows, which may have either order, since threads read it themselves; of mn-major ones `ROWS` tells which row
+    is where. b is ``n`` columns, its values at `PLACES`. With two ``pieces`` each thread splits what it reads of a, and
+    b is split already: n columns, then n of their rests. Three products are added up by the hardware, which cuts off,
+    and to acc in float32. With one piece a is rounded, and sums are the hardware's.
+    """
+    held = n // 2
+
+    def twin(acc: Array, tiles: Shared, line_a: int, line_b: int) -> None:
+        a, used_a = _operand(tiles, line_a, LINES, "float32", mn_major=False)
+        b, used_b = _operand(tiles, line_b, pieces * n, "float32", mn_major=False)
+        if mn_major:
+            a = a.reshape(2, 32, 32).swapaxes(1, 2).reshape(LINES, 32)[list(ROWS)]
+        high, b = tf32(a, nearest=True), tf32(b, nearest=False)[:, PLACES]
+        sums = high @ b[:n].T
+        if pieces == 2:
+            sums = tf32(a - high, nearest=False) @ b[:n].T + high @ b[n:].T + sums
+        _Group(acc, _spread(sums), [used_a, used_b]).finish()
+
+    def asm(fresh: bool) -> tuple[str, str]:
+        regs = ", ".join(f"${i}" for i in range(held))
+        base = held if fresh else 2 * held
+        own = ", ".join(f"${base + i}" for i in range(4))
+        kind = f"wgmma.mma_async.sync.aligned.m64n{n}k8.f32.tf32.tf32"
+        text = f"{kind} {{{regs}}}, {{{own}}}, ${base + 4}, {int(not fresh)}, 1, 1;"
+        tied = [] if fresh else [str(i) for i in range(held)]
+        return text, ",".join([*["=f"] * held, *tied, *["r"] * 4, "l"])
+
+    def rule(acc: Any, tiles: Any, line_a: Any, line_b: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        result = ir.LiteralStructType([ir.FloatType()] * held)
+        read = _values_across if mn_major else _values_along
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, sig.args[0], args[0])
+            places = [_at(builder, data, i) for i in range(held)]
+            values = read(builder, args[1], args[2])
+            high = [[_near(builder, value) for value in step] for step in values]
+            b = _descriptor(builder, args[1], args[3], False)
+            factors, sums = [(high, b)], [builder.load(place) for place in places]
+            if pieces == 2:
+                low = [
+                    [_rest(builder, *both) for both in zip(*steps, strict=True)]
+                    for steps in zip(values, high, strict=True)
+                ]
+                factors, sums = [(low, b), (high, _ahead(builder, b, n * LINE_BYTES)), *factors], []
+            _call(builder, "wgmma.fence.sync.aligned;", "~{memory}", ())
+            for own, other in factors:
+                for step in range(STEPS):
+                    text, constraints = asm(not sums)
+                    operands = [*sums, *own[step], _ahead(builder, other, 32 * step)]
+                    found = _call(builder, text, constraints, operands, result)
+                    sums = [builder.extract_value(found, i) for i in range(held)]
+            tied = ",".join([*["=f"] * held, *map(str, range(held)), "~{memory}"])
+            text = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+            found = _call(builder, text, tied, sums, result)
+            for i, place in enumerate(places):
+                value = builder.extract_value(found, i)
+                builder.store(builder.fadd(builder.load(place), value) if pieces == 2 else value, place)
+            return context.get_dummy_value()
+
+        return types.void, (acc, *_types(3, "int32")), emit
+
+    return Pair(f"multiply_split_64x{n}_{pieces}{'_mn' if mn_major else ''}", twin, rule)
+
+
+# Which row of mn-major a a row of the product is: a thread reads two neighbours, for its rows g and g + 8 of a warp
+ROWS = tuple(row // 16 * 16 + row % 8 * 2 + row % 16 // 8 for row in range(LINES))
+
+
+def _lane(builder: Any) -> tuple[Any, Any, Any]:
+    """Of this thread: its warp in the warpgroup, lane / 4, and lane % 4."""
+    from llvmlite import ir
+
+    thread = builder.and_(_call(builder, "mov.u32 $0, %tid.x;", "=r", (), ir.IntType(32)), _number(WARPGROUP - 1))
+    group = builder.and_(builder.lshr(thread, _number(2)), _number(7))
+    return builder.lshr(thread, _number(5)), group, builder.and_(thread, _number(3))
+
+
+def _read(builder: Any, place: Any, count: int, offset: int = 0) -> list[Any]:
+    """Neighbours in shared memory."""
+    from llvmlite import ir
+
+    regs = ", ".join(f"${i}" for i in range(count))
+    asm = f"ld.shared.v{count}.f32 {{{regs}}}, [${count}+{offset}];"
+    result = ir.LiteralStructType([ir.FloatType()] * count)
+    found = _call(builder, asm, ",".join([*["=f"] * count, "r", "~{memory}"]), [place], result)
+    return [builder.extract_value(found, i) for i in range(count)]
+
+
+def _values_along(builder: Any, tiles: Any, line: Any) -> list[list[Any]]:
+    """For each step the four values of a k-major a that this thread gives to wgmma: rows g, g + 8; then 16 further."""
+    warp, group, own = _lane(builder)
+    row = builder.add(builder.add(line, builder.mul(warp, _number(16))), group)
+    first = builder.add(tiles, builder.mul(row, _number(LINE_BYTES)))
+    values = []
+    for half in range(2):
+        piece = builder.xor(builder.add(own, _number(4 * half)), group)  # the swizzle
+        place = builder.add(first, builder.mul(piece, _number(16)))
+        values += [_read(builder, place, 4), _read(builder, place, 4, 8 * LINE_BYTES)]
+    return [[value[step] for value in values] for step in range(STEPS)]
+
+
+def _values_across(builder: Any, tiles: Any, line: Any) -> list[list[Any]]:
+    """The same of an mn-major a: 32 lines of 32 rows, then the other 32 rows; two rows lie side by side (`ROWS`)."""
+    warp, group, own = _lane(builder)
+    box = builder.mul(builder.lshr(warp, _number(1)), _number(32))
+    column = builder.add(builder.mul(builder.and_(warp, _number(1)), _number(4)), builder.lshr(group, _number(1)))
+    odd = builder.mul(builder.and_(group, _number(1)), _number(8))
+    steps = []
+    for step in range(STEPS):
+        values = []
+        for half in range(2):
+            k = builder.add(builder.mul(own, _number(4)), _number(16 * half + step))
+            place = builder.add(tiles, builder.mul(builder.add(builder.add(line, box), k), _number(LINE_BYTES)))
+            piece = builder.xor(column, builder.and_(k, _number(7)))
+            place = builder.add(builder.add(place, builder.mul(piece, _number(16))), odd)
+            values += _read(builder, place, 2)
+        steps.append(values)
+    return steps
+
+
+def _near(builder: Any, value: Any) -> Any:
+    """Rounded to TF32 in two steps; of a NaN whose bits this turns over, the rest is still NaN."""
+    from llvmlite import ir
+
+    asm = f"{{ .reg .b32 t; mov.b32 t, $1; add.u32 t, t, {_TF32_HALF}; and.b32 $0, t, {_TF32_BITS}; }}"
+    return _call(builder, asm, "=r,f", [value], ir.IntType(32))
+
+
+def _rest(builder: Any, value: Any, near: Any) -> Any:
+    """What the hardware cuts off of this is below 2^-21 of the value."""
+    from llvmlite import ir
+
+    asm = "{ .reg .f32 t; mov.b32 t, $2; sub.rn.f32 t, $1, t; mov.b32 $0, t; }"
+    return _call(builder, asm, "=r,f,r", [value, near], ir.IntType(32))
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    from llvmlite import ir
+
+    return _call(builder, "cvt.rna.tf32.f32 $0, $1;", "=r,f", [value], ir.IntType(32))
+
+
+def _tf32_twin(values: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(tf32(value, nearest=True) for value in values)
+
+
+@cache
+def rounded(width: int, *, rest: bool = False) -> Pair:
+    """``(values) -> each as TF32``, or its rest."""
+
+    def twin(values: Sequence[Array]) -> tuple[Array, ...]:
+        high = _tf32_twin(values)
+        return _tf32_twin([value - near for value, near in zip(values, high, strict=True)]) if rest else high
+
+    def rule(values: Any) -> Any:
+        from llvmlite import ir
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            out = []
+            for i in range(width):
+                value = builder.extract_value(args[0], i)
+                near = builder.bitcast(_rounded(builder, value), ir.FloatType())
+                if rest:
+                    near = builder.bitcast(_rounded(builder, builder.fsub(value, near)), ir.FloatType())
+                out.append(near)
+            return context.make_tuple(builder, sig.return_type, out)
+
+        return types.UniTuple(types.float32, width), (types.UniTuple(types.float32, width),), emit
+
+    return Pair(f"tf32_{'rest' if rest else 'of'}_{width}", twin, rule)
+
+
+@cache
+def pick(width: int, step: int) -> Pair:
+    """``(registers, first) -> width of them, step apart``"""
+
+    def rule(held: Any, first: Any) -> Any:
+        from numba.cuda import types
+
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _array(context, builder, sig.args[0], args[0])
+            values = [builder.load(_at(builder, data, args[1], j * step)) for j in range(width)]
+            return context.make_tuple(builder, sig.return_type, values)
+
+        return types.UniTuple(held.dtype, width), (held, types.int32), emit
+
+    return Pair(f"pick{width}_{step}", lambda held, first: tuple(held[first + j * step] for j in range(width)), rule)
 
 
 @cache

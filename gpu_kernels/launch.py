@@ -9,13 +9,13 @@ address. Without a driver or a device the first use raises `MissingDependency`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
-from rapydli_flow.errors import MissingDependency, RapydliError, TooLittleMemory
+from rapydli_flow.errors import DeviceFault, MissingDependency, TooLittleMemory
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
@@ -51,17 +51,6 @@ ALIGNMENT = 16  # of every array that a kernel gets
 _MAP_BYTES = 128
 _MAP_DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
-
-
-class DeviceFault(RapydliError, RuntimeError):
-    """The CUDA driver refused a call; the message has its name for the error.
-
-    ``sticky``: nothing works on the card in this process any more.
-    """
-
-    def __init__(self, message: str, *, sticky: bool = False) -> None:
-        super().__init__(message)
-        self.sticky = sticky
 
 
 class Driver:
@@ -189,7 +178,6 @@ class Card(Accelerator):
         return int(address.value)
 
     def free(self, address: int) -> None:
-        self.use()
         self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def pinned(self, size_bytes: int) -> Array:
@@ -199,6 +187,25 @@ class Card(Accelerator):
         assert address.value is not None
         self._pinned.append(address.value)
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value), np.uint8)
+
+    def pin(self, data: Array) -> None:
+        self.use()
+        with suppress(
+            DeviceFault, TooLittleMemory
+        ):  # a limit on locked memory: copies go through memory of the driver's then
+            self.call("cuMemHostRegister_v2", _Pointer(data.ctypes.data), ctypes.c_size_t(data.nbytes), _Unsigned(0))
+
+    def unpin(self, data: Array) -> None:
+        with suppress(DeviceFault):  # it was refused
+            self.call("cuMemHostUnregister", _Pointer(data.ctypes.data))
+
+    @contextmanager
+    def briefly(self) -> Iterator[None]:
+        self.call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(_Pointer()))
 
     def upload(self, address: int, data: Array) -> None:
         if data.nbytes:
@@ -241,8 +248,11 @@ class Card(Accelerator):
     def mark(self) -> Event:
         return Event(self)
 
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, Event)
+        self.call("cuStreamWaitEvent", _Pointer(self.stream), mark.event, _Unsigned(0))
+
     def close(self) -> None:
-        self.use()
         self.wait()
         while self._pinned:
             self.call("cuMemFreeHost", _Pointer(self._pinned.pop()))
@@ -263,8 +273,7 @@ class Replay:
         self._card.call("cuGraphLaunch", self._ready, _Pointer(self._card.stream))
 
     def __del__(self) -> None:
-        with suppress(Exception):  # of a card that failed, or at the end of the process
-            self._card.use()
+        with suppress(Exception), self._card.briefly():  # of a card that failed, or at the end of the process
             self._card.call("cuGraphExecDestroy", self._ready)
 
 
@@ -272,24 +281,24 @@ class Event(Mark):
     """A moment of a card's stream."""
 
     def __init__(self, card: Card) -> None:
-        self._card, self._event = card, _Pointer()
-        card.call("cuEventCreate", ctypes.byref(self._event), _Unsigned(0))
+        self._card, self.event = card, _Pointer()
+        card.call("cuEventCreate", ctypes.byref(self.event), _Unsigned(0))
 
     def set(self) -> None:
-        self._card.call("cuEventRecord", self._event, _Pointer(self._card.stream))
+        self._card.call("cuEventRecord", self.event, _Pointer(self._card.stream))
 
     def wait(self) -> None:
-        self._card.call("cuEventSynchronize", self._event)
+        self._card.call("cuEventSynchronize", self.event)
 
     def seconds_since(self, before: Mark) -> float:
         assert isinstance(before, Event)
         time_ms = ctypes.c_float()
-        self._card.call("cuEventElapsedTime", ctypes.byref(time_ms), before._event, self._event)
+        self._card.call("cuEventElapsedTime", ctypes.byref(time_ms), before.event, self.event)
         return time_ms.value * 1e-3
 
     def __del__(self) -> None:
         with suppress(Exception):  # of a card that failed, or at the end of the process
-            self._card.call("cuEventDestroy_v2", self._event)
+            self._card.call("cuEventDestroy_v2", self.event)
 
 
 class Memory:
@@ -369,8 +378,7 @@ class Kernel:
             self.functions.append(function)
 
     def __del__(self) -> None:
-        with suppress(Exception):  # of a card that failed, or at the end of the process
-            self.card.use()
+        with suppress(Exception), self.card.briefly():  # of a card that failed, or at the end of the process
             for module in self._modules:
                 self.card.call("cuModuleUnload", module)
 

@@ -19,10 +19,10 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, broken, template
 
+from .copies import countable, narrow
 from .grid import Grid, blocks_of
 from .pair import Pair
 from .ptx import append, cuda, inside, load, unroll
-from .slice import countable, narrow
 from .tail import tail
 
 SPACE = {"threads": (256, 128, 512), "vector": (4, 2, 1, 8)}
@@ -206,7 +206,7 @@ RULES: dict[str, Rule] = {
 
 def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
     """The widest vectors."""
-    tried = [{"threads": 256, "vector": v} for v in (8, 4, 2, 1)]
+    tried = [{"threads": 128, "vector": v} for v in (8, 4, 2, 1)]
     return next((c for c in tried if broken(RULES, op, ins, outs, device, c) is None), tried[-1])
 
 

@@ -12,12 +12,14 @@ one that is no multiple of a vector is done element by element. Single numbers, 
     cubin = many.cubin("sm_90a")
     table = many.table(addresses)                    int64, to be copied to the card once
     card.load([cubin]).bind([table's address])()
+
+Which ops of a program may wait for each other is told by `together`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from rapydli_flow.spec import Array, Spec
 from rapydli_flow.template import Epilogue, Scalar
 
 from . import compile as compiling
-from .access import address_of, number_of
+from .chosen import address_of, number_of
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
 from .ptx import append, cuda, load, load_one, store, unroll
@@ -73,6 +75,55 @@ def alike(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     kinds = ([spec.dtype for spec in specs] for specs in (ins, epilogue.extras, outs))
     of_ins, of_extras, of_outs = map(tuple, kinds)
     return Alike(scalar, epilogue.scalar, of_ins, single, of_extras, of_outs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a program: what it may share a kernel with (None: nothing), and which buffers it touches."""
+
+    key: Alike | None
+    reads: frozenset[Hashable]
+    writes: frozenset[Hashable]
+    size: int = 0  # elements
+
+
+@dataclass
+class _Waiting:
+    """Steps of one key that have not run yet; nothing since the first of them has touched what they do."""
+
+    steps: list[int]
+    reads: set[Hashable]
+    writes: set[Hashable]
+    size: int
+
+    def holds_up(self, step: Step) -> bool:
+        """Must they run before this step?"""
+        meets = self.writes & (step.reads | step.writes)
+        return bool(meets) or bool(self.reads & step.writes)
+
+
+def together(steps: Sequence[Step], *, most: int) -> list[tuple[int, ...]]:
+    """Numbers of steps in an order that computes the same; those in one tuple go together.
+
+    A step with a key waits for others like it, until one comes that needs what it writes, or would overwrite what it
+    reads, or until ``most`` elements wait: then they all run, while what they read is still in the cache.
+    """
+    order: list[tuple[int, ...]] = []
+    waiting: dict[Alike, _Waiting] = {}
+    for i, step in enumerate(steps):
+        for key in [key for key, held_up in waiting.items() if held_up.holds_up(step)]:
+            order.append(tuple(waiting.pop(key).steps))
+        if step.key is None:
+            order.append((i,))
+            continue
+        own = waiting.setdefault(step.key, _Waiting([], set(), set(), 0))
+        own.steps.append(i)
+        own.reads |= step.reads
+        own.writes |= step.writes
+        own.size += step.size
+        if own.size >= most:
+            order.append(tuple(waiting.pop(step.key).steps))
+    return order + [tuple(left.steps) for left in waiting.values()]
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,21 @@ float32 is multiplied in three TF32 products (see `tensor_core`), or in one if t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product as every
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Config, Device, Epilogue, broken
+from rapydli_flow.spec import HALVES
+from rapydli_flow.template import Config, Epilogue
 
-from . import cost as costs
 from .arithmetic import indexing
-from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of, widest
+from .grid import Grid, blocks_of, widest
 from .pair import Pair
-from .ptx import _array, _at, clear, cuda, float32, hold, int32, load, select, store, take, unroll
+from .ptx import _array, _at, clear, cuda, float32, hold, inside, int32, load, select, store, take, unroll
 from .tail import tail
 from .tensor_core import (
     SPLIT,
@@ -50,28 +48,6 @@ from .tensor_core import (
     wait,
 )
 from .tiles import Share, share
-
-SPACE: Mapping[str, tuple[Any, ...]] = {
-    "bm": (128, 64, 256),
-    "bn": (128, 64, 32, 256),
-    "bk": (32, 16, 64),
-    "wm": (64, 32),
-    "wn": (64, 32),
-    "stages": (3, 2, 4, 6),
-    "group": (8, 1),  # blocks of rows that follow each other before the next column: they share b in the second cache
-    "splits": (1, 2, 4, 8),
-    "resident": (2, 1, 3, 4),
-    "exchange": (True, False),  # threads exchange sums of halves, so that each stores 16 bytes instead of four
-}
-SHARED_KB = {
-    "sm_80": 163,
-    "sm_86": 99,
-    "sm_87": 163,
-    "sm_89": 99,
-    "sm_90a": 227,
-    "sm_90": 227,
-    "sm_100": 227,
-}  # of a block
 
 
 @dataclass(frozen=True)
@@ -302,6 +278,19 @@ def row_of(s: Scatter | None) -> Pair:
     return indexing("row_of", row)
 
 
+TOGETHER = 4  # parts of one kernel: each is code of its own
+
+
+@dataclass(frozen=True)
+class Part:
+    """One product of a kernel: how it is cut, what brings its operands, and where its pixels lie in the output."""
+
+    tile: Tile
+    a: Loader
+    b: Loader
+    scatter: Scatter | None = None
+
+
 def lanes_of(p: Problem, epilogue: Epilogue) -> int:
     """How many neighbours are stored at once: 16 bytes of what is widest, if rows are multiples of that."""
     read = [extra for extra in epilogue.extras if epilogue.reach(extra) != "scalar"]
@@ -309,34 +298,74 @@ def lanes_of(p: Problem, epilogue: Epilogue) -> int:
     return widest(p.n, p.row_pitch, itemsize=itemsize)
 
 
-def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter | None = None) -> tuple[Grid, ...]:
-    """The kernels: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[k, column])."""
-    p, of_a, of_b = t.p, t.a, t.b
-    whole = t.splits == 1
-    widest_store = lanes_of(p, epilogue) if whole else widest(p.n)
+def multiply(parts: Sequence[Part], epilogue: Epilogue) -> tuple[Grid, ...]:
+    """The kernels: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[k, column]).
+
+    Each part writes other elements; all are cut alike.
+    """
+    grids = [_products(parts[i : i + TOGETHER], epilogue) for i in range(0, len(parts), TOGETHER)]
+    t = parts[0].tile
+    return (*grids, *(() if t.splits == 1 else (add_up(t, epilogue),)))
+
+
+def _products(parts: Sequence[Part], epilogue: Epilogue) -> Grid:
+    """The kernel of some parts, each of which has some of the blocks."""
+    t, count = parts[0].tile, len(parts)
+    ends = [sum(part.tile.blocks for part in parts[: i + 1]) for i in range(count)]
+    firsts = [end - part.tile.blocks for end, part in zip(ends, parts, strict=True)]
+    bodies = [_body(part, epilogue) for part in parts]
+    states = max(part.a.state for part in parts), max(part.b.state for part in parts)
+    element_type, sums = in_shared(t.p.dtype), t.wm * t.wn // 32
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        shared = cuda.shared.array(0, element_type, alignment=1024)
+        acc = cuda.local.array(sums, float32)
+        state_a = cuda.local.array(states[0], int32)
+        state_b = cuda.local.array(states[1], int32)
+        block = cuda.blockIdx.x
+        for i in unroll(count):
+            if count == 1:
+                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block)
+            elif inside(block - firsts[i], ends[i] - firsts[i]):
+                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block - firsts[i])
+
+    return Grid(kernel, ends[-1], t.threads, t.shared_bytes, t.resident)
+
+
+def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
+    """What a block of a part does."""
+    t, a, b = part.tile, part.a, part.b
+    p, of_a, of_b, whole = t.p, t.a, t.b, t.splits == 1
+    widest_store = lanes_of(p, epilogue) if whole else widest(p.n, p.row_pitch)
     swaps = t.exchange and not of_b.spread and widest_store > 2
     have = 8 if of_b.spread or swaps else 2  # neighbouring columns of a thread
     lanes = min(have, widest_store)
     end, swap = tail(epilogue, lanes if whole else 1), exchange()
-    partial = store("float32", min(lanes, 4))
+    partial, size = store("float32", min(lanes, 4)), epilogue.out.size
     sums, gather = clear(t.wm * t.wn // 32), take(lanes)
     fma = product(p.kind, t.bk, of_a, of_b)
     place_a, place_b = own_place(of_a), own_place(of_b)
-    size_a, stage_size, arrived = of_a.layout.size, t.stage, wait(t.stages - 2)
-    element_type, ahead = in_shared(p.dtype), t.stages - 1
+    size_a, stage_size, arrived, ahead = of_a.layout.size, t.stage, wait(t.stages - 2), t.stages - 1
     tiles, across = t.blocks_m * t.blocks_n, t.group * t.blocks_n
     (base_a, base_b, base_out), rows, columns = p.base, t.wm // 8, t.wn // 4
-    channels, moved = base_out % p.row_pitch, row_of(scatter)
+    channels, moved = base_out % p.row_pitch, row_of(part.scatter)
 
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        shared = cuda.shared.array(0, element_type, alignment=1024)
-        acc = cuda.local.array(t.wm * t.wn // 32, float32)
-        state_a = cuda.local.array(a.state, int32)
-        state_b = cuda.local.array(b.state, int32)
+    def body(
+        ins: Any,
+        outs: Any,
+        work: Any,
+        extras: Any,
+        at: Any,
+        shared: Any,
+        acc: Any,
+        state_a: Any,
+        state_b: Any,
+        number: Any,
+    ) -> None:
         thread = cuda.threadIdx.x
-        block = cuda.blockIdx.x % tiles
-        batch = cuda.blockIdx.x // tiles % p.batch
-        split = cuda.blockIdx.x // (tiles * p.batch)
+        block = number % tiles
+        batch = number // tiles % p.batch
+        split = number // (tiles * p.batch)
         above = block // across * t.group
         tall = select(t.blocks_m - above < t.group, t.blocks_m - above, t.group)
         row_0 = (above + block % across % tall) * t.bm
@@ -381,40 +410,31 @@ def multiply(t: Tile, a: Loader, b: Loader, epilogue: Epilogue, scatter: Scatter
                 column = column_0 + warp_column + lane % 4 * have + first
                 active = (row < p.m) & (column < p.n)
                 values = gather(acc, i * columns + j * lanes)
+                element = batch * base_out + row_out * p.row_pitch + column
                 if whole:
-                    element = batch * base_out + row_out * p.row_pitch + column
                     end.finish(active, outs[0], values, element, batch * channels + column, extras, at)
                 else:
-                    partial(active, work[0], ((split * p.batch + batch) * p.m + row) * p.n + column, values)
+                    partial(active, work[0], split * size + element, values)
 
-    first = Grid(kernel, t.blocks, t.threads, t.shared_bytes, t.resident)
-    return (first,) if whole else (first, add_up(t, epilogue, scatter))
+    return body
 
 
 ADDING = 256  # threads of a block that adds up
 
 
-def add_up(t: Tile, epilogue: Epilogue, scatter: Scatter | None = None) -> Grid:
+def add_up(t: Tile, epilogue: Epilogue) -> Grid:
     """outs[0] = epilogue(the sums of all splits, added in their order)."""
-    p = t.p
-    lanes = min(lanes_of(p, epilogue), 4)
+    lanes, size, channels = min(lanes_of(t.p, epilogue), 4), epilogue.out.size, epilogue.out.shape[-1]
     read, add, keep, gather, end = load("float32", lanes), plus(lanes), hold(lanes), take(lanes), tail(epilogue, lanes)
-    size, of_one, channels = p.batch * p.m * p.n, p.m * p.n, p.base[2] % p.row_pitch
-    moved = row_of(scatter)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        first = (cuda.blockIdx.x * ADDING + cuda.threadIdx.x) * lanes
-        active = first < size
+        element = (cuda.blockIdx.x * ADDING + cuda.threadIdx.x) * lanes
+        active = element < size
         acc = cuda.local.array(lanes, float32)
-        keep(acc, 0, read(active, work[0], first))
+        keep(acc, 0, read(active, work[0], element))
         for split in range(t.splits - 1):
-            add(acc, read(active, work[0], split * size + (size + first)))
-        batch = first // of_one
-        row = first % of_one // p.n
-        column = first % p.n
-        row_out = moved(row)
-        element = batch * p.base[2] + row_out * p.row_pitch + column
-        end.finish(active, outs[0], gather(acc, 0), element, batch * channels + column, extras, at)
+            add(acc, read(active, work[0], split * size + (size + element)))
+        end.finish(active, outs[0], gather(acc, 0), element, element % channels, extras, at)
 
     return Grid(kernel, blocks_of(size, ADDING * lanes), ADDING)
 
@@ -440,141 +460,3 @@ def plus(width: int) -> Pair:
         return types.void, (registers, types.UniTuple(types.float32, width)), emit
 
     return Pair(f"plus{width}", twin, rule)
-
-
-# ---- which configs fit, and which are good
-
-Make = Callable[[Any, Sequence[Spec], Sequence[Spec]], Sequence[Problem]]
-
-
-def shared_limit(device: Device) -> int:
-    """Bytes of shared memory that a block may have."""
-    return SHARED_KB.get(device.target, 99) * 1024
-
-
-def target_number(device: Device) -> int:
-    """'sm_90a' -> 90"""
-    return int("".join(c for c in device.target if c.isdigit()) or 80)
-
-
-def operands(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Is this a card with such tensor cores, and are the arrays float32 or halves, none empty, that 32 bits index?"""
-    known = all(spec.dtype in ("float32", *HALVES) and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
-    return known and not op.exact and target_number(device) >= 80
-
-
-def rules(problems: Make) -> dict[str, str | Callable[..., bool]]:
-    """The hard constraints. They come after rules on the op alone, so that there are problems."""
-
-    def vectors(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-        found = problems(op, ins, outs)
-        return all(min(p.vector_a, p.vector_b) * np.dtype(p.dtype).itemsize >= 4 for p in found)
-
-    def indices(
-        op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int, bn: int, splits: int
-    ) -> bool:
-        return all((p.m + bm) * (p.n + bn) * p.batch * splits < INDEX_LIMIT for p in problems(op, ins, outs))
-
-    def tiles(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-        return all(_whole(cut(p, config), device) for p in problems(op, ins, outs))
-
-    def exchanges(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, exchange: bool) -> bool:
-        return not exchange or all(p.kind == "half" and not p.rows_b for p in problems(op, ins, outs))
-
-    def deep(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bk: int, splits: int) -> bool:
-        return splits == 1 or all(p.k >= 2 * bk * splits for p in problems(op, ins, outs))
-
-    return {
-        "whole warps, few enough threads": (
-            "bm % wm == 0 and bn % wn == 0 and bm // wm * (bn // wn) >= 2 and bm // wm * (bn // wn) <= 8"
-        ),
-        "copies of 4 bytes or more": vectors,
-        "splits have steps": deep,
-        "fragments of lines of halves are exchanged": exchanges,
-        "results in 32-bit indices": indices,
-        "tiles in shared memory and registers, copies shared out evenly": tiles,
-    }
-
-
-def _whole(t: Tile, device: Device) -> bool:
-    limit = shared_limit(device)
-    together = t.resident * (t.shared_bytes + 1024)
-    if t.shared_bytes > limit or together > limit + 1024 or None in t.shares():
-        return False
-    if (
-        t.bk < t.a.depth
-        or t.bk > (64 if t.p.kind == "half" else 32)
-        or t.a.layout.size * t.itemsize % 1024
-        or t.b.layout.size * t.itemsize % 1024
-    ):
-        return False
-    return t.registers <= min(255, (device.registers or REGISTERS) // (t.threads * t.resident))
-
-
-# bm, bn, wm, wn, resident: the first are the best where there is work enough
-SHAPES = ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (128, 128, 64, 64, 2), (128, 256, 64, 64, 1))
-SHAPES += ((256, 128, 64, 64, 1), (128, 128, 64, 32, 1), (256, 64, 64, 32, 1), (64, 64, 32, 32, 4), (64, 64, 32, 32, 3))
-SHAPES += ((64, 64, 32, 32, 2), (128, 32, 32, 32, 3), (128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
-WARPS = 8  # of a multiprocessor, that hide what each of them waits for
-
-
-def estimate(t: Tile, device: Device, size_bytes: float) -> float:
-    """A guess of the time of a tile's kernels."""
-    p, cores = t.p, device.cores if device.cores > 1 else 132
-    warps = min(t.resident, blocks_of(t.blocks, cores)) * t.threads / 32
-    lost = 12 / t.bm + 12 / t.bn + 4 / t.wm + 4 / t.wn  # smaller tiles load more for each product
-    lost += 0.1 if t.resident == 1 else 0  # all warps wait at one barrier
-    lost += max(0.0, WARPS / warps - 1)
-    flops = 2 * t.blocks * t.bm * t.bn * (t.steps + 2) * t.bk * (1 + lost)  # a pipeline fills for two steps
-    seconds = costs.seconds(device, flops=flops, size_bytes=size_bytes, unit=p.kind, blocks=t.blocks)
-    if t.splits > 1:
-        seconds += costs.LAUNCH_S + 8 * t.splits * p.batch * p.m * p.n / (costs.COPY_BYTES_S * cores)
-    return seconds
-
-
-def prefer(
-    fits: Mapping[str, str | Callable[..., bool]], problems: Make, space: Mapping[str, tuple[Any, ...]] = SPACE
-) -> Callable[..., Config]:
-    """A template's function that finds a good config by `estimate`."""
-
-    def best(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-        first = {name: values[0] for name, values in space.items()}
-        if broken({"operands": operands}, op, ins, outs, device, first):
-            return first
-        found = list(problems(op, ins, outs))
-        half = bool(found) and found[0].kind == "half"
-        tried = []
-        for (bm, bn, wm, wn, resident), splits in every(SHAPES, space["splits"]):
-            for bk, stages in every((64, 32, 16) if half else (32, 16), (4, 3, 2)):
-                config = {"bm": bm, "bn": bn, "bk": bk, "wm": wm, "wn": wn, "stages": stages}
-                config |= {"group": 8, "splits": splits, "resident": resident, "exchange": half and not found[0].rows_b}
-                if all(_whole(cut(p, config), device) for p in found):
-                    time_s = sum(estimate(cut(p, config), device, 0) for p in found)
-                    tried.append((time_s, len(tried), config))
-                    break
-        kept = (config for _, _, config in sorted(tried) if broken(fits, op, ins, outs, device, config) is None)
-        return next(kept, first)
-
-    return best
-
-
-def cost(problems: Make) -> Callable[..., float]:
-    """A template's foretold time."""
-
-    def foretell(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
-        size_bytes = sum(spec.size_bytes for spec in (*ins, *outs))
-        found = problems(op, ins, outs)
-        return sum(estimate(cut(p, config), device, size_bytes / len(found)) for p in found)
-
-    return foretell
-
-
-def workspace(problems: Make) -> Callable[..., tuple[Spec, ...]]:
-    """What splits of the largest problem need: problems run one after the other."""
-
-    def space(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-        if config["splits"] == 1:
-            return ()
-        return (Spec((config["splits"] * max(p.batch * p.m * p.n for p in problems(op, ins, outs)),)),)
-
-    return space

@@ -15,7 +15,10 @@ from functools import cache
 from math import prod
 from typing import Any
 
+from rapydli_flow.spec import Spec
+
 from .arithmetic import indexing
+from .conv import geometry
 from .mma import Loader, moves
 from .pair import Pair
 from .ptx import select, unroll
@@ -51,6 +54,18 @@ class Slide:
 
     def first_bit(self, axis: int) -> int:
         return 1 + sum(self.window[a] for a in self.asked if a < axis)
+
+
+def slide(op: Any, x: Spec, w: Spec, y: Spec) -> Slide:
+    """How a convolution reads x."""
+    g = geometry(op, x, w, y)
+    return Slide(g.size, g.out, g.window, g.stride, tuple(-low for low in g.low), g.dilation)
+
+
+def reach(s: Slide, images: int, channels: int) -> int:
+    """The farthest element that an index names, inside or not, counted from the image."""
+    ends = [max(abs(end) for end in s.reach(axis)) + s.size[axis] + 64 * abs(s.far[axis]) for axis in range(3)]
+    return (images * prod(s.size) + 2 * prod(ends)) * channels
 
 
 @cache

@@ -23,7 +23,7 @@ from .access import plus_times, product_of, ratio, spread
 from .adaptive_pool import SPACE, prefer
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
-from .pool import channels_fit, countable, three
+from .pool_geometry import channels_fit, countable, three
 from .ptx import cuda, load, select, take, unroll
 from .tail import tail
 

@@ -1,7 +1,7 @@
 """Ops that keep all elements: reshape, which only a fused tail can change, transposes and concatenation.
 
-A transpose that keeps the last axis moves vectors (see `slice`). Any other turns tiles in shared memory: rows along
-the last axis of x come in, rows along the last axis of y go out. A concatenation gives each operand blocks of its own.
+A transpose that keeps the last axis moves vectors (see `copies`). Any other turns tiles in shared memory: rows along
+the last axis of y go out. A concatenation gives each operand blocks of its own, for some rows of y at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, Scalar, broken, template
 
-from . import pointwise
+from . import elements
 from .access import affine, pick, put_each
+from .copies import SPACE, countable, merged, narrow, preferred, steps_of, strided, walks
 from .grid import STATIC_SHARED_BYTES, Grid, blocks_of, widest
 from .pair import held
-from .ptx import append, cuda, inside, load, unroll
-from .slice import SPACE, countable, merged, narrow, preferred, steps_of, strided, walks
+from .ptx import append, cuda, inside, load, select, unroll
 from .tail import tail
 
 COPY = Scalar(("x0",), (), ("x0",))
@@ -38,17 +38,17 @@ def _flat(specs: Sequence[Spec], outs: Sequence[Spec]) -> list[Spec]:
 def _copies(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, threads: int, vector: int, items: int
 ) -> bool:
-    return pointwise.fits(op, _flat(ins, outs), outs, device, threads=threads, vector=vector, items=items)
+    return elements.fits(op, _flat(ins, outs), outs, device, threads=threads, vector=vector, items=items)
 
 
 def _prefer_copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    return pointwise.prefer_of(_flat(ins, outs), outs, device, indexed=False)
+    return elements.prefer_of(_flat(ins, outs), outs, device, indexed=False)
 
 
-@template("reshape", "cuda", space=pointwise.SPACE, fits=_copies, prefer=_prefer_copy)
+@template("reshape", "cuda", space=elements.SPACE, fits=_copies, prefer=_prefer_copy)
 def copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
     """Each element once."""
-    return pointwise.elements(COPY, _flat(ins, outs), outs, epilogue, **config)
+    return elements.elements(COPY, _flat(ins, outs), outs, epilogue, **config)
 
 
 # ---- concatenation
@@ -81,31 +81,50 @@ def joined(
     vector: int,
     items: int,
 ) -> Grid:
-    """Blocks of each operand in turn: they are read in order and written in pieces of a row."""
-    out, widths, sizes = outs[0], _widths(op, ins), tuple(spec.size for spec in ins)
+    """Some rows at a time, for them blocks of each operand in turn: what is written together lies together."""
+    out, widths = outs[0], _widths(op, ins)
     if not epilogue.identity and out.shape[-1] % vector:  # a tail's vectors lie in one row of the last axis
         vector, items = 1, items * vector
-    of_block, channels, row = threads * vector, out.shape[-1], sum(widths)
+    of_threads, channels, row, total = threads * vector, out.shape[-1], sum(widths), ins[0].size // widths[0]
+    rows = _rows_at_once(widths, total, of_threads * items)
     lefts = (0, *accumulate(widths))
-    blocks = tuple(blocks_of(size, of_block * items) for size in sizes)
+    blocks = tuple(blocks_of(rows * width, of_threads * items) for width in widths)
     firsts = (0, *accumulate(blocks))
-    read, end, count = load(out.dtype, vector, constant=True), tail(epilogue, vector), len(ins)
+    groups, together, count = blocks_of(total, rows), sum(blocks), len(ins)
+    read, end = load(out.dtype, vector, constant=True), tail(epilogue, vector)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        row_0 = cuda.blockIdx.x // together * rows
+        turn = cuda.blockIdx.x % together
+        left = select(row_0 + rows < total, rows, total - row_0)
         for k in unroll(count):
-            if inside(cuda.blockIdx.x - firsts[k], blocks[k]):
-                first = (cuda.blockIdx.x - firsts[k]) * (of_block * items) + cuda.threadIdx.x * vector
+            if inside(turn - firsts[k], blocks[k]):
+                first = (turn - firsts[k]) * (of_threads * items) + cuda.threadIdx.x * vector
                 loaded = ()
                 for item in unroll(items):
-                    source = first + item * of_block
-                    loaded = append(loaded, read(source < sizes[k], ins[k], source))
+                    place = first + item * of_threads
+                    loaded = append(loaded, read(place < left * widths[k], ins[k], row_0 * widths[k] + place))
                 for item in unroll(items):
-                    source = first + item * of_block
-                    element = source // widths[k] * row + source % widths[k] + lefts[k]
-                    active = source < sizes[k]
+                    place = first + item * of_threads
+                    element = (row_0 + place // widths[k]) * row + place % widths[k] + lefts[k]
+                    active = place < left * widths[k]
                     end.finish(active, outs[0], loaded[item], element, element % channels, extras, at)
 
-    return Grid(kernel, sum(blocks), threads)
+    return Grid(kernel, groups * together, threads)
+
+
+def _rows_at_once(widths: Sequence[int], total: int, of_block: int) -> int:
+    """As few rows as fill blocks of every operand, and nearly as well as any number of rows would."""
+    least = min(total, max(1, of_block // min(widths)))
+
+    def idle(rows: int) -> float:
+        """Elements that blocks have places for, for each that there is."""
+        places = sum(blocks_of(rows * width, of_block) for width in widths) * of_block
+        return places * blocks_of(total, rows) / (total * sum(widths))
+
+    tried = range(least, min(total, 8 * least) + 1)
+    best = min(map(idle, tried))
+    return next(rows for rows in tried if idle(rows) <= 1.02 * best)
 
 
 # ---- transposes

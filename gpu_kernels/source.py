@@ -10,8 +10,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Scalar, template
 
+from .elements import SPACE, elements, fits, prefer_of
 from .grid import Grid
-from .pointwise import SPACE, elements, fits, prefer_of
 
 
 def number(value: float) -> str:

@@ -18,7 +18,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from types import FunctionType
@@ -27,6 +27,7 @@ from typing import Any
 from rapydli_flow.errors import TemplateError
 
 from . import ptx
+from .grid import Grid
 from .pair import Pair
 
 _UNKNOWN = object()
@@ -45,6 +46,13 @@ class Flat:
         """The kernel with its intrinsics as numba-cuda has them."""
         made = {name: value.device if isinstance(value, Pair) else value for name, value in self.names.items()}
         scope: dict[str, Any] = {**made, **bound}
+        return self._made(scope)
+
+    def twin(self) -> Any:
+        """The same text with the NumPy halves of its intrinsics, for the emulator."""
+        return self._made(dict(self.names))
+
+    def _made(self, scope: dict[str, Any]) -> Any:
         exec(compile(self.source, "<kernel>", "exec"), scope)
         return scope["kernel"]
 
@@ -61,6 +69,19 @@ def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int, wo
     head = [f"def kernel({', '.join(parameters)}):", *textwrap.indent("\n".join(lines), "    ").splitlines()]
     text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
     return Flat("\n".join([*head, textwrap.indent(text, "    "), ""]), parameters, names)
+
+
+def as_compiled(grid: Grid) -> Grid:
+    """The grid with the text that the compiler gets in place of its kernel, for the emulator."""
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any, maps: Any = ()) -> None:
+        counts = {"ins": len(ins), "outs": len(outs), "work": len(work), "extras": len(extras), "maps": len(maps)}
+        if "twin" not in made:
+            made["twin"] = flatten(grid.kernel, **counts).twin()
+        made["twin"](*ins, *outs, *work, *extras, at, *maps)
+
+    made: dict[str, Any] = {}
+    return replace(grid, kernel=kernel)
 
 
 @cache
@@ -233,6 +254,13 @@ class _Rewriter(ast.NodeTransformer):
             self.bound.pop(node.target.id, None)
             return out
         return ast.For(self.visit(node.target), self.visit(node.iter), self._block(node.body), [])
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        value = self._value(self.visit(node.test))
+        if value is _UNKNOWN:
+            raise TemplateError(f"kernel {self.definition.name}: {ast.unparse(node)} is not decided. Use select.")
+        chosen: ast.AST = self.visit(node.body if value else node.orelse)
+        return chosen
 
     def visit_If(self, node: ast.If) -> Any:
         test = self.visit(node.test)

@@ -257,18 +257,36 @@ def rounded(x: Array) -> Array:
     return np.where(np.isfinite(x), ((bits + np.uint32(_HALF)) & np.uint32(_BITS)).view(np.float32), x)
 
 
+def nearest(x: Array) -> Array:
+    """float32 to the nearest TF32 by two float32 instructions; infinite from 2^115 on.
+
+    8193 x is rounded where 8192 x, subtracted from it, leaves the 11 first bits of x. The conversion that
+    tensor cores' operands are meant for takes four instructions, which are what limits kernels of one product.
+    """
+    x = np.asarray(x, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.float64(x * np.float32(8193)) - np.float64(x) * 8192).astype(np.float32)
+
+
 def truncated(x: Array) -> Array:
     """What tensor cores see of a float32."""
     return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(_BITS)).view(np.float32)
 
 
-def _terms(kind: str, a: Array, b: Array) -> Array:
-    """The products of float32 matrices that tensor cores add up, small ones first."""
-    if kind == SPLIT:
-        high_a, high_b = rounded(a), rounded(b)
-        low_a, low_b = truncated(a - high_a), truncated(b - high_b)
-        return (low_a @ high_b + high_a @ low_b) + high_a @ high_b
-    return rounded(a) @ rounded(b) if kind == "tf32" else a @ b
+def toward_zero(x: Array) -> Array:
+    """float64 to 24 bits of mantissa: how tensor cores round what they add up."""
+    return (np.asarray(x, np.float64).view(np.int64) & ~((1 << 29) - 1)).view(np.float64)
+
+
+def _added(kind: str, part: Array, a: Array, b: Array) -> Array:
+    """``part`` and the products of an instruction, or of three: small ones first."""
+    if kind != SPLIT:
+        return part + (nearest(a) @ nearest(b) if kind == "tf32" else a @ b)
+    high_a, high_b = rounded(a), rounded(b)
+    low_a, low_b = truncated(a - high_a), truncated(b - high_b)
+    for x, y in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):
+        part = toward_zero(part + x.astype(np.float64) @ y)
+    return part
 
 
 _MMA = {"bfloat16": "m16n8k16.row.col.f32.bf16.bf16.f32", "float16": "m16n8k16.row.col.f32.f16.f16.f32"}
@@ -281,6 +299,11 @@ def place_of_sum(b: Operand, row: int, column: int, j: int) -> int:
     if b.spread:
         return (row * (b.fragments // 4) + column // 4) * 8 + 4 * j + column % 4
     return (row * b.fragments + column) * 2 + j
+
+
+def _ends(step: int, steps: int) -> bool:
+    """Is a chain of sums added to the others after this inner step?"""
+    return (step + 1) % CHAIN == 0 or step + 1 == steps
 
 
 @cache
@@ -313,18 +336,20 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
         return out
 
     def twin(acc: Array, shared: Any, at_a: Array, at_b: Array) -> None:
+        part: Any = 0.0
         for step in steps:
             x, y = read(shared, a, at_a, step), read(shared, b, at_b, step)
             x = x.reshape(a.fragments, 2, 2, *x.shape[1:])  # fragment, half of k, half of rows, warp, row, k, element
             y = y.reshape(b.fragments, 2, *y.shape[1:])  # fragment, half of k, warp, column, k, element
             x = x.transpose(3, 0, 2, 4, 1, 5, 6).reshape(x.shape[3], a.extent, a.depth)
             y = y.transpose(2, 1, 4, 5, 0, 3).reshape(y.shape[2], a.depth, b.extent)
-            z = _terms(kind, x, y).reshape(-1, a.extent // 8, 8, b.fragments, 4, 2)
-            z = z.transpose(1, 3, 5, 0, 2, 4).reshape(a.extent // 8, b.fragments, 2, -1)  # rows, fragment, j, thread
-            for row in range(a.extent // 8):
-                for column in range(b.fragments):
-                    for j in (0, 1):
-                        acc[place_of_sum(b, row, column, j)] += z[row, column, j]
+            part = _added(kind, part, x, y)
+            if not _ends(step, len(steps)):
+                continue
+            z = part.astype(np.float32).reshape(-1, a.extent // 8, 8, b.fragments, 4, 2)
+            z, part = z.transpose(1, 3, 5, 0, 2, 4).reshape(a.extent // 8, b.fragments, 2, -1), 0.0
+            for row, column, j in every(range(a.extent // 8), range(b.fragments), (0, 1)):
+                acc[place_of_sum(b, row, column, j)] += z[row, column, j]  # of a thread
 
     def rule(acc: Any, shared: Any, at_a: Any, at_b: Any) -> Any:
         from llvmlite import ir
@@ -360,13 +385,18 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
             low = builder.fsub(builder.bitcast(value, f32), builder.bitcast(high, f32))
             return high, builder.bitcast(low, i32)
 
+        def to_nearest(builder: Any, x: Any) -> Any:
+            """See `nearest`."""
+            fma = builder.module.declare_intrinsic("llvm.fma", [f32], ir.FunctionType(f32, [f32] * 3))
+            much = builder.fmul(x, ir.Constant(f32, 8193.0))
+            return builder.bitcast(builder.call(fma, [x, ir.Constant(f32, -8192.0), much]), i32)
+
         def terms(builder: Any, values: Sequence[Any]) -> tuple[list[Any], ...]:
             if kind == SPLIT:
                 pairs = [split(builder, value) for value in values]
                 return [high for high, _ in pairs], [low for _, low in pairs]
             if kind == "tf32":
-                convert = ir.InlineAsm(ir.FunctionType(i32, [f32]), "cvt.rna.tf32.f32 $0, $1;", "=r,f")
-                values = [builder.call(convert, [builder.bitcast(value, f32)]) for value in values]
+                values = [to_nearest(builder, builder.bitcast(value, f32)) for value in values]
             return (list(values),)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -397,7 +427,7 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
                 for left, right in order:  # all fragments between two products of one: they wait for each other
                     for i, j in every(range(a.fragments), range(b.fragments)):
                         multiply(part, i, j, left, right)
-                if kind == SPLIT and ((step + 1) % CHAIN == 0 or step + 1 == len(steps)):
+                if kind == SPLIT and _ends(step, len(steps)):
                     sums = [builder.fadd(one, other) for one, other in zip(sums, part, strict=True)]
                     part = [zero] * len(sums)
             for place, value in zip(places, sums, strict=True):

@@ -108,7 +108,7 @@ def rules(product: Make) -> dict[str, str | Callable[..., bool]]:
 
     def indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int, bn: int) -> bool:
         p = product(op, ins, outs)
-        return p.batch * (p.m + bm) * (p.row_pitch + bn) < INDEX_LIMIT
+        return (p.m + bm) * p.row_pitch + (p.batch - 1) * p.base[2] + bn < INDEX_LIMIT
 
     def parts(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bk: int, splits: int) -> bool:
         p = product(op, ins, outs)

@@ -32,6 +32,7 @@ from rapydli_flow.template import Config, Epilogue
 
 from .grid import Grid, blocks_of, widest
 from .pair import Pair, held
+from .parts import add_parts
 from .ptx import (
     FAR,
     clear,
@@ -48,7 +49,6 @@ from .ptx import (
 )
 from .tail import tail
 
-ADDERS = 128  # threads of a block that adds parts
 NOW = 16  # numbers that loaders share; the first ones are
 MEMBER, INNER = 0, 1  # which product of the batch this block computes a part of, and how long its sum is
 
@@ -377,58 +377,3 @@ def multiply(
 
     products = Grid(kernel, t.blocks, t.threads, resident=t.resident)
     return (products, add_parts(epilogue, t.splits, size)) if split else (products,)
-
-
-def add_parts(epilogue: Epilogue, parts: int, size: int) -> Grid:
-    """outs[0] = epilogue(sum of the parts in work[0], first to last)."""
-    out = epilogue.out
-    channels = out.shape[-1]
-    number = held(out.dtype)
-    lanes = 1 if size < 2**20 else widest(channels, itemsize=np.dtype(number).itemsize)
-    end, read, keep, gather = tail(epilogue, lanes), load(number, lanes), hold(lanes), take(lanes)
-    more, sums, at_once = add_up(lanes), clear(lanes), min(parts, 8)
-    kind = getattr(np, number)
-
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        acc = cuda.local.array(lanes, kind)
-        ahead = cuda.local.array(lanes * at_once, kind)
-        element = (cuda.blockIdx.x * ADDERS + cuda.threadIdx.x) * lanes
-        active = element < size
-        sums(acc)
-        for some in range(parts // at_once):
-            for j in unroll(at_once):
-                keep(ahead, j * lanes, read(active, work[0], (some * at_once + j) * size + element))
-            for j in unroll(at_once):
-                more(acc, ahead, j * lanes)
-        for j in unroll(parts % at_once):
-            keep(ahead, 0, read(active, work[0], (parts // at_once * at_once + j) * size + element))
-            more(acc, ahead, 0)
-        end.finish(active, outs[0], gather(acc, 0), element, element % channels, extras, at)
-
-    return Grid(kernel, blocks_of(size, ADDERS * lanes), ADDERS)
-
-
-def add_up(lanes: int) -> Pair:
-    """``(acc, registers, first)``: adds neighbouring registers to as many sums."""
-
-    def twin(acc: Any, registers: Any, first: int) -> None:
-        acc[:lanes] += registers[first : first + lanes]
-
-    def rule(acc: Any, registers: Any, first: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            sums, more = (
-                context.make_array(kind)(context, builder, v).data
-                for kind, v in zip(sig.args[:2], args[:2], strict=True)
-            )
-            for j in range(lanes):
-                number = context.get_constant(types.int32, j)
-                place = builder.gep(sums, [number], inbounds=True)
-                other = builder.gep(more, [builder.add(args[2], number)], inbounds=True)
-                builder.store(builder.fadd(builder.load(place), builder.load(other)), place)
-            return context.get_dummy_value()
-
-        return types.void, (acc, registers, types.int32), emit
-
-    return Pair(f"add_up{lanes}", twin, rule)

@@ -10,8 +10,11 @@
                                                               +-------------------+
 
 A block is persistent: it computes tile after tile of bm x bn outputs, and the copies of the next tile begin while the
-last one is stored. A stage holds 64 of the inner sum. `Operand` says where an operand's chunks come from; halves may
-have either axis contiguous, so that nothing is transposed. Sums are float32, in registers; the order of each is fixed.
+last one is stored. A stage holds 128 bytes of the inner sum. `Operand` says where an operand's chunks come from; halves
+may have either axis contiguous, so that nothing is transposed. Sums are float32, in registers; the order is fixed.
+
+float32 has two ways (`kind_of`): TF32, or three products of it that are as good as fp32's. The inner sum must then run
+along lines, so b is laid out first (`lay_out`), rounded or split; a comes as it lies.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from .grid import INDEX_LIMIT, WARPGROUP, Grid, TensorMap, blocks_of
 from .hopper import (
     ALIGNMENT,
     CHUNK_BYTES,
-    DEPTH,
     LINE_BYTES,
     LINES,
     acquire,
@@ -39,17 +41,21 @@ from .hopper import (
     arrive,
     columns,
     copy,
+    depth_of,
     elected,
     expect,
     multiply,
+    multiply_split,
+    pick,
     place_of,
     registers,
+    rounded,
     settle,
     start_barriers,
     wait,
     warpgroup,
 )
-from .ptx import append, clear, cuda, float32, load, select, store, take, unroll
+from .ptx import append, clear, cuda, float32, hold, load, select, store, take, unroll
 from .tail import tail
 
 # These templates are built and tested without a card; until they have run on one, nothing chooses them by itself.
@@ -68,6 +74,7 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "blocks": (132, 0, 114),  # of the grid, at most; 0: one for each tile
 }
 SPLIT_SPACE: Mapping[str, tuple[Any, ...]] = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)}
+SPLIT = "3xtf32"
 SHARED_BYTES = 227 * 1024 - 256  # of a block on sm_90, but for the barriers
 SUMS = 128  # of a thread
 FEWER, MORE = 40, 232  # registers of a thread that asks for copies, and of one that multiplies, when there are three
@@ -96,8 +103,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tile:
-    """``m x n`` sums over ``steps`` times 64, and how they are cut; ``splits`` blocks may share a sum."""
+    """``m x n`` sums over ``steps`` lines, and how they are cut; ``splits`` blocks may share a sum."""
 
+    kind: str
     dtype: str
     m: int
     n: int
@@ -146,9 +154,19 @@ class Tile:
         return min(self.tiles, self.blocks or self.tiles)
 
     @property
+    def pieces(self) -> int:
+        """Of b: itself, or a part of its bits and the rest."""
+        return 2 if self.kind == SPLIT else 1
+
+    @property
     def lines(self) -> int:
         """Of a stage."""
-        return self.bm + self.bn
+        return self.bm + self.bn * self.pieces
+
+    @property
+    def sums(self) -> int:
+        """Registers of a thread for them: those of one line are apart where lines are added in float32."""
+        return self.parts * self.bn // 2 * self.pieces
 
     @property
     def shared_bytes(self) -> int:
@@ -157,32 +175,36 @@ class Tile:
 
 def box_operand(array: int, dtype: str, size: tuple[int, int], rows: int, index: int, *, mn_major: bool) -> Operand:
     """An operand that is a matrix of ``size`` (innermost first); ``index``: of its map among those of the grid."""
-    begin = copy(2)
+    begin, depth = copy(2), depth_of(dtype)
     if mn_major:
 
         def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-            for part in unroll(rows // LINES):
-                begin(maps[index], bars, i, tiles, line + part * LINES, first + part * LINES, step * DEPTH)
+            for part in unroll(rows // depth):
+                begin(maps[index], bars, i, tiles, line + part * depth, first + part * depth, step * depth)
 
     else:
 
         def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
-            begin(maps[index], bars, i, tiles, line, step * DEPTH, first)
+            begin(maps[index], bars, i, tiles, line, step * depth, first)
 
-    box = (LINES, DEPTH) if mn_major else (DEPTH, rows)
+    box = (depth, depth) if mn_major else (depth, rows)
     return Operand((TensorMap(array, dtype, size, (size[0],), box),), mn_major, fetch)
 
 
 def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: Rows | None = None) -> Grid:
     """The kernel: outs[0][row, column] = epilogue(sum over k of a[row, k] * b[column, k]).
 
-    Without an epilogue the sums of split s go to work[0][s, row, column].
+    Without an epilogue the sums of split s go to the last workspace, [s, row, column].
     """
     full, empty = 0, t.stages
     size_bytes = t.lines * LINE_BYTES
     ready, free = start_barriers(full, t.stages, 1), start_barriers(empty, t.stages, 4 * t.consumers)
     announce, own, held = expect(size_bytes), acquire(), t.parts * t.bn // 2
-    fma = multiply(t.dtype, t.parts, t.bn, mn_major=(a.mn_major, b.mn_major), left=t.ahead)
+    by_threads = t.kind == SPLIT or (t.kind == "tf32" and a.mn_major)
+    if by_threads:
+        fma = multiply_split(t.bn, t.pieces, mn_major=a.mn_major)
+    else:
+        fma = multiply(t.dtype, t.parts, t.bn, mn_major=(a.mn_major, b.mn_major), left=t.ahead)
     sums, done = clear(held), settle(held)
     fewer, more = registers(FEWER, more=False), registers(MORE, more=True)
     chunks, line_places = place_of(ALIGNMENT), place_of(8)
@@ -190,10 +212,13 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     turns = blocks_of(t.tiles, t.grid)
     in_group, last_group = t.group * t.blocks_n, t.blocks_m // t.group
     rest = t.blocks_m % t.group
-    end = tail(epilogue, 8) if epilogue else None
+    fused, eight = epilogue is not None, epilogue is not None and t.dtype in HALVES
+    end = tail(epilogue, 8 if eight else 4) if epilogue else None
     trade, steps, write = t.consumers == 2, t.own_steps, store("float32", 4)
     computed, kept = (rows.computed, rows.kept) if rows else (t.m, t.m)
     size = t.m // computed * kept * t.n  # of the outputs
+    # which rows of 16 a thread has: neighbours where it has read a itself, across lines
+    (apart, next_half), last = (2, 1) if by_threads and a.mn_major else (1, 8), int(t.kind != "half")
 
     def ask(maps: Any, bars: Any, tiles: Any, block: Any) -> None:
         for i in unroll(maps_used):
@@ -216,24 +241,29 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
 
     def finish(acc: Any, outs: Any, work: Any, extras: Any, at: Any, row_0: Any, column_0: Any, split: Any) -> None:
         thread = cuda.threadIdx.x % WARPGROUP
-        first_row = row_0 + thread // 32 * 16 + thread % 32 // 4
+        first_row = row_0 + thread // 32 * 16 + thread % 32 // 4 * apart
         first_column = column_0 + thread % 4 * 8
         for part in unroll(t.parts):
             for across in unroll(t.bn // 32):
                 for half in unroll(2):
-                    row = first_row + (part * LINES + half * 8)
+                    row = first_row + (part * LINES + half * next_half)
                     column = first_column + across * 32
                     values = columns(acc, part * (t.bn // 2) + across * 16 + half * 2)
-                    active = (row < t.m) & (column < t.n) & (row % computed < kept)
+                    active = (row < t.m) & (row % computed < kept)
                     element = (row // computed * kept + row % computed) * t.n + column
-                    if end:
-                        end.finish(active, outs[0], values, element, column, extras, at)
+                    if eight:
+                        end.finish(active & (column < t.n), outs[0], values, element, column, extras, at)
                     else:
                         for piece in unroll(2):
                             four = ()
                             for j in unroll(4):
                                 four = append(four, values[piece * 4 + j])
-                            write(active, work[0], split * size + element + piece * 4, four)
+                            on = active & (column + piece * 4 < t.n)
+                            place = element + piece * 4
+                            if fused:
+                                end.finish(on, outs[0], four, place, column + piece * 4, extras, at)
+                            else:
+                                write(on, work[last], split * size + place, four)
 
     def consume(outs: Any, work: Any, extras: Any, at: Any, bars: Any, tiles: Any, block: Any, number: Any) -> None:
         acc = cuda.local.array(held, float32)
@@ -290,19 +320,100 @@ def split_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any
 def add_up(t: Tile, epilogue: Epilogue) -> Grid:
     """The second kernel: the sums of all splits, in their order."""
     size, channels, threads = epilogue.out.size, epilogue.out.shape[-1], 256
-    read, plus, zero, gather, end = load("float32", 4), add(4), clear(8), take(8), tail(epilogue, 8)
+    lanes, last = 8 if t.dtype in HALVES else 4, int(t.kind != "half")
+    read, plus, zero, gather, end = load("float32", 4), add(4), clear(lanes), take(lanes), tail(epilogue, lanes)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        total = cuda.local.array(8, float32)
-        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * 8
+        total = cuda.local.array(lanes, float32)
+        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * lanes
         active = element < size
         zero(total)
         for split in range(t.splits):
-            for piece in unroll(2):
-                plus(total, piece * 4, read(active, work[0], split * size + element + piece * 4))
+            for piece in unroll(lanes // 4):
+                plus(total, piece * 4, read(active, work[last], split * size + element + piece * 4))
         end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
 
-    return Grid(kernel, blocks_of(size, threads * 8), threads)
+    return Grid(kernel, blocks_of(size, threads * lanes), threads)
+
+
+def laid_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int) -> tuple[Spec, ...]:
+    """The workspace for b: [piece, tap, column, inner], whole lines."""
+    if kind == "half":
+        return ()
+    depth = depth_of(b.dtype)
+    return (Spec((2 if kind == SPLIT else 1, taps, columns_of, blocks_of(inner, depth) * depth), b.dtype),)
+
+
+def lay_out(
+    kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along: bool, by_threads: bool = False
+) -> Grid:
+    """The first kernel for float32: b goes to the workspace as whole lines, as TF32 and, if it is split, the rest.
+
+    b is stored as [tap, inner, column] or, ``along`` the inner sum, [tap, column, inner]. A thread moves 16 values.
+    ``by_threads``: a is read as `multiply_split` does, so values go to `PLACES`.
+    """
+    (out,) = laid_out(kind, b, taps, inner, columns_of)
+    pitch, size, threads, split = out.shape[-1], out.size // out.shape[0], 256, kind == SPLIT
+    read, write, keep = load("float32", 4, constant=True), store("float32", 4), hold(4)
+    across, high, low = pick(4, 4), rounded(4), rounded(4, rest=True)
+    wide = blocks_of(columns_of, 32)
+    # a thread has four columns and four of the inner sum that are neighbours in a line: 4 apart where it is split
+    moved, gather = split or by_threads, take(4)
+    step = 4 if moved else 1
+
+    def turned(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        held = cuda.local.array(16, float32)
+        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
+        column = item // 32 % wide * 32 + item % 8 * 4
+        run = item // (32 * wide) * 4 + item % 32 // 8
+        tap = run // (pitch // 4)
+        line = run % (pitch // 4) * 4  # where it begins
+        k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8 if moved else line
+        for j in unroll(4):
+            active = (tap < taps) & (k + j * step < inner) & (column < columns_of)
+            keep(held, j * 4, read(active, ins[1], (tap * inner + k + j * step) * columns_of + column))
+        for j in unroll(4):
+            active = (tap < taps) & (column + j < columns_of)
+            place = (tap * columns_of + column + j) * pitch + line
+            write(active, work[0], place, high(across(held, j)))
+            if split:
+                write(active, work[0], size + place, low(across(held, j)))
+
+    def straight(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        held = cuda.local.array(16, float32)
+        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
+        row = item // (pitch // 16)
+        begin = item % (pitch // 16) * 16
+        for j in unroll(4):
+            active = (row < taps * columns_of) & (begin + j * 4 < inner)
+            keep(held, j * 4, read(active, ins[1], row * inner + begin + j * 4))
+        for j in unroll(4):
+            active = row < taps * columns_of
+            if moved:
+                place = row * pitch + begin // 32 * 32 + begin % 32 // 4 + j * 8
+                write(active, work[0], place, high(across(held, j)))
+                if split:
+                    write(active, work[0], size + place, low(across(held, j)))
+            else:
+                write(active, work[0], row * pitch + begin + j * 4, high(gather(held, j * 4)))
+
+    items = taps * columns_of * (pitch // 16) if along else 32 * wide * blocks_of(taps * (pitch // 4), 4)
+    return Grid(straight if along else turned, blocks_of(items, threads), threads)
+
+
+def lines_operand(t: Tile, taps: int, inner: int, *, turned: bool = False) -> Operand:
+    """b as `lay_out` leaves it; ``turned``: the last tap is first."""
+    begin, depth = copy(3), depth_of(t.dtype)
+    blocks, rows, pieces = blocks_of(inner, depth), t.bn, t.pieces
+    pitch = blocks * depth
+    maps = (TensorMap(3, t.dtype, (pitch, t.n, pieces * taps), (pitch, pitch * t.n), (depth, rows, 1)),)
+
+    def fetch(maps: Any, bars: Any, i: Any, tiles: Any, line: Any, first: Any, step: Any) -> None:
+        tap = (taps - 1) - step // blocks if turned else step // blocks
+        for piece in unroll(pieces):
+            begin(maps[1], bars, i, tiles, line + piece * rows, step % blocks * depth, first, tap + piece * taps)
+
+    return Operand(maps, False, fetch)
 
 
 # ---- rules and defaults
@@ -311,8 +422,15 @@ Size = Callable[[Any, Sequence[Spec], Sequence[Spec]], tuple[int, int, int]]
 Rules = Mapping[str, str | Callable[..., bool]]
 
 
-def cut(dtype: str, size: tuple[int, int, int], config: Config) -> Tile:
-    return Tile(dtype, *size, **config)
+def cut(op: Any, dtype: str, size: tuple[int, int, int], config: Config) -> Tile:
+    return Tile(kind_of(op, dtype), dtype, *size, **config)
+
+
+def kind_of(op: Any, dtype: str) -> str:
+    """How operands are multiplied."""
+    if dtype in HALVES:
+        return "half"
+    return "tf32" if op.tf32 else SPLIT
 
 
 def card(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
@@ -320,23 +438,38 @@ def card(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> 
     return TRIED and device.target == "sm_90a"
 
 
-def halves(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Are these non-empty halves that 32 bits can index?"""
-    return all(spec.dtype in HALVES and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
+def floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
+    """Halves, or float32 that need not be exact."""
+    if op.exact or not all(0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs)):
+        return False
+    return all(spec.dtype in (*HALVES, "float32") for spec in (*ins, *outs))
 
 
-def rules(size: Size) -> dict[str, str | Callable[..., bool]]:
-    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a size."""
+def wide(*specs: Spec) -> bool:
+    """Are rows of these arrays multiples of 16 bytes? The copy engine and stores want that."""
+    return all(spec.shape[-1] * np.dtype(spec.dtype).itemsize % 16 == 0 for spec in specs)
+
+
+def rules(size: Size, across: Callable[[Any], bool] = lambda op: False) -> dict[str, str | Callable[..., bool]]:
+    """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a size.
+
+    ``across``: is a of this op mn-major?
+    """
 
     def indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-        t = cut(ins[0].dtype, size(op, ins, outs), config)
-        return t.splits * (t.m + t.bm) * (t.n + t.bn) < INDEX_LIMIT
+        t = cut(op, ins[0].dtype, size(op, ins, outs), config)
+        laid = t.pieces * t.steps * depth_of(t.dtype) * t.n if t.kind != "half" else 0
+        return t.splits * (t.m + t.bm) * (t.n + t.bn) < INDEX_LIMIT and laid < INDEX_LIMIT
 
-    return {
-        "sums in registers": f"bm // 64 // min(2, bm // 64) * bn // 2 <= {SUMS}",
-        "stages in shared memory": f"stages * (bm + bn) * {LINE_BYTES} + {ALIGNMENT} <= {SHARED_BYTES}",
-        "results in 32-bit indices": indices,
-    }
+    def sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+        t = cut(op, ins[0].dtype, (1, 1, 1), config)
+        by_threads = t.kind == SPLIT or (t.kind == "tf32" and across(op))
+        return t.sums <= SUMS and not (by_threads and (t.parts > 1 or t.ahead))
+
+    def stages(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
+        return cut(op, ins[0].dtype, (1, 1, 1), config).shared_bytes <= SHARED_BYTES
+
+    return {"sums in registers": sums, "stages in shared memory": stages, "results in 32-bit indices": indices}
 
 
 def preferring(rules: Rules, size: Size, splits: tuple[int, ...] = ()) -> Callable[..., Config]:
@@ -347,8 +480,9 @@ def preferring(rules: Rules, size: Size, splits: tuple[int, ...] = ()) -> Callab
         alone = {name: rule for name, rule in rules.items() if name not in _OF_TILES}
         if broken(alone, op, ins, outs, device, none) is not None:
             return none
-        whole, tried = size(op, ins, outs), list(_tried(device, splits))
-        tried.sort(key=lambda config: seconds(whole, device, config))
+        kind, whole = kind_of(op, ins[0].dtype), size(op, ins, outs)
+        tried = list(_tried(kind, ins[0].dtype, device, splits))
+        tried.sort(key=lambda config: seconds(Tile(kind, ins[0].dtype, *whole, **config), device))
         return next((c for c in tried if broken(rules, op, ins, outs, device, c) is None), none)
 
     return prefer
@@ -359,25 +493,25 @@ _OF_TILES = tuple(rules(lambda *_: (1, 1, 1)))
 
 def costing(size: Size) -> Callable[..., float]:
     """For `template`: seconds by a guess."""
-    return lambda op, ins, outs, device, config: seconds(size(op, ins, outs), device, config)
+    return lambda op, ins, outs, device, config: seconds(cut(op, ins[0].dtype, size(op, ins, outs), config), device)
 
 
-def _tried(device: Device, splits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def _tried(kind: str, dtype: str, device: Device, splits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """For each shape of a tile as many stages as there is room for."""
     blocks = device.cores if device.cores in SPACE["blocks"] else 0
-    for bm, bn in product(SPACE["bm"], SPACE["bn"]):
-        room = (SHARED_BYTES - ALIGNMENT) // ((bm + bn) * LINE_BYTES)
-        stages = max((s for s in SPACE["stages"] if s <= room), default=0)
-        if stages and bm // LINES // min(2, bm // LINES) * bn // 2 <= SUMS:
-            config = {"bm": bm, "bn": bn, "stages": stages, "group": 16, "ahead": 1, "blocks": blocks}
+    for bm, bn, ahead in product(SPACE["bm"], SPACE["bn"], (1, 0)):
+        config = {"bm": bm, "bn": bn, "stages": 1, "group": 16, "ahead": ahead, "blocks": blocks}
+        t = Tile(kind, dtype, 1, 1, 1, **config)
+        room = (SHARED_BYTES - ALIGNMENT) // (t.lines * LINE_BYTES)
+        config["stages"] = max((s for s in SPACE["stages"] if s <= room), default=0)
+        if config["stages"] and t.sums <= SUMS:
             yield from ({**config, "splits": s} for s in splits) if splits else (config,)
 
 
-def seconds(size: tuple[int, int, int], device: Device, config: Config) -> float:
+def seconds(t: Tile, device: Device) -> float:
     """Time of all tiles: small ones read more for each output, and begin and end as often as large ones."""
-    t = cut("bfloat16", size, config)
-    depth = (t.own_steps + 6) * DEPTH * (1 + 24 / t.bm + 24 / t.bn) * (1.2 if t.consumers == 1 else 1)
-    work = {"unit": "wgmma half", "blocks": t.tiles}
+    depth = (t.own_steps + 6) * depth_of(t.dtype) * (1 + 24 / t.bm + 24 / t.bn) * (1.2 if t.consumers == 1 else 1)
+    work: dict[str, Any] = {"unit": f"wgmma {t.kind}", "blocks": t.tiles}
     flops, sums = 2.0 * t.tiles * t.bm * t.bn * depth, 4.0 * t.splits * t.m * t.n
     if t.splits == 1:
         return costs.seconds(device, flops=flops, size_bytes=sums / 2, **work)

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from .config import settings as settings
     from .data import ingest as ingest
     from .data import load as load
+    from .graph import LossScale as LossScale
     from .graph import exact as exact
+    from .graph import precision as precision
     from .graph import remat as remat
     from .graph import tf32 as tf32
     from .graph import trace as trace
@@ -94,7 +96,7 @@ _HOMES = {
     "callbacks": ("BestSnapshot", "EarlyStopping", "PlateauRate"),
     "config": ("settings",),
     "data": ("ingest", "load"),
-    "graph": ("exact", "remat", "tf32", "trace", "train_step"),
+    "graph": ("LossScale", "exact", "precision", "remat", "tf32", "trace", "train_step"),
     "logbook": ("runs",),
     "progress": ("ProgressBar", "TuningBar"),
     "runtime.events": ("Callback", "Save", "SetFactor", "Stop"),

@@ -92,5 +92,16 @@ class DeviceMismatch(RapydliError, RuntimeError):
     """The workers of a run have different kinds of processors."""
 
 
+class DeviceFault(RapydliError, RuntimeError):
+    """The CUDA driver refused a call, or a kernel failed; the message has the driver's name for the error.
+
+    ``sticky``: nothing works on the card in this process any more. ``kernel``: which it was, if that is known.
+    """
+
+    def __init__(self, message: str, *, sticky: bool = False, kernel: str = "") -> None:
+        super().__init__(message)
+        self.sticky, self.kernel = sticky, kernel
+
+
 class RunLost(RapydliError, RuntimeError):
     """A rank of a running plan is gone; the run can be resumed from its last snapshot."""

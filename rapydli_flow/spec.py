@@ -17,6 +17,7 @@ Array = np.ndarray[Any, Any]
 
 HALVES = ("bfloat16", "float16")  # stored so; kernels and references compute with float32
 DTYPES = ("float32", "float64", *HALVES, "int64", "int32", "uint8")
+PLAIN_DTYPES = tuple(name for name in DTYPES if name not in HALVES)  # of records, and of a user's own kernels
 _FLOATING = ("float32", "float64", *HALVES)
 _SHORT = {"float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32", "uint8": "u8"}
 _SHORT |= {"bfloat16": "bf16", "float16": "f16"}
@@ -55,6 +56,11 @@ class Spec:
 
     def __str__(self) -> str:
         return f"{_SHORT[self.dtype]}[{','.join(map(str, self.shape))}]"
+
+
+def floating(array: Array) -> bool:
+    """Does an array hold floating numbers? NumPy's own ``kind`` does not count bfloat16 among them."""
+    return array.dtype.name in _FLOATING
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from .failing import plain_errors
 
 
 @click.command()
-@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure what each reaches.")
+@click.option("--no-measure", is_flag=True, help="Leave out what each was measured to reach.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def devices(measure: bool, as_json: bool) -> None:
+def devices(no_measure: bool, as_json: bool) -> None:
     """List the devices of this machine: processor and GPUs, their limits, and measured ceilings."""
     with plain_errors():
-        found = inventory(measure=measure)
+        found = inventory(measure=not no_measure)
         if as_json:
             click.echo(json.dumps(found.to_json(), indent=1))
             return

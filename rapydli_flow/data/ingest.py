@@ -22,7 +22,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ..errors import DatasetError, DTypeError, SettingError
-from ..spec import DTYPES, Array, Spec
+from ..spec import PLAIN_DTYPES, Array, Spec
 from .dataset import FORMAT, MARKER, Dataset, load
 from .store import Url, full_url, is_vacant, open_group, replace_attributes
 
@@ -174,9 +174,9 @@ def _specs(piece: Piece, where: str) -> dict[str, Spec]:
         raise DatasetError(f"{where}records have no fields.")
     for name, array in piece.items():
         _check_name(name)
-        if array.dtype.name not in DTYPES:
+        if array.dtype.name not in PLAIN_DTYPES:
             raise DTypeError(
-                f"{where}field '{name}' has dtype {array.dtype}; a dataset holds {', '.join(DTYPES)}. "
+                f"{where}field '{name}' has dtype {array.dtype}; a dataset holds {', '.join(PLAIN_DTYPES)}. "
                 "Convert it with astype."
             )
     return {name: Spec(array.shape[1:], array.dtype.name) for name, array in piece.items()}

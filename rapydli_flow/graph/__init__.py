@@ -6,8 +6,10 @@ May import floors 0 to 2 only. A pass is a function Graph -> Graph, printable an
 from .fuse import Fused, fuse, parts
 from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
+from .mixed import precision
 from .remat import remat
 from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, tf32, training, with_batch
+from .scaling import LossScale
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
 from .verify import checked, verify
@@ -16,6 +18,7 @@ from .where import located
 __all__ = [
     "Fused",
     "Graph",
+    "LossScale",
     "Node",
     "Tensor",
     "Value",
@@ -29,6 +32,7 @@ __all__ = [
     "located",
     "merge_equal",
     "parts",
+    "precision",
     "predicting",
     "remat",
     "rewrite",

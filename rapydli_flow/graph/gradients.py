@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import GraphError, NotDifferentiable
-from ..ops import Fill, Leaf, Op
+from ..ops import Fill, Leaf, Op, as_dtype
 from .graph import Graph, Tensor, Value
 from .where import short
 
@@ -40,6 +40,7 @@ def gradients(graph: Graph, loss: Tensor, wanted: Sequence[Tensor]) -> list[Tens
         for v, dx in zip(node.inputs, found, strict=True):
             if dx is None or v[0] not in needed:
                 continue
+            dx = as_dtype(dx, graph.spec(v).dtype)
             graph.like[dx.id] = v
             cotangent[v] = total = dx if v not in cotangent else cotangent[v] + dx
             graph.like[total.id] = v

@@ -10,7 +10,10 @@ from ..errors import GraphError
 from ..spec import Spec
 from .gradients import gradients
 from .graph import Graph, Tensor
+from .mixed import precision as mixed
+from .mixed import wider
 from .rewrite import clean, merge_equal, predicting, training
+from .scaling import LossScale, scaling
 from .verify import verify
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -61,6 +64,8 @@ def train_step(
     optimizer: Optimizer,
     metrics: Mapping[str, Loss] | None = None,
     label: str | Mapping[str, Spec] | None = "label",
+    precision: str = "float32",
+    loss_scale: float | LossScale | None = None,
 ) -> Graph:
     """The training step of a network: loss, gradients and update, still a graph.
 
@@ -71,7 +76,12 @@ def train_step(
     record, int64); a dict of names and specs of the whole batch, ``{"label": rf.Spec((32,), "int64"),
     "box": rf.Spec((32, 4))}``; or None. ``target`` is a tensor, a dict where there are several, or None.
     A name of an input of the network is that input: ``label="x"`` trains an autoencoder.
+
+    ``precision``: 'float32', 'tf32', 'bfloat16' or 'float16', as `rapydli_flow.precision` says; parameters, their
+    updates and the loss are float32 in each. ``loss_scale``: a number that the loss is multiplied by before gradients
+    are taken, which are divided by it, or a `LossScale` that finds one; by default that for float16, else none.
     """
+    network = mixed(network, precision)
     measures = {"loss": loss, **(metrics or {})}
     functions: dict[str, Any] = {**measures, "optimizer": optimizer}
     for name, given in functions.items():
@@ -96,10 +106,16 @@ def train_step(
     for name in network.outputs:
         del graph.outputs[name]
     parameters = graph.leaves("param")
-    found = gradients(graph, graph.tensor(graph.outputs["loss"]), parameters)
+    scale, step, total = scaling(graph, precision, loss_scale), graph.find("step"), graph.tensor(graph.outputs["loss"])
+    found = gradients(graph, scale.loss(total) if scale else total, parameters)
+    if scale:
+        found, step = scale.gradients(found), scale.step(step)
+        graph.like |= {g.id: w.id for w, g in zip(parameters, found, strict=True)}
     graph.gradients = {w.name: g.id for w, g in zip(parameters, found, strict=True)}
-    optimizer(graph, list(zip(parameters, found, strict=True)), graph.find("step"))
-    return verify(merge_equal(clean(graph)))
+    optimizer(graph, list(zip(parameters, found, strict=True)), step)
+    if scale:
+        scale.finish(graph)
+    return verify(wider(merge_equal(clean(graph))))
 
 
 def _target(graph: Graph, label: str | Mapping[str, Spec] | None) -> Any:

@@ -26,7 +26,7 @@ from .activation import (
     TanhGrad,
 )
 from .adaptive_pool import AdaptiveAvgPool, AdaptiveAvgPoolGrad, AdaptiveMaxPool, AdaptiveMaxPoolGrad
-from .base import Op, Reject, Sample, Symbol, operand_names, registry, spec_of
+from .base import Op, Reject, Sample, Symbol, as_dtype, operand_names, registry, spec_of
 from .conv import Conv, ConvFilterGrad, ConvInputGrad
 from .dense import BatchMatmul, Matmul
 from .dropout import Dropout
@@ -100,7 +100,10 @@ from .update import (
     Adam,
     ClipFactor,
     ClipValue,
+    CountOnTurn,
     Descent,
+    Finite,
+    LossScaleRule,
     Momentum,
     MovingAverage,
     OnTurn,
@@ -141,6 +144,7 @@ __all__ = [
     "Copy",
     "Correct",
     "CosineDecay",
+    "CountOnTurn",
     "CrossEntropy",
     "CrossEntropyGrad",
     "Descent",
@@ -154,6 +158,7 @@ __all__ = [
     "Exp",
     "ExponentialDecay",
     "Fill",
+    "Finite",
     "Gather",
     "GatherGrad",
     "Gaussian",
@@ -180,6 +185,7 @@ __all__ = [
     "Log",
     "LogSoftmax",
     "LogSoftmaxGrad",
+    "LossScaleRule",
     "Matmul",
     "Max",
     "MaxGrad",
@@ -262,6 +268,7 @@ __all__ = [
     "Where",
     "WhereGrad",
     "WinnerGrad",
+    "as_dtype",
     "operand_names",
     "registry",
     "spec_of",

@@ -175,7 +175,8 @@ class Op(ABC):
         if any(getattr(x, "dtype", None) in _HALVES for x in inputs):
             outs = self.out_specs(*map(spec_of, inputs))
             wide = self.run(*(np.asarray(x, np.float32) if spec_of(x).dtype in HALVES else x for x in inputs), at=at)
-            return tuple(np.asarray(y, spec.dtype) for y, spec in zip(wide, outs, strict=True))
+            with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
+                return tuple(np.asarray(y, spec.dtype) for y, spec in zip(wide, outs, strict=True))
         if self.indexed:
             at = at or Block.all(self.out_specs(*map(spec_of, inputs))[0].shape)
             out = self.reference(*inputs, at=at)
@@ -214,6 +215,17 @@ def spec_of(x: Any) -> Spec:
     if isinstance(x, Symbol):
         return x.spec
     return Spec(np.shape(x), np.asarray(x).dtype.name)
+
+
+def summed(dtype: str, wide: bool) -> str:
+    """The dtype of a sum of products or of elements of this dtype: of halves float32, if it is to be ``wide``."""
+    return "float32" if wide and dtype in HALVES else dtype
+
+
+def as_dtype(x: Any, dtype: str) -> Any:
+    """``x``, cast where it has another dtype."""
+    cast: Any = registry["cast"]
+    return x if spec_of(x).dtype == dtype else cast(to=dtype)(x)
 
 
 def operand_names(op: Op) -> tuple[str, ...]:

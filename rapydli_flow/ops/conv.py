@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DTypeError
 from ..spec import Array, Block, Spec
-from .base import Op, Reject, Sample, refuse
+from .base import Op, Reject, Sample, as_dtype, refuse, spec_of, summed
 from .window import OUT, TAPS, Pair, local_padding, out_size, reading, scatter, taps, windows, writing
 
 LAYOUT = "x is N,*space,C and w is *window,C/groups,K."
@@ -35,6 +35,7 @@ class _Sliding(Op, abstract=True):
 
     ``exact``: only kernels that add up the products of this formula, no faster algorithm with larger rounding errors.
     ``tf32``: float32 operands may be rounded to 10 bits of mantissa before they are multiplied, where that is faster.
+    ``wide``: halves give float32, the sum as it was accumulated, and not halves.
     """
 
     stride: tuple[int, ...]
@@ -43,7 +44,8 @@ class _Sliding(Op, abstract=True):
     groups: int = 1
     exact: bool = False
     tf32: bool = False
-    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32")
+    wide: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32", "wide")
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class Conv(_Sliding):
                     self, rule, operands, "Use a smaller window or more padding; stride and dilation are 1 or more."
                 )
             sizes.append(out)
-        return Spec((x.shape[0], *sizes, k), x.dtype)
+        return Spec((x.shape[0], *sizes, k), summed(x.dtype, self.wide))
 
     def index(self, x: Spec, w: Spec) -> str:
         n = len(self.stride)
@@ -124,6 +126,7 @@ class Conv(_Sliding):
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         x, w = inputs
+        dy = as_dtype(dy, spec_of(x).dtype)
         dx = ConvInputGrad(size=tuple(x.shape[1:-1]), **self.geometry)(dy, w)
         return dx, ConvFilterGrad(window=tuple(w.shape[:-2]), **self.geometry)(x, dy)
 
@@ -167,7 +170,7 @@ class ConvInputGrad(_Sliding):
         if dy.shape[-1] != w.shape[-1] or w.shape[-1] % self.groups:
             rule = f"dy has {dy.shape[-1]} channels but w has {w.shape[-1]} filters in {self.groups} groups"
             raise refuse(self, rule, {"dy": dy, "w": w}, LAYOUT)
-        return Spec((dy.shape[0], *self.size, w.shape[-2] * self.groups), dy.dtype)
+        return Spec((dy.shape[0], *self.size, w.shape[-2] * self.groups), summed(dy.dtype, self.wide))
 
     def index(self, dy: Spec, w: Spec) -> str:
         n = len(self.stride)
@@ -190,6 +193,7 @@ class ConvInputGrad(_Sliding):
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         g, w = inputs
+        dy = as_dtype(dy, spec_of(g).dtype)
         return Conv(**self.geometry)(dy, w), ConvFilterGrad(window=tuple(w.shape[:-2]), **self.geometry)(dy, g)
 
     def flops(self, *inputs: Spec) -> int:
@@ -222,7 +226,8 @@ class ConvFilterGrad(_Sliding):
         if x.shape[0] != dy.shape[0] or x.shape[-1] % self.groups or dy.shape[-1] % self.groups:
             rule = f"x and dy must hold the same samples, and channels divisible by {self.groups} groups"
             raise refuse(self, rule, {"x": x, "dy": dy}, LAYOUT)
-        return Spec((*self.window, x.shape[-1] // self.groups, dy.shape[-1]), dy.dtype)
+        shape = (*self.window, x.shape[-1] // self.groups, dy.shape[-1])
+        return Spec(shape, summed(dy.dtype, self.wide))
 
     def index(self, x: Spec, dy: Spec) -> str:
         n = len(self.stride)
@@ -251,6 +256,7 @@ class ConvFilterGrad(_Sliding):
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         x, g = inputs
+        dy = as_dtype(dy, spec_of(x).dtype)
         return ConvInputGrad(size=tuple(x.shape[1:-1]), **self.geometry)(g, dy), Conv(**self.geometry)(x, dy)
 
     def flops(self, *inputs: Spec) -> int:

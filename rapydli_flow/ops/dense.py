@@ -9,27 +9,30 @@ import numpy as np
 
 from ..errors import DTypeError
 from ..spec import Array, Spec
-from .base import LETTERS, Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, as_dtype, refuse, spec_of, summed
 
 
 class _Product(Op, abstract=True):
     """The attributes of matrix products. ``ta``, ``tb``: an operand is given transposed.
 
     ``exact``: only kernels that add up the products of the formula, each rounded once. ``tf32``: float32 operands may
-    be rounded to 10 bits of mantissa before they are multiplied, where that is faster.
+    be rounded to 10 bits of mantissa before they are multiplied, where that is faster. ``wide``: halves give float32,
+    the sum as it was accumulated, and not halves.
     """
 
     ta: bool = False
     tb: bool = False
     exact: bool = False
     tf32: bool = False
-    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32")
+    wide: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("exact", "tf32", "wide")
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         a, b = inputs
+        dy = as_dtype(dy, spec_of(a).dtype)
 
         def of(ta: bool, tb: bool) -> Op:
-            return replace(self, ta=ta, tb=tb)
+            return replace(self, ta=ta, tb=tb, wide=False)
 
         da = of(self.tb, True)(b, dy) if self.ta else of(False, not self.tb)(dy, b)
         db = of(True, self.ta)(dy, a) if self.tb else of(not self.ta, False)(a, dy)
@@ -48,7 +51,7 @@ class Matmul(_Product):
         inner_a, inner_b = a.shape[1 - self.ta], b.shape[int(self.tb)]
         if inner_a != inner_b:
             raise refuse(self, f"a gives {inner_a} values but b expects {inner_b}", operands, "a is M,I and b is I,K.")
-        return Spec((a.shape[int(self.ta)], b.shape[1 - self.tb]), a.dtype)
+        return Spec((a.shape[int(self.ta)], b.shape[1 - self.tb]), summed(a.dtype, self.wide))
 
     def index(self, a: Spec, b: Spec) -> str:
         return f"{'i m' if self.ta else 'm i'}, {'k i' if self.tb else 'i k'} -> m k"
@@ -89,7 +92,8 @@ class BatchMatmul(_Product):
         if inner_a != inner_b:
             way_out = "a is N,...,M,I and b is N,...,I,K."
             raise refuse(self, f"a gives {inner_a} values but b expects {inner_b}", operands, way_out)
-        return Spec((*a.shape[:-2], a.shape[-1 if self.ta else -2], b.shape[-2 if self.tb else -1]), a.dtype)
+        matrix = (a.shape[-1 if self.ta else -2], b.shape[-2 if self.tb else -1])
+        return Spec((*a.shape[:-2], *matrix), summed(a.dtype, self.wide))
 
     def index(self, a: Spec, b: Spec) -> str:
         n = " ".join(LETTERS[: len(a.shape) - 2])

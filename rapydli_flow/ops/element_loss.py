@@ -8,7 +8,7 @@ from ..errors import SettingError
 from ..spec import Spec
 from . import formula as f
 from .activation import logistic
-from .base import Reject, Sample
+from .base import Reject, Sample, spec_of
 from .pointwise import Multiply, Pointwise, Scale, unbroadcast
 
 _ROW = (Spec((3, 5)),)
@@ -63,7 +63,7 @@ class SigmoidCrossEntropy(Pointwise):
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         x, target = inputs
         dx = unbroadcast(SigmoidCrossEntropyGrad()(dy, x, target), x)
-        if not str(target.dtype).startswith("float"):
+        if not spec_of(target).floating:
             return dx, None
         return dx, unbroadcast(Scale(by=-1.0)(Multiply()(dy, x)), target)
 

@@ -97,7 +97,10 @@ power = _function("{} ** {}", np.power)
 
 def cast(x: Any, dtype: str) -> Any:
     """``x`` in the dtype of the op's output."""
-    return Expr("T({})", x) if isinstance(x, Expr) else np.asarray(x).astype(dtype)
+    if isinstance(x, Expr):
+        return Expr("T({})", x)
+    with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
+        return np.asarray(x).astype(dtype)
 
 
 def keep(seed: Any, step: Any, stream: int, index: Any, threshold: int) -> Any:

@@ -2,7 +2,8 @@
 
 `Moments` gives sums over everything but channels, so ranks can add theirs and the statistics are
 those of the whole batch. They are sums of ``x - shift``, with the running mean as shift: one pass,
-without the cancellation of E[x^2] - E[x]^2 (shifted data algorithm; Chan, Golub, LeVeque 1983).
+without the cancellation of E[x^2] - E[x]^2 (shifted data algorithm; Chan, Golub, LeVeque 1983). Of an x of halves,
+they may be float32, as its running mean is.
 `Normalize` applies a mean and a variance, those of the batch or the running ones.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import Array, Spec
+from ..spec import HALVES, Array, Spec
 from . import formula as f
 from .base import LETTERS, Op, Reject, Sample, refuse
 from .pointwise import Multiply, Pointwise
@@ -23,8 +24,9 @@ _POSITIVE = (0.5, 2.0)
 
 
 def _per_channel(op: Op, x: Spec, **channels: Spec) -> None:
+    dtypes = (x.dtype, "float32") if x.dtype in HALVES else (x.dtype,)
     for name, spec in channels.items():
-        if spec.shape != x.shape[-1:] or spec.dtype != x.dtype:
+        if spec.shape != x.shape[-1:] or spec.dtype not in dtypes:
             rule = f"{name} must have one value for each of the {x.shape[-1]} channels of x, in its dtype"
             raise refuse(op, rule, {"x": x, **channels}, "Channels are the last axis.")
 

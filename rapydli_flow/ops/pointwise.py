@@ -8,16 +8,16 @@ Numba-CUDA. Operands broadcast by NumPy's rules. To add one, write a class with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import DTypeError, ShapeError
-from ..spec import Array, Block, Spec
+from ..spec import HALVES, Array, Block, Spec
 from ..template import Scalar
 from . import formula as f
-from .base import LETTERS, Op, Reject, Sample
+from .base import LETTERS, Op, Reject, Sample, spec_of
 from .reduce import Sum
 
 
@@ -29,10 +29,6 @@ class Pointwise(Op, abstract=True):
     formula: ClassVar[Callable[..., Any]]
 
     def infer(self, *xs: Spec) -> Any:
-        floating = sorted({x.dtype for x in xs if x.floating})
-        if len(floating) > 1:
-            given = ", ".join(map(str, xs))
-            raise DTypeError(f"{self.name}: operands have dtypes {' and '.join(floating)} ({given}). Cast one of them.")
         try:
             shape = np.broadcast_shapes(*(x.shape for x in xs))
         except ValueError:
@@ -41,8 +37,20 @@ class Pointwise(Op, abstract=True):
                 f"{self.name}: operands do not broadcast ({given}). "
                 "Axes are matched from the last; sizes are equal or 1."
             ) from None
-        spec = Spec(shape, floating[0] if floating else xs[0].dtype)
+        spec = Spec(shape, self._dtype(xs, shape))
         return spec if len(self.outputs) == 1 else (spec,) * len(self.outputs)
+
+    def _dtype(self, xs: Sequence[Spec], shape: tuple[int, ...]) -> str:
+        """That of the floating operands. Where float32 is read beside halves, as a bias is, the result is halves: that
+        takes an operand of halves in its shape."""
+        floating = sorted({x.dtype for x in xs if x.floating})
+        if len(floating) < 2:
+            return floating[0] if floating else xs[0].dtype
+        half = next((x.dtype for x in xs if x.dtype in HALVES and x.shape == shape), None)
+        if half is None or set(floating) != {half, "float32"}:
+            given = ", ".join(map(str, xs))
+            raise DTypeError(f"{self.name}: operands have dtypes {' and '.join(floating)} ({given}). Cast one of them.")
+        return half
 
     def reference(self, *xs: Array, **at: Block) -> Any:
         specs = self.out_specs(*(Spec(x.shape, x.dtype.name) for x in map(np.asarray, xs)))
@@ -80,12 +88,12 @@ def formula_names(op: Pointwise) -> tuple[str, ...]:
 
 
 def unbroadcast(dy: Any, x: Any) -> Any:
-    """Sum ``dy`` over the axes along which ``x`` was broadcast."""
-    extra = len(dy.shape) - len(x.shape)
+    """Sum ``dy`` over the axes along which ``x`` was broadcast; of halves to float32, if x is."""
+    extra, wide = len(dy.shape) - len(x.shape), spec_of(x).dtype == "float32" and spec_of(dy).dtype in HALVES
     if extra:
-        dy = Sum(axes=tuple(range(extra)))(dy)
+        dy = Sum(axes=tuple(range(extra)), wide=wide)(dy)
     kept = tuple(i for i, size in enumerate(x.shape) if size == 1 and dy.shape[i] != 1)
-    return Sum(axes=kept, keep=True)(dy) if kept else dy
+    return Sum(axes=kept, keep=True, wide=wide)(dy) if kept else dy
 
 
 _PAIR = (Spec((2, 3, 4)), Spec((2, 3, 4)))
@@ -226,8 +234,8 @@ class Cast(Pointwise):
         return f.cast(x, self.to)
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        dtype = str(inputs[0].dtype)
-        return (Cast(to=dtype)(dy) if dtype.startswith("float") else None,)
+        x = spec_of(inputs[0])
+        return (Cast(to=x.dtype)(dy) if x.floating else None,)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

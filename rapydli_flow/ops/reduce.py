@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..spec import Array, Block, Spec
-from .base import LETTERS, Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, as_dtype, refuse, spec_of, summed
 
 
 class Sum(Op):
-    """The sum over ``axes``; ``keep`` leaves them in place with size 1."""
+    """The sum over ``axes``; ``keep`` leaves them in place with size 1. ``wide``: that of halves is float32."""
 
     axes: tuple[int, ...]
     keep: bool = False
+    wide: bool = False
+    usual: ClassVar[tuple[str, ...]] = ("wide",)
     linear = True
 
     def infer(self, x: Spec) -> Spec:
@@ -25,9 +27,10 @@ class Sum(Op):
             raise refuse(
                 self, f"axes {self.axes} are not different axes of x", {"x": x}, f"Axes are numbered 0 to {n - 1}."
             )
+        dtype = summed(x.dtype, self.wide)
         if self.keep:
-            return Spec(tuple(1 if i in self.axes else d for i, d in enumerate(x.shape)), x.dtype)
-        return Spec(tuple(d for i, d in enumerate(x.shape) if i not in self.axes), x.dtype)
+            return Spec(tuple(1 if i in self.axes else d for i, d in enumerate(x.shape)), dtype)
+        return Spec(tuple(d for i, d in enumerate(x.shape) if i not in self.axes), dtype)
 
     def index(self, x: Spec) -> str:
         letters = LETTERS[: len(x.shape)]
@@ -39,6 +42,7 @@ class Sum(Op):
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
         (x,) = inputs
+        dy = as_dtype(dy, spec_of(x).dtype)
         return (Broadcast(axes=self.axes, shape=tuple(x.shape), keep=self.keep)(dy),)
 
     @classmethod

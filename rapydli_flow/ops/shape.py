@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import DTypeError
 from ..spec import Array, Block, Spec
-from .base import LETTERS, Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, refuse, spec_of
 from .slice import Slice
 
 
@@ -174,7 +174,7 @@ class Transpose(Op):
         return np.asarray(x.transpose(self.order), order="C")
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        if not str(inputs[0].dtype).startswith("float"):
+        if not spec_of(inputs[0]).floating:
             return (None,)
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return (Transpose(order=tuple(back))(dy),)
@@ -227,7 +227,7 @@ class Concatenate(Op):
         return np.concatenate(xs, self.axis)
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        if not str(inputs[0].dtype).startswith("float"):
+        if not spec_of(inputs[0]).floating:
             return (None,) * len(inputs)
         n = len(inputs[0].shape)
         bounds = (0, *accumulate(x.shape[self.axis] for x in inputs))

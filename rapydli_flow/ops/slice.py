@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..spec import Array, Block, Spec
-from .base import LETTERS, Op, Reject, Sample, refuse
+from .base import LETTERS, Op, Reject, Sample, refuse, spec_of
 
 
 class Slice(Op):
@@ -71,7 +71,7 @@ class Slice(Op):
         return np.ascontiguousarray(x[tuple(slice(*cut) for cut in cuts)]).reshape(self.infer(_spec(x)).shape)
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        if not str(inputs[0].dtype).startswith("float"):
+        if not spec_of(inputs[0]).floating:
             return (None,)
         return (SliceGrad(starts=self.starts, steps=self.steps, shape=tuple(inputs[0].shape))(dy),)
 
@@ -197,7 +197,7 @@ class Pad(Op):
         return np.pad(x, tuple(zip(self.low, self.high, strict=True)), constant_values=self.value)
 
     def vjp(self, dy: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        if not str(inputs[0].dtype).startswith("float"):
+        if not spec_of(inputs[0]).floating:
             return (None,)
         stops = tuple(low + n for low, n in zip(self.low, inputs[0].shape, strict=True))
         return (Slice(starts=self.low, stops=stops, steps=(1,) * len(stops))(dy),)

@@ -206,12 +206,65 @@ class Accumulate(Pointwise):
 class OnTurn(Pointwise):
     """y = new where it is the ``turn``, else old"""
 
+    def infer(self, *xs: Spec) -> Any:
+        new, old, turn = xs
+        return super().infer(new, old, Spec(turn.shape, new.dtype))
+
     def formula(self, new: Any, old: Any, turn: Any) -> Any:
         return f.where(turn > 0.5, new, old)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(), (_W, _W, Spec(())), {2: (0.0, 1.0)}),)
+
+
+class CountOnTurn(Pointwise):
+    """count' = count + 1 where it is the ``turn``, else count: a whole number"""
+
+    def infer(self, *xs: Spec) -> Any:
+        count, turn = xs
+        return super().infer(count, Spec(turn.shape, count.dtype))
+
+    def formula(self, count: Any, turn: Any) -> Any:
+        return count + f.cast(turn, "int64")
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Spec((), "int64"), Spec(())), {0: (0, 99), 1: (0.0, 1.0)}),)
+
+
+class Finite(Pointwise):
+    """y = 1 where the magnitude of x is no more than ``most``, by default of any finite float32, else 0; NaN gives 0"""
+
+    most: float = 3.4028234663852886e38
+
+    def formula(self, x: Any) -> Any:
+        return f.where(f.absolute(x) <= self.most, 1.0, 0.0)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(most=1.0), (_W,)),)
+
+
+class LossScaleRule(Pointwise):
+    """The scale of the loss after a step, and updates in a row: times ``growth`` after ``every`` ``finite`` ones, times
+    ``backoff`` after one that is not; within 1 and ``most``"""
+
+    growth: float = 2.0
+    backoff: float = 0.5
+    every: int = 2000
+    most: float = 2.0**24
+    outputs = ("scale", "row")
+
+    def formula(self, scale: Any, row: Any, finite: Any) -> Any:
+        full = row + 1.0 >= float(self.every)
+        grown = f.where(full, f.minimum(scale * self.growth, self.most), scale)
+        shrunk = f.maximum(scale * self.backoff, 1.0)
+        return f.where(finite > 0.5, grown, shrunk), f.where(finite > 0.5, f.where(full, 0.0, row + 1.0), 0.0)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(every=3), (Spec(()),) * 3, {0: (2.0, 99.0), 1: (0.0, 4.0), 2: (0.0, 1.0)}),)
 
 
 class MovingAverage(Pointwise):

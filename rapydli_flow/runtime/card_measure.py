@@ -16,9 +16,8 @@ import numpy as np
 
 from gpu_kernels.card import Accelerator
 from gpu_kernels.compile import cubins
-from gpu_kernels.launch import DeviceFault
 
-from ..errors import TemplateError
+from ..errors import DeviceFault, TemplateError
 from ..spec import Array, Block, Spec
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
@@ -42,7 +41,7 @@ class CardMeasure(Measuring):
         super().__init__(device, **how)
         self.card: Accelerator = card_of(device)
         self._memory: list[int] = []
-        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
+        weakref.finalize(self, let_go, (self.card,), self._memory).atexit = False
         self._size, self._sets = 0, 1
 
     def _take(self, request: Request, choices: Sequence[Choice]) -> None:
@@ -55,6 +54,7 @@ class CardMeasure(Measuring):
         self.card.use()
         if needed > self._size:
             while self._memory:
+                self.card.wait()
                 self.card.free(self._memory.pop())
             least = CACHE_BYTES if not self.device.emulated else 0
             self._sets, self._size = max(1, min(SETS, -(-least // needed))), needed

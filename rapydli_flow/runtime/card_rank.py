@@ -1,6 +1,6 @@
 """CardRank: a participant whose memory and kernels are a card's.
 
-    feed       -> pinned, two in turn ----.
+    feed       -> pinned -> on the card --.    two in turn, by a queue of their own
     clocks     -> pinned, one a step ------+--> arena on the card: kernels --> scalars, pinned, one set a step
                                            |           |    ^
                                            |           v    |   ops without a kernel, collectives
@@ -16,16 +16,17 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from gpu_kernels.card import Accelerator, Mark
-from gpu_kernels.launch import ALIGNMENT, DeviceFault
+from gpu_kernels.card import PAGE, Accelerator, Mark
+from gpu_kernels.launch import ALIGNMENT
 
 from ..config import settings
+from ..errors import DeviceFault
 from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.arena import aligned
 from ..spec import Array, Block, Spec
@@ -58,16 +59,17 @@ class CardRank(Participant):
     ) -> None:
         super().__init__(program, device, threads=threads, transport=transport)
         self.prompt = self.transport.ranks > 1  # ranks look at losses together
-        self.card = card or card_of(device)
+        self.card, self._line = card or card_of(device), card_of(device)
         self.card.use()
         self._places = self._laid_out()
         self._memory: list[int] = []
-        weakref.finalize(self, let_go, self.card, self._memory).atexit = False
+        self._pages: list[Array] = []  # of the mirror, which the card reaches itself
+        weakref.finalize(self, let_go, (self._line, self.card), self._memory, self._pages).atexit = False
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
         self._aside_at = 0
-        self._mirror = memory_of(self._size_bytes)  # pages that nothing touches are not there
+        self._mirror = memory_of(self._size_bytes + PAGE)  # pages that nothing touches are not there
         self._checked, self._replay = False, replay
         self._steps = 0
         self._taken: list[Scalars] = []
@@ -165,14 +167,8 @@ class CardRank(Participant):
     def _stage(self) -> None:
         """Pinned memory for what is fed, for clocks, and for scalars."""
         fed = {name: self.program.leaves[name].spec for name in self.program.kind("batch")}
-        self._feeds: list[tuple[dict[str, Array], Mark]] = []
-        self._fed = 0
-        for _ in range(FEEDS if fed else 0):
-            memory, at, arrays = self.card.pinned(sum(aligned(s.size_bytes) for s in fed.values())), 0, {}
-            for name, spec in fed.items():
-                arrays[name] = memory[at : at + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
-                at += aligned(spec.size_bytes)
-            self._feeds.append((arrays, self.card.mark()))
+        size, self._fed = sum(aligned(spec.size_bytes) for spec in fed.values()), 0
+        self._feeds = [_Slot(self.card, self._line, fed, self._reserve(size)) for _ in range(FEEDS if fed else 0)]
         scalars = {name: buffer for name, buffer in self.program.outputs.items() if buffer.spec.shape == ()}
         self._scalars = [
             [(name, view, self._address(scalars[name])) for name, view in zip(scalars, views, strict=True)]
@@ -204,13 +200,12 @@ class CardRank(Participant):
         if not self._feeds:
             return
         self.card.use()
-        arrays, mark = self._feeds[self._fed % FEEDS]
+        slot = self._feeds[self._fed % FEEDS]
         self._fed += 1
-        mark.wait()
-        for name, value in batch.items():
-            np.copyto(arrays[name], value, casting="same_kind")
-            self.card.upload(self._address(self.program.leaves[name]), arrays[name])
-        mark.set()
+        slot.send(batch)
+        for name, (array, at) in slot.arrays.items():
+            self.card.copy(self._address(self.program.leaves[name]), at, array.nbytes)
+        slot.read.set()
 
     def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
         self.card.use()
@@ -251,6 +246,7 @@ class CardRank(Participant):
                 self._parts.append(last)
             last.calls.append(step)
             last.launches.append(kernels[key].bind(buffers, at=at))
+        self._pin()
         if new := [title for title in hosted if title not in _told]:
             _told.update(new)
             warnings.warn(
@@ -260,13 +256,14 @@ class CardRank(Participant):
             )
 
     def advance(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
-        self.set_clock(seed, step, clocks)
-        for part in self._parts:
-            if isinstance(part, _Run):
-                self._run(part)
-            else:
-                self._other(part)
-        self._end()
+        with _explained(self.device):
+            self.set_clock(seed, step, clocks)
+            for part in self._parts:
+                if isinstance(part, _Run):
+                    self._run(part)
+                else:
+                    self._other(part)
+            self._end()
 
     def _end(self) -> None:
         """Have the scalars of this step brought over."""
@@ -280,7 +277,8 @@ class CardRank(Participant):
     def _drain(self) -> None:
         """Wait, and take the scalars that came."""
         self.card.use()
-        self.card.wait()
+        with _explained(self.device):
+            self.card.wait()
         for slot in self._scalars[: self._steps]:
             self._taken.append({name: float(view[0]) for name, view, _ in slot})
         self._steps = 0
@@ -315,9 +313,9 @@ class CardRank(Participant):
                 self.card.wait()
         except DeviceFault as error:
             call = run.calls[i]
-            raise DeviceFault(
-                f"{described(call)} with {call.choice} on {self.device.name}: {error}", sticky=error.sticky
-            ) from error
+            kernel = f"{described(call)} with {call.choice}"
+            message = f"{kernel} on {self.device.name}: {error} Snapshots written before are kept."
+            raise DeviceFault(message, sticky=error.sticky, kernel=kernel) from error
 
     def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
         self.set_clock(seed, step, clocks)
@@ -368,6 +366,21 @@ class CardRank(Participant):
         spec, first = buffer.spec, self._offset(buffer)
         return self._mirror[first : first + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
 
+    def _pin(self) -> None:
+        """Have the card reach those pages of the mirror that collectives read and write."""
+        meetings = [part for part in self.program.steps if isinstance(part, Collective)]
+        buffers = [buffer for part in meetings for buffer in (*part.ins, *part.outs)]
+        places = sorted((self._offset(b), self._offset(b) + b.spec.size_bytes) for b in buffers)
+        pages: list[tuple[int, int]] = []
+        for first, last in ((first // PAGE, -(-last // PAGE)) for first, last in places):
+            if pages and first <= pages[-1][1]:
+                pages[-1] = pages[-1][0], max(last, pages[-1][1])
+            else:
+                pages.append((first, last))
+        for first, last in pages:
+            self._pages.append(self._mirror[first * PAGE : last * PAGE])
+            self.card.pin(self._pages[-1])
+
     def _mirrored(self, buffers: Sequence[Buffer]) -> list[Array]:
         """Buffers as arrays of the host. They lie as in the arena: where NumPy's lie decides the bits of its sums."""
         self.card.use()
@@ -396,18 +409,61 @@ class CardRank(Participant):
     def close(self) -> None:
         super().close()
         self._parts = []
-        let_go(self.card, self._memory)
+        let_go((self._line, self.card), self._memory, self._pages)
 
 
-def let_go(card: Accelerator, memory: list[int]) -> None:
-    """Give everything back; of a card that failed nothing can be, nor need it."""
-    with suppress(DeviceFault):
-        while memory:
-            card.use()
+@contextmanager
+def _explained(device: Device) -> Iterator[None]:
+    """A failure of which nobody knows the kernel."""
+    try:
+        yield
+    except DeviceFault as error:
+        if error.kernel:
+            raise
+        raise DeviceFault(
+            f"a step failed on {device.name}: {error} RAPYDLI_CUDA_WAIT=1 has kernels waited for, and says which it "
+            "was. Snapshots written before are kept.",
+            sticky=error.sticky,
+        ) from error
+
+
+def let_go(cards: Sequence[Accelerator], memory: list[int], pages: Sequence[Array] = ()) -> None:
+    """Give everything back that was reserved on the last of the queues of a card, and these; of a card that failed
+    nothing can be, nor need it."""
+    if not memory:
+        return
+    with suppress(DeviceFault), cards[-1].briefly():
+        for card in cards:
             card.wait()
-            card.free(memory.pop())
-            if not memory:
-                card.close()
+        while memory:
+            cards[-1].free(memory.pop())
+        for each in pages:
+            cards[-1].unpin(each)
+        for card in cards:
+            card.close()
+
+
+class _Slot:
+    """Room for a batch, on the host and on the card; its line brings one there while kernels read the one before."""
+
+    def __init__(self, card: Accelerator, line: Accelerator, fed: Mapping[str, Spec], address: int) -> None:
+        self.card, self.line, self.sent, self.read = card, line, line.mark(), card.mark()
+        self.arrays: dict[str, tuple[Array, int]] = {}
+        memory, at = line.pinned(sum(aligned(spec.size_bytes) for spec in fed.values())), 0
+        for name, spec in fed.items():
+            array = memory[at : at + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
+            self.arrays[name] = array, address + at
+            at += aligned(spec.size_bytes)
+
+    def send(self, batch: Mapping[str, Array]) -> None:
+        """Bring a batch to the card; the card's own queue waits for it."""
+        self.sent.wait()
+        self.line.after(self.read)
+        for name, (array, at) in self.arrays.items():
+            np.copyto(array, batch[name], casting="same_kind")
+            self.line.upload(at, array)
+        self.sent.set()
+        self.card.after(self.sent)
 
 
 class _Run:

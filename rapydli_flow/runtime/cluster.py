@@ -31,9 +31,11 @@ from ..tuner import Choice, Request
 from . import worker as tasks
 from .backend import Backend, Writers, holding, holds_all, one_result, whole_state
 from .copies import sources
+from .devices import device_of
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
 from .job import Job
+from .remembered import known
 from .segment import SegmentResult
 from .upkeep import begun, over
 from .worker import Order, executor_of
@@ -102,7 +104,9 @@ class Cluster(Backend):
         self.looked = self.felt = time.monotonic()
         self.heard = dict.fromkeys(self.addresses, self.looked)
         self.asked: dict[str, Any] = {}  # beats that are on their way
-        self.scorer = Scorer(job.step, job.validation, job.tuning, threads=job.threads, ranks=job.ranks)
+        own = device_of()  # of this process: the state is brought here where no rank holds all of it
+        tuning = job.tuning if own.key == job.tuning.device.key else known(own)
+        self.scorer = Scorer(job.step, job.validation, tuning, threads=job.threads, ranks=job.ranks)
         self.writers = Writers(job.run_dir, job.keep)  # of a state that is held in parts
         self.written: set[str] = set()
         self.workers = workers

@@ -83,11 +83,12 @@ def free_bytes(device: Device) -> tuple[int, str]:
 
 
 def needed_bytes(program: Program, device: Device) -> int:
-    """Memory of a device that a rank takes: on a card also what it sets aside, and leaves that others would lend."""
+    """Memory of a device that a rank takes: on a card also what it sets aside, and batches on their way."""
     if device.kind == "cpu":
         return program.memory_bytes
     held = sum(program.leaves[name].spec.size_bytes for name in program.kind("param", "state"))
-    return program.memory_bytes + held
+    fed = sum(program.leaves[name].spec.size_bytes for name in program.kind("batch"))
+    return program.memory_bytes + held + 2 * fed
 
 
 def named(device: Device) -> dict[str, Any]:

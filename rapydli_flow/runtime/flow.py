@@ -24,7 +24,7 @@ from ..errors import NonFinite
 from ..graph import Graph
 from ..ops import Leaf
 from ..scheduler import Plan
-from ..spec import Array, Block
+from ..spec import Array, Block, floating
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, whole_state
 from .evaluate import Scorer
@@ -136,7 +136,7 @@ class Flow(Backend):
         names = {key: self.graphs[0].nodes[key[2]].name for key in lowered.tasks}
         keys = list(lowered.tasks)
         for key, values in zip(keys, get_sync(tasks, keys), strict=True):
-            if any(v.dtype.kind == "f" and not np.isfinite(v).all() for v in values):
+            if any(floating(v) and not np.isfinite(v).all() for v in values):
                 raise NonFinite(
                     f"loss is {loss} at step {step}. The first output that is not finite is of {names[key]} at step "
                     f"{step}. Use a smaller learning rate, or look at its inputs. Snapshots written before are kept."

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SettingError
 from ..scheduler import Buffer, Call, Collective, Program, Wait
-from ..spec import Array, Block
+from ..spec import Array, Block, floating
 from ..template import Device
 from ..tuner import Request
 from .timeline import Took
@@ -148,7 +148,7 @@ class Participant(ABC):
         first: int | None = None
         for position, (part, done) in enumerate(self._one_by_one()):
             done()
-            if first is None and not all(np.isfinite(y).all() for y in self._written(part) if y.dtype.kind == "f"):
+            if first is None and not all(np.isfinite(y).all() for y in self._written(part) if floating(y)):
                 first = position
         return first
 

@@ -19,7 +19,7 @@ from ..graph import Graph
 from ..scheduler import AllReduce, Plan, Program
 from ..scheduler.collective import TITLES
 from ..scheduler.independent import shares
-from ..spec import Array
+from ..spec import Array, floating
 from .copies import Copies
 from .feeding import Given, RankFeed
 from .participant import CLOCKS, Participant
@@ -91,9 +91,9 @@ class Average:
     ranks: int
 
     def __call__(self, rank: Participant) -> None:
-        state = {name: array for name, array in rank.state().items() if array.dtype.kind == "f"}
-        for dtype in sorted({array.dtype.str for array in state.values()}):
-            same = [array for array in state.values() if array.dtype.str == dtype]
+        state = {name: array for name, array in rank.state().items() if floating(array)}
+        for dtype in sorted({array.dtype.name for array in state.values()}):
+            same = [array for array in state.values() if array.dtype.name == dtype]
             for array in same:
                 array *= self.share
             op = AllReduce(ranks=tuple(range(self.ranks)), parts=len(same))
@@ -229,7 +229,7 @@ class Trainer:
 def finite(state: dict[str, Array]) -> dict[str, Array]:
     """The state; NonFinite if a value in it is not finite."""
     for name, value in state.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if floating(value) and not np.isfinite(value).all():
             raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
     return state
 

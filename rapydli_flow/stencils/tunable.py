@@ -22,13 +22,13 @@ from ..runtime.session import Progress
 from ..runtime.tuning import tune_one
 from ..runtime.tuning_report import TuningReport
 from ..space import Rules
-from ..spec import DTYPES, Array, Spec
+from ..spec import PLAIN_DTYPES, Array, Spec
 from ..template import Config, Epilogue
 from ..tuner import Request, Tuning
 from .definition import RESERVED, Definition, define
 from .operator import StencilOp, operator_of, refusal, template_of
 
-TAKEN = {np.dtype(name) for name in DTYPES}
+TAKEN = {np.dtype(name) for name in PLAIN_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Stencil:
                     name = self.definition.operands[i] if i < len(self.definition.operands) else f"operand {i + 1}"
                     raise DTypeError(
                         f"stencil {self.definition.name}: {name} has dtype {array.dtype}, which kernels do not take. "
-                        f"Cast it to one of {', '.join(DTYPES)}."
+                        f"Cast it to one of {', '.join(PLAIN_DTYPES)}."
                     )
                 array = array.astype(native)
             arrays.append(array)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_kernels import emulate
+from gpu_kernels import emulate, specialise
 from gpu_kernels.compile import Cubin, Request, cubins
+from gpu_kernels.grid import grids_of
 
 from ..ops import Op, Sample, registry
 from ..spec import HALVES, Array, Block, Spec
@@ -58,12 +59,16 @@ def emulated(
     epilogue: Epilogue | None = None,
     extras: Sequence[Array] = (),
     at: Block | None = None,
+    as_compiled: bool = False,
 ) -> tuple[Array, ...]:
-    """What a template's kernels compute, on the emulator; the config must fit."""
+    """What a template's kernels compute, on the emulator; the config must fit. ``as_compiled``: run the text that the
+    compiler gets, in place of the functions that it was made of."""
     ins = tuple(Spec(np.shape(v), np.asarray(v).dtype.name) for v in values)
     outs = op.out_specs(*ins)
     template.check(op, ins, outs, CARD, config)
     built = template.build(op, ins, outs, epilogue or Epilogue.none(outs[0]), **config)
+    if as_compiled:
+        built = tuple(map(specialise.as_compiled, grids_of(built)))
     work = template.workspace(op, ins, outs, **config)
     return emulate.run(built, values, outs, extras=extras, work=work, at=at)
 

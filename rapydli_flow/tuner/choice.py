@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from .. import markup
 from ..errors import SettingError, TemplateError
 from ..graph import parts
 from ..ops import Op
-from ..spec import Spec
+from ..spec import HALVES, Spec
 from ..template import Device, Epilogue, Template, templates
 
 
@@ -43,16 +43,26 @@ class Request:
         text = json.dumps([str(self.op), [str(s) for s in self.ins], tail, device.key])
         return f"{self.op.family}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
+    def known(self, device: Device) -> tuple[Template, ...]:
+        """The templates of the family: on a CPU none for halves, which Numba has no numbers for."""
+        return () if device.kind == "cpu" and self.halves else templates(self.op.family, device.kind)
+
+    @property
+    def halves(self) -> str:
+        """The dtype of an operand or result that is stored as halves; '' if there is none."""
+        specs = (*self.ins, *self.outs, *self.epilogue.extras, self.epilogue.out)
+        return next((spec.dtype for spec in specs if spec.dtype in HALVES), "")
+
     def templates(self, device: Device) -> tuple[Template, ...]:
         """The templates that have at least one config for this request."""
-        found = templates(self.op.family, device.kind)
+        found = self.known(device)
         return tuple(t for t in found if t.default(self.op, self.ins, self.outs, device) is not None)
 
     def default(self, device: Device) -> Choice:
         """What serves untuned: of the defaults of all templates the one that foretells the least time, the first of
         those that foretell nothing; the reference where there is none."""
         found: list[tuple[float, Choice]] = []
-        for template in templates(self.op.family, device.kind):
+        for template in self.known(device):
             config = template.default(self.op, self.ins, self.outs, device)
             if config is not None:
                 told = template.cost(self.op, self.ins, self.outs, device, config) if template.cost else math.inf
@@ -93,6 +103,16 @@ class Choice:
 
 
 REFERENCE = Choice("reference")
+
+
+@cache
+def _warn_of_halves(dtype: str) -> None:
+    """Once in a process: CPU kernels do not take halves."""
+    warnings.warn(
+        f"NumPy computes with {dtype} on a CPU, slowly: for trying out. Use device='cuda', or precision='float32'.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ class Tuning:
         return ""
 
     def _configs(self, request: Request) -> Iterator[Mapping[str, Any]]:
-        for template in templates(request.op.family, self.device.kind):
+        for template in request.known(self.device):
             yield from template.configs(request.op, request.ins, request.outs, self.device)
 
     def serve(self, op: Op, ins: Sequence[Spec]) -> tuple[Request, Choice]:
@@ -149,6 +169,8 @@ class Tuning:
         anchor, specs, epilogue = parts(op, ins)
         request = Request(anchor, specs, epilogue, op.title, op)
         choice = self.choose(request)
+        if self.device.kind == "cpu" and request.halves and not op.view:
+            _warn_of_halves(request.halves)
         if choice.reference:  # the whole op runs in NumPy, its tail too
             request = Request(op, tuple(ins), Epilogue.none(op.out_specs(*ins)[0]), op.title, op)
         return request, choice

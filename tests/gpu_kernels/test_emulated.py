@@ -23,6 +23,7 @@ from rapydli_flow.spec import HALVES, Block, Spec
 from rapydli_flow.template import Epilogue, templates
 from rapydli_flow.testing import gpu
 from rapydli_flow.testing.gpu import CARD, assert_close, bias_residual_relu, chosen, emulated, tolerance
+from rapydli_flow.tuner import Request
 
 FAMILIES = sorted({cls.family for cls in ops.registry.values() if templates(cls.family, "cuda")})
 
@@ -84,8 +85,10 @@ def cases():
 def test_template_equals_reference(template, sample):
     values = sample.draw(np.random.default_rng(7))
     want = gpu.wanted(sample.op, values)
-    for config in chosen(template, sample, seed=3):
-        assert_close(emulated(template, sample.op, values, config), want, tolerance(sample))
+    halves = any(spec.dtype in HALVES for spec in sample.ins)  # only loads and stores differ: two configs will do
+    for i, config in enumerate(chosen(template, sample, seed=3)[: 2 if halves else None]):
+        got = emulated(template, sample.op, values, config, as_compiled=i == 0)
+        assert_close(got, want, tolerance(sample))
 
 
 def test_every_float32_sample_has_a_template():
@@ -96,6 +99,21 @@ def test_every_float32_sample_has_a_template():
         if not any(fitting(template, sample) for template in templates(family, "cuda"))
     }
     assert left_out == set()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untuned_ops_are_served_by_the_template_that_foretells_the_least_time(family):
+    for sample in samples_of(family):
+        choices = {}
+        for template in templates(family, "cuda"):
+            if fitting(template, sample):
+                outs = sample.op.out_specs(*sample.ins)
+                config = template.default(sample.op, sample.ins, outs, CARD)
+                told = template.cost(sample.op, sample.ins, outs, CARD, config) if template.cost else np.inf
+                assert told > 0
+                choices.setdefault(told, template.name)
+        request = Request(sample.op, sample.ins, Epilogue.none(sample.op.out_specs(*sample.ins)[0]))
+        assert request.default(CARD).template == (choices[min(choices)] if choices else "reference")
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -143,3 +143,90 @@ def test_no_driver(monkeypatch):
     monkeypatch.setattr(launch.ctypes, "CDLL", absent)
     with pytest.raises(MissingDependency, match=r"no CUDA driver: libcuda\.so\.1 is not there"):
         Card()
+
+
+def test_a_graph_of_launches():
+    gpu, library = card()
+    go = gpu.load((CODE,)).bind([0x100, 0x200])
+    replay = gpu.capture([go, go])
+    names = [name for name, _ in library.calls]
+    begin, end = names.index("cuStreamBeginCapture_v2"), names.index("cuStreamEndCapture")
+    assert names[begin:end].count("cuLaunchKernel") == 2
+    assert names[end + 1 :] == ["cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+    replay()
+    replay()
+    assert [args[1].value for args in library.named("cuGraphLaunch")] == [0x5000, 0x5000]
+    assert len(library.named("cuLaunchKernel")) == 2
+    del replay
+    assert len(library.named("cuGraphExecDestroy")) == 1
+
+
+def test_a_capture_that_fails_ends():
+    gpu, library = card(refuse="cuLaunchKernel", error=b"CUDA_ERROR_INVALID_VALUE")
+    with pytest.raises(DeviceFault, match="cuLaunchKernel"):
+        gpu.capture([gpu.load((CODE,)).bind([0x100, 0x200])])
+    assert len(library.named("cuStreamEndCapture")) == 1
+
+
+def test_reserved_memory_and_copies_on_the_stream():
+    gpu, library = card()
+    address = gpu.reserve(32)
+    x, y = np.arange(8, dtype=np.float32), np.empty(8, np.float32)
+    gpu.upload(address, x)
+    gpu.download(y, address)
+    np.testing.assert_array_equal(x, y)
+    gpu.copy(address + 16, address, 16)
+    gpu.fill(address, 32, 0xFF)
+    assert {args[-1].value for name, args in library.calls if "Async" in name} == {0x5000}
+    assert library.named("cuStreamSynchronize") == []  # nobody has waited
+    gpu.free(address)
+    assert [args[0].value for args in library.named("cuMemFree_v2")] == [address]
+
+
+def test_events():
+    gpu, library = card()
+    before, after = gpu.mark(), gpu.mark()
+    before.set()
+    after.set()
+    after.wait()
+    assert after.seconds_since(before) == 0.0
+    assert [args[1].value for args in library.named("cuEventRecord")] == [0x5000, 0x5000]
+    assert len(library.named("cuEventSynchronize")) == 1
+
+
+def test_a_closed_card_has_given_everything_back():
+    gpu, library = card()
+    host = np.zeros(64, np.uint8)
+    type(library)._cuMemHostAlloc = lambda self, address, size, flags: setattr(address._obj, "value", host.ctypes.data)
+    try:
+        assert gpu.pinned(64).size == 64
+    finally:
+        del type(library)._cuMemHostAlloc
+    gpu.close()
+    gpu.close()
+    assert len(library.named("cuMemFreeHost")) == len(library.named("cuStreamDestroy_v2")) == 1
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is():
+    gpu, library = card(refuse="cuMemHostRegister_v2", error=b"CUDA_ERROR_OUT_OF_MEMORY")
+    gpu.pin(np.zeros(4096, np.uint8))
+    assert len(library.named("cuMemHostRegister_v2")) == 1
+
+
+def test_another_cards_work_is_not_disturbed():
+    """A kernel that nobody needs any more may go while its thread works on another card."""
+    gpu, library = card()
+    kernel = gpu.load((CODE,))
+    library.calls.clear()
+    del kernel
+    assert [name for name, _ in library.calls] == ["cuCtxPushCurrent_v2", "cuModuleUnload", "cuCtxPopCurrent_v2"]
+
+
+def test_a_queue_waits_for_a_moment_of_another():
+    gpu, library = card()
+    line = Card(driver=gpu.call)
+    sent = line.mark()
+    sent.set()
+    gpu.after(sent)
+    ((stream, event, flags),) = library.named("cuStreamWaitEvent")
+    assert (stream.value, event.value, flags.value) == (gpu.stream, sent.event.value, 0)

@@ -1,5 +1,6 @@
 """Many pointwise ops as one kernel, on the emulator and as machine code."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from gpu_kernels import compile as compiling
 from gpu_kernels import emulate
 from gpu_kernels.emulate import Buffer, KernelFault
-from gpu_kernels.many import Many, alike
+from gpu_kernels.many import Many, Step, alike, together
 from rapydli_flow import ops
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.ops import Sample
@@ -117,6 +118,59 @@ def test_an_address_of_nothing_is_a_fault():
     emulate.machine.start(many.threads, 0)
     with pytest.raises(KernelFault, match="no array lies at 0x10"):
         many.grid().kernel((Buffer("table", many.table([[16, 32]]).ravel()),), (), (), (), None)
+
+
+MOMENTUM = alike(ops.Momentum(), (*[Spec((3,))] * 3, Spec(())), (Spec((3,)),) * 2)
+RELU = alike(ops.Relu(), (Spec((3,)),), (Spec((3,)),))
+
+
+def step(key, reads, writes, size=1):
+    return Step(key, frozenset(reads.split()), frozenset(writes.split()), size)
+
+
+def test_updates_wait_for_each_other_but_not_for_what_needs_them():
+    program = [
+        step(None, "x w1", "y"),
+        step(None, "y w2", "dy"),
+        step(MOMENTUM, "w2 m2 g2", "w2 m2"),
+        step(None, "dy", "g1"),
+        step(MOMENTUM, "w1 m1 g1", "w1 m1"),
+        step(None, "w2", "average"),
+        step(MOMENTUM, "w3 m3 g3", "w3 m3"),
+    ]
+    assert together(program, most=100) == [(0,), (1,), (3,), (2, 4), (5,), (6,)]
+    assert together(program, most=1) == [(i,) for i in range(7)]
+
+
+def test_memory_that_is_used_again_is_not_waited_for():
+    program = [step(MOMENTUM, "w1 m1 a", "w1 m1"), step(None, "x", "a"), step(MOMENTUM, "w2 m2 a", "w2 m2")]
+    assert together(program, most=100) == [(0,), (1,), (2,)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_program_computes_the_same_together(seed):
+    draw = random.Random(seed)
+    names = [f"b{i}" for i in range(9)]
+    program = [
+        Step(draw.choice([None, MOMENTUM, RELU]), frozenset(draw.sample(names, 2)), frozenset(draw.sample(names, 1)), 1)
+        for _ in range(40)
+    ]
+
+    def outcome(order):
+        memory = {name: name for name in names}
+        for group in order:
+            found = [(s.writes, hash((i, *sorted(str(memory[b]) for b in s.reads)))) for i, s in group]
+            written = [b for writes, _ in found for b in writes]
+            assert len(set(written)) == len(written)
+            for writes, value in found:
+                memory.update(dict.fromkeys(writes, value))
+        return memory
+
+    order = together(program, most=5)
+    assert sorted(i for group in order for i in group) == list(range(40))
+    assert any(len(group) > 1 for group in order)
+    groups = [[(i, program[i]) for i in group] for group in order]
+    assert outcome(groups) == outcome([[(i, s)] for i, s in enumerate(program)])
 
 
 def test_addresses_are_aligned():

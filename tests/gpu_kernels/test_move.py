@@ -5,10 +5,11 @@ import pytest
 
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
-from rapydli_flow.spec import DTYPES, Spec
+from rapydli_flow.spec import DTYPES, HALVES, Spec
 from rapydli_flow.template import Epilogue, Scalar, templates
 from rapydli_flow.testing.gpu import (
     CARD,
+    OLDER,
     as_dtype,
     assert_close,
     bias_residual_relu,
@@ -93,20 +94,35 @@ def test_pooling_of_a_block_whose_padding_is_negative():
     check(Sample(ops.MaxPoolGrad(size=(12, 9), **PARTS), (y, argmax), {1: (0, 9)}))
 
 
-def test_of_equal_values_the_first_wins_and_a_nan_wins_over_all():
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+def test_of_equal_values_the_first_wins_and_a_nan_wins_over_all(dtype):
     op = ops.MaxPool(**window(3, 3, stride=2, padding=(1, 1)))
     rng = np.random.default_rng(3)
-    x = rng.integers(0, 3, (2, 9, 9, 8)).astype(np.float32)
+    x = rng.integers(-1, 2, (2, 9, 9, 8)).astype(dtype)
+    x[x == 0] *= rng.choice(np.array([-1, 1], dtype), x[x == 0].shape)  # zeros of both signs are equal
     x[rng.random(x.shape) < 0.1] = np.nan
+    x[rng.random(x.shape) < 0.05] = -np.nan
     x[1, :4, :4] = -np.inf
     y, argmax = op.run(x)
     (template,) = templates("max_pool", "cuda")
-    for config in chosen(template, Sample(op, (Spec(x.shape),)), seed=2):
+    configs = chosen(template, Sample(op, (Spec(x.shape, dtype),)), seed=2)
+    assert {config["pairs"] for config in configs} == ({0} if dtype == "float32" else {0, 1})
+    for config in configs:
         got, tap = emulated(template, op, [x], config)
         np.testing.assert_array_equal(tap, argmax)
-        np.testing.assert_array_equal(got, y)
-    assert np.isnan(y).any()
+        np.testing.assert_array_equal(np.float32(got), np.float32(y))
+    assert np.isnan(np.float32(y)).any()
     assert (y == -np.inf).any()
+
+
+def test_bfloat16_is_compared_in_pairs_from_sm_90_on():
+    op = ops.MaxPool(**window(3, 3, stride=2))
+    (template,) = templates("max_pool", "cuda")
+    for dtype, older in (("bfloat16", 0), ("float16", 1)):
+        ins = (Spec((8, 55, 55, 64), dtype),)
+        outs = op.out_specs(*ins)
+        assert template.default(op, ins, outs, CARD)["pairs"] == 1
+        assert template.default(op, ins, outs, OLDER)["pairs"] == older
 
 
 @pytest.mark.parametrize("to", DTYPES)

@@ -19,6 +19,8 @@ X, Y = Spec((128, 55, 55, 64)), Spec((128, 27, 27, 64))
 CASES = {
     "max_pool": (ops.MaxPool(**G), (X,)),
     "max_pool bf16": (ops.MaxPool(**G), (Spec(X.shape, "bfloat16"),)),
+    "max_pool in pairs": (ops.MaxPool(**G), (Spec(X.shape, "bfloat16"),)),
+    "max_pool f16": (ops.MaxPool(**G), (Spec(X.shape, "float16"),)),
     "max_pool_grad": (ops.MaxPoolGrad(size=(55, 55), **G), (Y, Spec(Y.shape, "uint8"))),
     "max_pool_grad f16": (ops.MaxPoolGrad(size=(55, 55), **G), (Spec(Y.shape, "float16"), Spec(Y.shape, "uint8"))),
     "local_response": (ops.LocalResponse(), (Spec((128, 27, 27, 192)),)),

@@ -214,12 +214,28 @@ def test_memory_is_given_back(step):
     card = Counting()
     rank = bound(step, card=card)
     rank.set_aside()
-    assert len(card._memory) == 2
+    assert len(card._memory) == 4  # arena, two batches, what is set aside
     rank.close()
     assert (card._memory, card.closed) == ({}, 1)
     other = Counting()
     bound(step, card=other)  # dropped without a word
     assert (other._memory, other.closed) == ({}, 1)
+
+
+def test_each_step_reads_its_own_batch(step):
+    """More batches are handed over than there is room for, before any number is looked at."""
+    rank, losses = bound(step), []
+    for together in (False, True):
+        rank.start(0)
+        for i in range(5):
+            rank.feed(batch_of(step, i))
+            rank.advance(0, i)
+            if not together:
+                losses += rank.taken()
+    assert rank.taken() == losses
+    with pytest.raises(SettingError, match=r"feed: x has shape \(1,\) but the program takes"):
+        rank.feed({**batch_of(step), "x": np.zeros(1)})
+    rank.close()
 
 
 def test_ops_without_a_kernel_run_on_the_host_and_are_told_once(step, runs, monkeypatch):

@@ -1,0 +1,122 @@
+"""Loss scaling: gradients of a network of float16 are computed of a multiple of the loss, or they would be lost to 0.
+
+    loss -> x scale -> gradients -> / scale -> all finite? -> update, count, grow the scale
+                                                    no     -> keep everything, halve the scale
+
+The scale and its counters are state of the training step like any other: it is in snapshots, and the same under every
+plan. As PyTorch's GradScaler, which the defaults are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import isfinite
+
+from ..errors import SettingError
+from ..ops import CountOnTurn, Fill, Finite, LossScaleRule, Multiply, OnTurn, Power, Scale, Sum
+from ..spec import Spec
+from .graph import Graph, Tensor
+
+SCOPE = "loss_scale"
+MOST = 2.0**24
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where a gradient is not
+    finite. It stays within 1 and 2^24; powers of two lose no bits."""
+
+    start: float = 2.0**16
+    growth: float = 2.0
+    backoff: float = 0.5
+    every: int = 2000
+
+    def __post_init__(self) -> None:
+        if not (1.0 <= self.start <= MOST and self.growth >= 1.0 and 0.0 < self.backoff <= 1.0 and self.every >= 1):
+            raise SettingError(
+                f"{self}: start is in [1, 2^24], growth 1 or more, backoff in (0, 1], every a number of steps."
+            )
+
+
+def fixed(scale: float) -> float:
+    """A scale that never changes, if it can be one."""
+    if not isinstance(scale, int | float) or not isfinite(scale) or not scale > 0.0:
+        raise SettingError(f"loss_scale: {scale!r} is not positive and finite, nor rf.LossScale(...).")
+    return float(scale)
+
+
+class FixedScaling:
+    """The loss times a constant; gradients that are not finite are the user's to see."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def loss(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = Scale(by=self.scale)(loss)
+        return scaled
+
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
+        return [Scale(by=1.0 / self.scale)(g) for g in found]
+
+    def step(self, step: Tensor) -> Tensor:
+        return step
+
+    def finish(self, graph: Graph) -> None:
+        pass
+
+
+class DynamicScaling:
+    """`LossScale` in the graph of a training step: scale, updates in a row, and all updates, as state."""
+
+    def __init__(self, graph: Graph, rule: LossScale) -> None:
+        self.rule = rule
+        self.scale, self.row, self.count = (
+            graph.leaf("state", f"{SCOPE}/{name}", spec, Fill(value=start, shape=(), dtype=spec.dtype))
+            for name, start, spec in (
+                ("scale", rule.start, Spec(())),
+                ("row", 0.0, Spec(())),
+                ("updates", 0.0, Spec((), "int64")),
+            )
+        )
+
+    def loss(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = Multiply()(loss, self.scale)
+        return scaled
+
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients as they are without a scale. What is not finite makes their sum so, in one pass over each."""
+        inverse = Power(exponent=-1.0)(self.scale)
+        out = [Multiply()(g, inverse) for g in found]
+        sums = [Sum(axes=tuple(range(len(g.shape))))(g) for g in out]
+        self.finite = Finite()(reduce(lambda a, b: a + b, sums))
+        return out
+
+    def step(self, step: Tensor) -> Tensor:
+        """What an optimizer counts: updates that were made."""
+        return self.count
+
+    def finish(self, graph: Graph) -> None:
+        """Keep all as it is where a gradient is not finite: running statistics too."""
+        for name, value in list(graph.updates.items()):
+            leaf = graph.find(name)
+            _replace(graph, leaf, OnTurn()(graph.tensor(value), leaf, self.finite))
+        rule = self.rule
+        after = LossScaleRule(growth=rule.growth, backoff=rule.backoff, every=rule.every, most=MOST)
+        scale, row = after(self.scale, self.row, self.finite)
+        _replace(graph, self.scale, scale)
+        _replace(graph, self.row, row)
+        _replace(graph, self.count, CountOnTurn()(self.count, self.finite))
+
+
+def _replace(graph: Graph, leaf: Tensor, value: Tensor) -> None:
+    graph.updates[leaf.name] = value.id
+    graph.like[value.id] = leaf.id
+
+
+def scaling(graph: Graph, precision: str, wanted: float | LossScale | None) -> FixedScaling | DynamicScaling | None:
+    """How a training step scales its loss: by itself dynamically for float16, and not at all for others."""
+    if wanted is None:
+        return DynamicScaling(graph, LossScale()) if precision == "float16" else None
+    return DynamicScaling(graph, wanted) if isinstance(wanted, LossScale) else FixedScaling(fixed(wanted))
