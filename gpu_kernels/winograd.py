@@ -23,9 +23,10 @@ from rapydli_flow.template import Config, Device, Epilogue, broken, template
 from rapydli_flow.winograd import SQUARES
 
 from . import cost as costs
-from . import mma
+from . import mma_rules
 from .grid import INDEX_LIMIT, Grid, blocks_of, widest
-from .mma import SHAPES, Problem, Tile, cut, estimate, loader, multiply
+from .mma import Part, Problem, Tile, cut, loader, multiply
+from .mma_rules import SHAPES, estimate
 from .tensor_core import SPLIT
 from .winograd_transform import THREADS, Tiles, filters, lanes_of, patches, resident_of, results, routed
 
@@ -35,7 +36,7 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "m": (4, 2),  # pixels of a tile along each axis
     "slab_mb": (512, 256, 128, 64, 32, 16),  # of patches and sums that exist at once
     "vector": (4, 2, 1),  # elements that a thread transforms at once
-    **{name: mma.SPACE[name] for name in PRODUCT},
+    **{name: mma_rules.SPACE[name] for name in PRODUCT},
 }
 WARPS = "whole warps, few enough threads"
 MOST_SLABS = 20  # each takes three launches
@@ -113,17 +114,17 @@ def in_indices(t: Tiles, *channels: int) -> bool:
 
 def _tiles(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
     p = problem(op, ins, outs, tiles_of(op, ins, outs, config["m"], config["slab_mb"]))
-    return mma._whole(tile_of(p, config), device)
+    return mma_rules._whole(tile_of(p, config), device)
 
 
 RULES: dict[str, str | Callable[..., bool]] = {
-    "operands": mma.operands,
+    "operands": mma_rules.operands,
     "square windows of 3 or 5, one pixel apart": _windows,
     "points for the tile": _points,
     "vectors divide channels": _vector,
     "slabs": _slabs,
     "32-bit indices": _indices,
-    WARPS: mma.rules(lambda op, ins, outs: ())[WARPS],
+    WARPS: mma_rules.rules(lambda op, ins, outs: ())[WARPS],
     "tiles in shared memory and registers, copies shared out evenly": _tiles,
 }
 
@@ -188,7 +189,7 @@ def grids(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     turned = op.family == "conv_input_grad"
     cut_up = tile_of(problem(op, ins, outs, t), config)
     plain = Epilogue.none(Spec((t.area * t.rows, outer)))
-    (product,) = multiply(cut_up, loader(cut_up, True), loader(cut_up, False), plain)
+    (product,) = multiply([Part(cut_up, loader(cut_up, True), loader(cut_up, False))], plain)
     of_filters = filters(t, (shape[0], shape[1]), vector, turned=turned, source=1, into=U, counter=COUNTER)
     slab = (
         patches(t, inner, vector, source=0, into=V, counter=COUNTER),
