@@ -3,7 +3,7 @@
     patches     pixels of an image, n x n of them for each tile    ->  matrices [n*n][tile][channel]
     filters     taps x taps                                        ->  matrices [n*n][row][column]
     results     sums [n*n][tile][column]                           ->  m x m pixels of each tile, and the epilogue
-    gradients   sums [n*n][row][column]                            ->  taps x taps, and the epilogue
+    gradients   sums [part][n*n][row][column]                      ->  taps x taps, and the epilogue
 
 A thread transforms one square for a few neighbouring channels: all of it is loaded at once, transformed in registers
 and stored, so that every load and every store of a warp is of neighbouring bytes. What patches share is read again,
@@ -27,8 +27,9 @@ from rapydli_flow.template import Epilogue
 from rapydli_flow.winograd import filter_lines, input_lines, output_lines
 
 from .grid import Grid, blocks_of, widest
+from .hopper import add
 from .pair import Pair
-from .ptx import _array, _at, cuda, float32, hold, inside, int32, load, store, take, unroll
+from .ptx import _array, _at, clear, cuda, float32, hold, inside, int32, load, store, take, unroll
 from .tail import tail
 
 THREADS = 128  # of a block
@@ -186,6 +187,23 @@ def turn(t: Tiles, counter: int, *, results: bool) -> Callable[..., None]:
     return begin
 
 
+def start(t: Tiles, counter: int, *, total: int = 0, size: int = 0) -> tuple[Grid, ...]:
+    """Before the first of several slabs: it is the first one's turn, and ``work[total]``, of ``size``, is zero."""
+    write, write_word, gather, zero = store("float32", 1), store("int32", 1), take(1), clear(1)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        d = cuda.local.array(1, float32)
+        number = cuda.local.array(1, int32)
+        item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        number[0] = 0
+        write_word(item < 1, work[counter], 0, gather(number, 0))
+        if size > 0:
+            zero(d)
+            write(item < size, work[total], item, gather(d, 0))
+
+    return (Grid(kernel, blocks_of(max(1, size), THREADS), THREADS),) if t.slabs > 1 else ()
+
+
 def patches(
     t: Tiles, channels: int, vector: int, *, source: int, into: int, counter: int, of_results: bool = False
 ) -> Grid:
@@ -227,23 +245,17 @@ def patches(
     return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident_of(n, lanes))
 
 
-def filters(
-    t: Tiles, shape: tuple[int, int], vector: int, *, turned: bool, source: int, into: int, counter: int
-) -> Grid:
-    """``work[into]`` = transformed ``ins[source]``, taps x taps x shape; ``turned``: taps in reverse order.
-
-    It comes first, and says that the first slab is next.
-    """
+def filters(t: Tiles, shape: tuple[int, int], vector: int, *, turned: bool, source: int, into: int) -> Grid:
+    """``work[into]`` = transformed ``ins[source]``, taps x taps x shape; ``turned``: taps in reverse order."""
     n, area, taps, (rows, columns) = t.n, t.area, t.taps, shape
     lanes = lanes_of(vector, columns)
-    across, size, several = columns // lanes, rows * columns, t.slabs > 1
-    read, write, begins = load("float32", lanes, constant=True), store("float32", lanes), store("int32", 1)
-    keep, gather, change, one = hold(lanes), take(lanes), square("filter", n, taps, n, lanes), take(1)
+    across, size = columns // lanes, rows * columns
+    read, write = load("float32", lanes, constant=True), store("float32", lanes)
+    keep, gather, change = hold(lanes), take(lanes), square("filter", n, taps, n, lanes)
     order = tuple(reversed(range(taps))) if turned else tuple(range(taps))
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         d = cuda.local.array(area * lanes, float32)
-        number = cuda.local.array(1, int32)
         item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         there = item < rows * across
         for i in unroll(taps):
@@ -253,9 +265,6 @@ def filters(
         change(d)
         for p in unroll(area):
             write(there, work[into], item * lanes + p * size, gather(d, p * lanes))
-        if several:
-            number[0] = 0
-            begins(item < 1, work[counter], 0, one(number, 0))
 
     return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident_of(n, lanes))
 
@@ -290,6 +299,47 @@ def results(t: Tiles, channels: int, vector: int, epilogue: Epilogue, *, source:
                 active = line & inside(left + j, out_w)
                 element = first + (i * out_w + j) * channels
                 end.finish(active, outs[0], gather(d, (i * n + j) * lanes), element, channel, extras, at)
+
+    return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident_of(n, lanes))
+
+
+def add_slab(size: int, parts: int, *, source: int, total: int) -> Grid:
+    """``work[total]`` += the parts in ``work[source]``, first to last."""
+    read, write, keep, plus, gather = load("float32", 1), store("float32", 1), hold(1), add(1), take(1)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        d = cuda.local.array(1, float32)
+        item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        keep(d, 0, read(item < size, work[total], item))
+        for part in range(parts):
+            plus(d, 0, read(item < size, work[source], part * size + item))
+        write(item < size, work[total], item, gather(d, 0))
+
+    return Grid(kernel, blocks_of(size, THREADS), THREADS)
+
+
+def gradients(t: Tiles, shape: tuple[int, int], parts: int, vector: int, epilogue: Epilogue, *, source: int) -> Grid:
+    """``outs[0]`` = epilogue(taps x taps x shape), from the sum of the parts in ``work[source]``, first to last."""
+    n, area, taps, (rows, columns) = t.n, t.area, t.taps, shape
+    lanes = tail_lanes(vector, columns, epilogue)
+    across, size = columns // lanes, rows * columns
+    read, end, zero = load("float32", lanes, constant=True), tail(epilogue, lanes), clear(area * lanes)
+    plus, gather, change = add(lanes), take(lanes), square("result", n, n, taps, lanes)
+
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        d = cuda.local.array(area * lanes, float32)
+        item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        there = item < rows * across
+        zero(d)
+        for part in range(parts):
+            for p in unroll(area):
+                plus(d, p * lanes, read(there, work[source], item * lanes + (part * area + p) * size))
+        change(d)
+        for i in unroll(taps):
+            for j in unroll(taps):
+                element = item * lanes + (i * taps + j) * size
+                values = gather(d, (i * n + j) * lanes)
+                end.finish(there, outs[0], values, element, item % across * lanes, extras, at)
 
     return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident_of(n, lanes))
 

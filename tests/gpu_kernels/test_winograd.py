@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_kernels import winograd, winograd_transform
+from gpu_kernels import winograd, winograd_filter_grad, winograd_transform
 from gpu_kernels.winograd_transform import LINES, Tiles, square
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
@@ -16,7 +16,7 @@ from rapydli_flow.testing.gpu import CARD, bias_residual_relu, chosen, emulated
 from rapydli_flow.tuner import Request
 from rapydli_flow.winograd import evaluate
 
-FAMILIES = ("conv", "conv_input_grad")
+FAMILIES = ("conv", "conv_input_grad", "conv_filter_grad")
 
 
 def of(family):
@@ -61,10 +61,15 @@ def error_of(s, config):
 
 
 @pytest.fixture
-def one_image(monkeypatch):
-    """Slabs of one image."""
-    known = winograd.tiles_of
-    monkeypatch.setattr(winograd, "tiles_of", lambda *args: replace(known(*args), together=1))
+def slabs_of(monkeypatch):
+    """A function that makes slabs of so many images."""
+
+    def cut(images):
+        for module in (winograd, winograd_filter_grad):
+            known = module.tiles_of
+            monkeypatch.setattr(module, "tiles_of", lambda *args, known=known: replace(known(*args), together=images))
+
+    return cut
 
 
 # ---- transforms
@@ -130,29 +135,40 @@ def test_channels_that_vectors_do_not_divide(family, channels):
 
 @pytest.mark.parametrize("m", [4, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_slabs(family, m, one_image):
+def test_slabs(family, m, slabs_of):
     """Of one image each, with words left from one to the next."""
+    slabs_of(1)
     s = sample(family, (3, 9, 10, 8), (3, 3, 8, 12))
     (out,), config = s.op.out_specs(*s.ins), config_of(s, m=m)
     grids = of(family).build(s.op, s.ins, (out,), Epilogue.none(out), **config)
-    assert len(grids) == 1 + 3 * 3
-    assert len(set(grids)) == 4  # so many are compiled
+    of_slab = 4 if family == "conv_filter_grad" else 3
+    assert len(grids) == 2 + 3 * of_slab
+    assert len(set(grids)) == 2 + of_slab  # so many are compiled
     assert error_of(s, config) < 2e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_slabs_that_images_do_not_fill(family, monkeypatch):
-    known = winograd.tiles_of
-    monkeypatch.setattr(winograd, "tiles_of", lambda *args: replace(known(*args), together=2))
+def test_slabs_that_images_do_not_fill(family, slabs_of):
+    slabs_of(2)
     s = sample(family, (3, 6, 9, 8), (3, 3, 8, 12))
     assert error_of(s, config_of(s)) < 2e-6
 
 
+@pytest.mark.parametrize(("splits", "images"), [(2, 6), (3, 6), (2, 3)])
+def test_sums_over_tiles_are_split(splits, images, slabs_of):
+    """Those of a slab; what is left over is less than a split."""
+    slabs_of(images)
+    s = sample("conv_filter_grad", (6, 13, 22, 8), (3, 3, 8, 12))
+    assert error_of(s, config_of(s, m=4, bk=16, splits=splits)) < 2e-6
+    outs = s.op.out_specs(*s.ins)
+    config = config_of(s)
+    assert "splits" in of(s.op.family).broken(s.op, s.ins, outs, CARD, {**config, "splits": 64})
+
+
 @pytest.mark.parametrize("slabs", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_epilogue_is_applied_before_the_store(family, slabs, monkeypatch):
-    known = winograd.tiles_of
-    monkeypatch.setattr(winograd, "tiles_of", lambda *args: replace(known(*args), together=2 // slabs))
+def test_epilogue_is_applied_before_the_store(family, slabs, slabs_of):
+    slabs_of(2 // slabs)
     s, rng = sample(family, (2, 9, 10, 8), (3, 3, 8, 12)), np.random.default_rng(1)
     (out,) = s.op.out_specs(*s.ins)
     epilogue, values = bias_residual_relu(out, scaled=True), operands(s)
@@ -205,8 +221,9 @@ def test_workspace_is_bounded(family):
     template, outs = of(family), s.op.out_specs(*s.ins)
     for slab_mb in (512, 256):
         config = config_of(s, slab_mb=slab_mb)
-        _, patches, sums, counter = template.workspace(s.op, s.ins, outs, **config)
-        assert 0.8 * slab_mb * 2**20 < patches.size_bytes + sums.size_bytes <= slab_mb * 2**20
+        *matrices, counter = template.workspace(s.op, s.ins, outs, **config)
+        large = sum(sorted(spec.size_bytes for spec in matrices)[-2:])  # others have the size of filters
+        assert 0.8 * slab_mb * 2**20 < large <= slab_mb * 2**20
         assert counter == Spec((2,), "int32")
     assert "slabs" in template.broken(s.op, s.ins, outs, CARD, {**config, "slab_mb": 16})
 
