@@ -8,14 +8,16 @@ that is carried to a machine with a GPU and no compiler: there a cubin of any co
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -102,7 +104,7 @@ class Request:
             self.template.family,
             self.template.name,
             self.template.source(),
-            *(f"{module} {text}" for module, text in sources()),
+            *(f"{module} {text}" for module, text in sources(self.template.build.__module__)),
             *map(str, (self.op, *self.ins, "->", *self.outs)),
             repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
             repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
@@ -122,11 +124,37 @@ class Request:
 
 
 @cache
-def sources() -> tuple[tuple[str, str], ...]:
-    """The modules that templates are written with: those that define none themselves."""
-    shared = [Path(str(module.__file__)) for module in (random, winograd)]  # what they say is in kernels, too
-    found = ((path.stem, path.read_text()) for path in sorted([*Path(__file__).parent.glob("*.py"), *shared]))
-    return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
+def _texts() -> Mapping[str, str]:
+    """Every module of this package that has a say in machine code."""
+    found = {path.stem: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
+    own = {name: text for name, text in found.items() if name not in _ELSEWHERE}
+    return own | {module.__name__: inspect.getsource(module) for module in (random, winograd)}  # written into kernels
+
+
+@cache
+def sources(module: str) -> tuple[tuple[str, str], ...]:
+    """What a kernel of a module of this package depends on: the module, what it imports, and what compiles it.
+
+    All of the package, where the module defines no template itself, but makes those of others, or is not of it.
+    """
+    package, _, name = module.rpartition(".")
+    if package != __package__ or "\n@template(" not in _texts().get(name, ""):
+        return tuple(_texts().items())
+    reached, new = set(), {name, "compile", random.__name__}
+    while new:
+        reached |= new
+        named = {each for known in new for each in _imported(_texts()[known])}
+        new = (named & set(_texts())) - reached
+    return tuple((each, _texts()[each]) for each in sorted(reached))
+
+
+def _imported(text: str) -> Iterator[str]:
+    """The modules of this package that a text imports, and those of others by their whole names."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
 
 
 def missing() -> str | None:

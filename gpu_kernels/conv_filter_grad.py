@@ -74,7 +74,7 @@ def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     own = filters // op.groups
     base = (dw.shape[-2], own, own) if op.groups > 1 else (0, 0, 0)
     group = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
-    lie = {"rows_a": False, "rows_b": False, "state": 6, "dtype": dy.dtype}
+    lie = {"rows_a": False, "rows_b": False, "state": 2, "dtype": dy.dtype}
     return Product(prod(dw.shape[:-1]), own, dy.size // filters, **lie, **group)
 
 
@@ -96,7 +96,7 @@ RULES = {
     "cuda",
     space=SPACE,
     fits=RULES,
-    prefer=tile_space.prefer(RULES, product),
+    prefer=tile_space.prefer(RULES, product, largest=128 * 64),
     workspace=tile_space.workspace,
     cost=tile_space.cost(product),
 )

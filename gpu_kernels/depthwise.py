@@ -200,12 +200,16 @@ def _registers(
         used = wide * (pixels + (taps if _kept(taps, vector) else 1) + len(w.offsets))
     loads = len(d.offsets) * len(h.offsets) * len(w.offsets)
     spare = 56 if op.family == "conv_filter_grad" or not _kept(taps, vector) else 46  # addresses, and loads under way
-    return used + spare <= min(255, (device.registers or REGISTERS) // (threads * together(threads))) and loads <= 128
+    return (
+        used + spare <= min(255, (device.registers or REGISTERS) // (threads * together(threads)))
+        and loads <= max(48, 2 * taps)
+        and pixels * taps * vector <= 1024
+    )
 
 
-def together(threads: int) -> int:
+def together(threads: int, *, bound: int = 384) -> int:
     """Blocks that a multiprocessor should hold: many threads hide the time of loads."""
-    return max(1, 384 // threads)
+    return max(1, bound // threads)
 
 
 def _taps(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
@@ -243,7 +247,7 @@ def _score(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, c
     used = tiles * each / prod(line.size for line in of)
     threads = ins[0].shape[0] * tiles * (op.groups // config["vector"])
     few = min(1.0, threads / ((device.cores if device.cores > 1 else 132) * 512))
-    return used * (1 + 0.4 * loads) / few * (4 / min(4, config["vector"])) ** 0.5
+    return used * (1 + 0.4 * loads) / few * 4 / min(4, config["vector"])
 
 
 def preferring(space: Mapping[str, tuple[Any, ...]], fits: Mapping[str, str | Callable[..., bool]]) -> Any:
@@ -350,4 +354,9 @@ def depthwise(
                     values = gather(acc, ((a * h.pixels + b) * w.pixels + c) * vector)
                     end.finish(on, outs[0], values, element, channel, extras, at)
 
-    return Grid(kernel, blocks_of(total, threads), threads, resident=together(threads))
+    return Grid(
+        kernel,
+        blocks_of(total, threads),
+        threads,
+        resident=together(threads, bound=384 if keeps and max(op.stride) == 1 else 256),
+    )

@@ -174,4 +174,6 @@ def depthwise(
                 store_sum(column < wide, work[0], place, gather(one, 0))
             cuda.syncthreads()
 
-    return Grid(kernel, parts * across_blocks, threads, resident=together(threads)), add_parts(epilogue, parts, size)
+    return Grid(kernel, parts * across_blocks, threads, resident=together(threads, bound=256)), add_parts(
+        epilogue, parts, size
+    )

@@ -41,8 +41,10 @@ WORKSPACE_BYTES = 256 << 20  # the most that parts of sums may take
 
 
 def floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Are these non-empty arrays of one float dtype that 32 bits can index?"""
-    return all(spec.dtype == outs[0].dtype and spec.floating and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
+    """Are these non-empty arrays that 32 bits can index, operands of one float dtype, results of that or of sums?"""
+    dtype = ins[0].dtype
+    alike = all(spec.dtype == dtype for spec in ins) and all(spec.dtype in (dtype, held(dtype)) for spec in outs)
+    return alike and all(spec.floating and 0 < spec.size < INDEX_LIMIT for spec in (*ins, *outs))
 
 
 def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:

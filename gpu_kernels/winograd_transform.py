@@ -26,8 +26,8 @@ from rapydli_flow.spec import Array, Spec
 from rapydli_flow.template import Epilogue
 from rapydli_flow.winograd import filter_lines, input_lines, output_lines
 
+from .access import plus
 from .grid import Grid, blocks_of, widest
-from .hopper import add
 from .pair import Pair
 from .ptx import _array, _at, clear, cuda, float32, hold, inside, int32, load, store, take, unroll
 from .tail import tail
@@ -305,14 +305,14 @@ def results(t: Tiles, channels: int, vector: int, epilogue: Epilogue, *, source:
 
 def add_slab(size: int, parts: int, *, source: int, total: int) -> Grid:
     """``work[total]`` += the parts in ``work[source]``, first to last."""
-    read, write, keep, plus, gather = load("float32", 1), store("float32", 1), hold(1), add(1), take(1)
+    read, write, keep, more, gather = load("float32", 1), store("float32", 1), hold(1), plus(1), take(1)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         d = cuda.local.array(1, float32)
         item = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         keep(d, 0, read(item < size, work[total], item))
         for part in range(parts):
-            plus(d, 0, read(item < size, work[source], part * size + item))
+            more(d, 0, read(item < size, work[source], part * size + item))
         write(item < size, work[total], item, gather(d, 0))
 
     return Grid(kernel, blocks_of(size, THREADS), THREADS)
@@ -324,7 +324,7 @@ def gradients(t: Tiles, shape: tuple[int, int], parts: int, vector: int, epilogu
     lanes = tail_lanes(vector, columns, epilogue)
     across, size = columns // lanes, rows * columns
     read, end, zero = load("float32", lanes, constant=True), tail(epilogue, lanes), clear(area * lanes)
-    plus, gather, change = add(lanes), take(lanes), square("result", n, n, taps, lanes)
+    more, gather, change = plus(lanes), take(lanes), square("result", n, n, taps, lanes)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         d = cuda.local.array(area * lanes, float32)
@@ -333,7 +333,7 @@ def gradients(t: Tiles, shape: tuple[int, int], parts: int, vector: int, epilogu
         zero(d)
         for part in range(parts):
             for p in unroll(area):
-                plus(d, p * lanes, read(there, work[source], item * lanes + (part * area + p) * size))
+                more(d, p * lanes, read(there, work[source], item * lanes + (part * area + p) * size))
         change(d)
         for i in unroll(taps):
             for j in unroll(taps):

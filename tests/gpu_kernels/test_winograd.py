@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_kernels import winograd, winograd_filter_grad, winograd_transform
+from gpu_kernels import emulate, winograd, winograd_filter_grad, winograd_transform
+from gpu_kernels.ptx import cuda
+from gpu_kernels.specialise import flatten
 from gpu_kernels.winograd_transform import LINES, Tiles, square
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
@@ -177,6 +179,28 @@ def test_epilogue_is_applied_before_the_store(family, slabs, slabs_of):
     want = np.maximum(gpu.wanted(s.op, values)[0] + bias + residual, 0) * scale
     (got,) = emulated(of(family), s.op, values, config_of(s), epilogue=epilogue, extras=extras)
     assert error(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("slabs", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_computes_what_the_kernels_do(family, slabs, slabs_of):
+    """What is compiled, run by the emulator."""
+    slabs_of(2 // slabs)
+    s = sample(family, (2, 18, 22, 8), (3, 3, 8, 12))
+    template, values, outs = of(family), operands(s), s.op.out_specs(*s.ins)
+    config = config_of(s, **({"m": 2, "bk": 16, "splits": 2} if slabs == 1 and family == "conv_filter_grad" else {}))
+    work = template.workspace(s.op, s.ins, outs, **config)
+
+    def of_text(grid):
+        flat = flatten(grid.kernel, ins=len(values), outs=1, work=len(work), extras=0)
+        scope = {**flat.names, "cuda": cuda}
+        exec(flat.source, scope)
+        kernel = scope["kernel"]
+        return replace(grid, kernel=lambda ins, outs, work, extras, at: kernel(*ins, *outs, *work, *extras, at))
+
+    built = template.build(s.op, s.ins, outs, Epilogue.none(outs[0]), **config)
+    (got,) = emulate.run(tuple(map(of_text, built)), values, outs, work=work)
+    assert error(got, gpu.wanted(s.op, values)[0]) < 2e-6
 
 
 # ---- where it runs
