@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow import random
+from rapydli_flow import random, winograd
 from rapydli_flow.config import settings
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -128,7 +128,7 @@ def _texts() -> Mapping[str, str]:
     """Every module of this package that has a say in machine code."""
     found = {path.stem: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
     own = {name: text for name, text in found.items() if name not in _ELSEWHERE}
-    return own | {"random": inspect.getsource(random)}  # written into formulas
+    return own | {module.__name__: inspect.getsource(module) for module in (random, winograd)}  # written into kernels
 
 
 @cache
@@ -140,7 +140,7 @@ def sources(module: str) -> tuple[tuple[str, str], ...]:
     package, _, name = module.rpartition(".")
     if package != __package__ or "\n@template(" not in _texts().get(name, ""):
         return tuple(_texts().items())
-    reached, new = set(), {name, "compile", "random"}
+    reached, new = set(), {name, "compile", random.__name__}
     while new:
         reached |= new
         named = {each for known in new for each in _imported(_texts()[known])}
@@ -149,10 +149,12 @@ def sources(module: str) -> tuple[tuple[str, str], ...]:
 
 
 def _imported(text: str) -> Iterator[str]:
-    """The modules of this package that a text imports."""
+    """The modules of this package that a text imports, and those of others by their whole names."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
 
 
 def missing() -> str | None:
@@ -214,7 +216,10 @@ def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
     if path.exists():
         return _read(path)
     specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}
-    made = tuple(compile_grid(grid, **specs, target=request.target) for grid in request.grids())
+    grids = request.grids()
+    # some come again and again
+    once = {grid: compile_grid(grid, **specs, target=request.target) for grid in dict.fromkeys(grids)}
+    made = tuple(once[grid] for grid in grids)
     _write(path, made)
     return made
 

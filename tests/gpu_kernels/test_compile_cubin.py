@@ -123,6 +123,8 @@ def test_a_kernel_depends_on_all_that_its_module_imports():
     reached = dict(compiling.sources("gpu_kernels.conv_filter_grad"))
     assert {"conv_filter_grad", "conv", "tiles", "ptx", "pair", "specialise", "scalar", "tail"} <= set(reached)
     assert not {"softmax", "pool", "launch", "emulated"} & set(reached)
+    assert "rapydli_flow.winograd" not in reached
+    assert "rapydli_flow.winograd" in dict(compiling.sources("gpu_kernels.winograd"))  # its points
     assert {"softmax", "pool", "conv"} <= set(dict(compiling.sources("gpu_kernels.rows")))  # makes templates of others
     assert {"conv", "ptx"} <= set(dict(compiling.sources("somebody.elses")))
 
