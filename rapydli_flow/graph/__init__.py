@@ -9,7 +9,7 @@ from .graph import Graph, Node, Tensor, Value
 from .mixed import precision
 from .remat import remat
 from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, tf32, training, with_batch
-from .scaling import LossScale
+from .scaling import LossScale, broken, finds_scale
 from .serialise import from_json, to_json
 from .tracing import trace, train_step
 from .verify import checked, verify
@@ -22,9 +22,11 @@ __all__ = [
     "Node",
     "Tensor",
     "Value",
+    "broken",
     "checked",
     "clean",
     "exact",
+    "finds_scale",
     "from_json",
     "fuse",
     "gradients",

@@ -4,29 +4,30 @@
                                                     no     -> keep everything, halve the scale
 
 The scale and its counters are state of the training step like any other: it is in snapshots, and the same under every
-plan. As PyTorch's GradScaler, which the defaults are of.
+plan; the scale after a step is an output of it. As PyTorch's GradScaler, which the defaults are of. A loss that is not
+finite skips the step as well: a run goes on after it, while the scale is above `LEAST`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
 
-from ..errors import SettingError
+from ..errors import GraphError, SettingError
 from ..ops import CountOnTurn, Fill, Finite, LossScaleRule, Multiply, OnTurn, Power, Scale, Sum
 from ..spec import Spec
 from .graph import Graph, Tensor
 
-SCOPE = "loss_scale"
-MOST = 2.0**24
+SCOPE = OUTPUT = "loss_scale"
+LEAST, MOST = 1.0, 2.0**24
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where a gradient is not
-    finite. It stays within 1 and 2^24; powers of two lose no bits."""
+    """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where the loss or a
+    gradient is not finite. It stays within 1 and 2^24; powers of two lose no bits."""
 
     start: float = 2.0**16
     growth: float = 2.0
@@ -34,9 +35,9 @@ class LossScale:
     every: int = 2000
 
     def __post_init__(self) -> None:
-        if not (1.0 <= self.start <= MOST and self.growth >= 1.0 and 0.0 < self.backoff <= 1.0 and self.every >= 1):
+        if not (LEAST <= self.start <= MOST and self.growth >= 1.0 and 0.0 < self.backoff < 1.0 and self.every >= 1):
             raise SettingError(
-                f"{self}: start is in [1, 2^24], growth 1 or more, backoff in (0, 1], every a number of steps."
+                f"{self}: start is in [1, 2^24], growth 1 or more, backoff between 0 and 1, every a number of steps."
             )
 
 
@@ -71,6 +72,8 @@ class DynamicScaling:
     """`LossScale` in the graph of a training step: scale, updates in a row, and all updates, as state."""
 
     def __init__(self, graph: Graph, rule: LossScale) -> None:
+        if OUTPUT in graph.outputs:
+            raise GraphError(f"train_step: a metric is called {OUTPUT}, as is the scale of the loss. Rename it.")
         self.rule = rule
         self.scale, self.row, self.count = (
             graph.leaf("state", f"{SCOPE}/{name}", spec, Fill(value=start, shape=(), dtype=spec.dtype))
@@ -83,14 +86,16 @@ class DynamicScaling:
 
     def loss(self, loss: Tensor) -> Tensor:
         scaled: Tensor = Multiply()(loss, self.scale)
+        self.unscaled = loss
         return scaled
 
     def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients as they are without a scale. What is not finite makes their sum so, in one pass over each."""
+        """Gradients as they are without a scale. What is not finite makes their sum so, in one pass over each; the loss
+        is in the sum, so that one that is not finite changes nothing."""
         inverse = Power(exponent=-1.0)(self.scale)
         out = [Multiply()(g, inverse) for g in found]
         sums = [Sum(axes=tuple(range(len(g.shape))))(g) for g in out]
-        self.finite = Finite()(reduce(lambda a, b: a + b, sums))
+        self.finite = Finite()(reduce(lambda a, b: a + b, sums, self.unscaled))
         return out
 
     def step(self, step: Tensor) -> Tensor:
@@ -106,6 +111,7 @@ class DynamicScaling:
         after = LossScaleRule(growth=rule.growth, backoff=rule.backoff, every=rule.every, most=MOST)
         scale, row = after(self.scale, self.row, self.finite)
         _replace(graph, self.scale, scale)
+        graph.outputs[OUTPUT] = scale.id
         _replace(graph, self.row, row)
         _replace(graph, self.count, CountOnTurn()(self.count, self.finite))
 
@@ -120,3 +126,17 @@ def scaling(graph: Graph, precision: str, wanted: float | LossScale | None) -> F
     if wanted is None:
         return DynamicScaling(graph, LossScale()) if precision == "float16" else None
     return DynamicScaling(graph, wanted) if isinstance(wanted, LossScale) else FixedScaling(fixed(wanted))
+
+
+def finds_scale(step: Graph) -> bool:
+    """Does this training step find its loss scale, and skip updates that are not finite?"""
+    return any(leaf.name == f"{SCOPE}/scale" for leaf in step.leaves("state"))
+
+
+def broken(step: Graph, scalars: Mapping[str, Sequence[float]]) -> int | None:
+    """The first of some steps whose loss is not finite, if that ends the run: one that was skipped does not, unless
+    the scale has fallen as far as it may, when it is not the scale that is to blame."""
+    losses = scalars.get("loss", ())
+    scales: Sequence[float] = scalars[OUTPUT] if finds_scale(step) else [LEAST] * len(losses)
+    found = zip(losses, scales, strict=True)
+    return next((i for i, (loss, scale) in enumerate(found) if not isfinite(loss) and scale <= LEAST), None)

@@ -21,7 +21,7 @@ from distributed import Client
 
 from ..data import Dataset
 from ..errors import NonFinite
-from ..graph import Graph
+from ..graph import Graph, broken
 from ..ops import Leaf
 from ..scheduler import Plan
 from ..spec import Array, Block, floating
@@ -32,7 +32,7 @@ from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
 from .lower import Ref, lower, pick
 from .participant import CLOCKS
-from .segment import SegmentResult, finite
+from .segment import KEPT, SegmentResult, fallen, finite
 
 
 class Flow(Backend):
@@ -89,7 +89,7 @@ class Flow(Backend):
             before = [dict(leaves) for leaves in self.leaves]
             for name, value in self._step(step).items():
                 scalars.setdefault(name, []).append(value)
-            if not np.isfinite(scalars["loss"][-1]):
+            if broken(self.graph, {name: values[-1:] for name, values in scalars.items()}) is not None:
                 self._explain(before, step, scalars["loss"][-1])
         frozen = {name: tuple(values) for name, values in scalars.items()}
         result = SegmentResult(0, first, steps, frozen, perf_counter() - begin, 0.0)
@@ -137,10 +137,9 @@ class Flow(Backend):
         keys = list(lowered.tasks)
         for key, values in zip(keys, get_sync(tasks, keys), strict=True):
             if any(floating(v) and not np.isfinite(v).all() for v in values):
-                raise NonFinite(
-                    f"loss is {loss} at step {step}. The first output that is not finite is of {names[key]} at step "
-                    f"{step}. Use a smaller learning rate, or look at its inputs. Snapshots written before are kept."
-                )
+                where = f"The first output that is not finite is of {names[key]} at step {step}."
+                end = fallen(self.graph, f"{where} ", ", or look at its inputs")
+                raise NonFinite(f"loss is {loss} at step {step}{end} {KEPT}")
         raise NonFinite(f"loss is {loss} at step {step}, but it was finite when the step was run again.")
 
     def _value(self, ref: Ref) -> Array:

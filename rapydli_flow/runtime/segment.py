@@ -1,7 +1,8 @@
 """Segments: K training steps of one rank, run in one go by whoever holds the rank.
 
 A segment remembers the state that it began with. When a loss is not finite it goes back there and runs
-the same steps again with every output looked at, so that the error names the first node that broke.
+the same steps again with every output looked at, so that the error names the first node that broke. A step that
+finds its loss scale has skipped such a loss by itself: then it only ends the run when the scale is at its least.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import NonFinite, RunLost
-from ..graph import Graph
+from ..graph import Graph, broken, finds_scale
 from ..scheduler import AllReduce, Plan, Program
 from ..scheduler.collective import TITLES
 from ..scheduler.independent import shares
@@ -132,7 +133,7 @@ class Trainer:
     def segment(
         self, first: int, steps: int, *, profile: bool = False, clocks: Mapping[str, float] = CLOCKS
     ) -> SegmentResult:
-        """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite.
+        """Run steps ``first`` to ``first + steps - 1``; NonFinite if a loss is not finite and that was not skipped.
 
         ``clocks``: what clock leaves beside seed and step say in all of them.
         """
@@ -170,28 +171,27 @@ class Trainer:
                 self.copies.settle(first)
             losses = scalars.get("loss", [])
             if together and not np.isfinite(losses[looked:]).all():
-                bad = next(i for i, loss in enumerate(losses) if not np.isfinite(loss))
-                self._explain(range(first, first + bad + 1), losses[bad], clocks)
+                bad = broken(self.graph, scalars)
+                if bad is not None:
+                    self._explain(range(first, first + bad + 1), losses[bad], clocks)
             looked = len(losses)
         if not together:
             self.rank.finish()
-            self._agree(first, scalars.get("loss", []))
+            self._agree(first, broken(self.graph, scalars))
             if self.copies is not None:
                 self.copies.settle(first)
         frozen = {name: tuple(values) for name, values in scalars.items()}
         time_s = time.perf_counter() - begin
         return SegmentResult(self.number, first, steps, frozen, time_s, feed_s, ops, waited_s, seen)
 
-    def _agree(self, first: int, losses: Sequence[float]) -> None:
+    def _agree(self, first: int, bad: int | None) -> None:
         """NonFinite on all ranks if a loss of one of them, which trained by itself, is not finite."""
-        mine = next((first + i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
+        mine = None if bad is None else first + bad
         everyone = [json.loads(each) for each in self.rank.transport.share("losses", json.dumps(mine).encode())]
         broken = [(step, rank) for rank, step in enumerate(everyone) if step is not None]
         if broken:
             step, rank = min(broken)
-            raise NonFinite(
-                f"the loss of rank {rank} is not finite at step {step}. Use a smaller learning rate. {KEPT}"
-            )
+            raise NonFinite(f"the loss of rank {rank} is not finite at step {step}{fallen(self.graph)} {KEPT}")
 
     def _explain(self, steps: range, loss: float, clocks: Mapping[str, float]) -> None:
         """Raise NonFinite with the first node, over all steps of the segment and all ranks, that is not finite."""
@@ -200,16 +200,15 @@ class Trainer:
         for step in steps:
             self.rank.feed(self.feed.batch(step))
             position = self.rank.first_nonfinite(self.seed, step, clocks)
-            if mine is None and position is not None:
+            passed = step != steps[-1] and finds_scale(self.graph)  # it was skipped, or did not break
+            if mine is None and position is not None and not passed:
                 mine = Broken(step, self._depth(position), self.rank.describe(position))
         found = earliest(self.rank.transport, mine)
         what = f"loss is {loss} at step {steps[-1]}"
         if found is None:
             raise NonFinite(f"{what}, but it was finite when the steps were run again: the run is not deterministic.")
-        raise NonFinite(
-            f"{what}. The first output that is not finite is of {found.node} at step {found.step}. "
-            f"Use a smaller learning rate, or look at its inputs. {KEPT}"
-        )
+        where = f"The first output that is not finite is of {found.node} at step {found.step}."
+        raise NonFinite(f"{what}{fallen(self.graph, f'{where} ', ', or look at its inputs')} {KEPT}")
 
     def _depth(self, position: int) -> int:
         """Where a node of the rank's program is in the whole graph, which ranks with other programs have in common."""
@@ -232,6 +231,13 @@ def finite(state: dict[str, Array]) -> dict[str, Array]:
         if floating(value) and not np.isfinite(value).all():
             raise NonFinite(f"{name} is not finite after the last step. Use a smaller learning rate.")
     return state
+
+
+def fallen(step: Graph, where: str = "", more: str = "") -> str:
+    """The end of a sentence about a loss that is not finite: that no scale helps, where it broke, and what may help."""
+    if finds_scale(step):
+        return f", and its scale has fallen to 1. {where}Use a smaller learning rate, or precision='bfloat16'{more}."
+    return f". {where}Use a smaller learning rate{more}."
 
 
 class Broken(NamedTuple):
