@@ -8,14 +8,16 @@ that is carried to a machine with a GPU and no compiler: there a cubin of any co
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from rapydli_flow import random
 from rapydli_flow.config import settings
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -101,7 +104,7 @@ class Request:
             self.template.family,
             self.template.name,
             self.template.source(),
-            *(f"{module} {text}" for module, text in sources()),
+            *(f"{module} {text}" for module, text in sources(self.template.build.__module__)),
             *map(str, (self.op, *self.ins, "->", *self.outs)),
             repr((e.scalar, [str(x) for x in e.extras], str(e.out))),
             repr(getattr(self.op, "scalar", lambda: None)() if self.template.family == "pointwise" else None),
@@ -121,10 +124,35 @@ class Request:
 
 
 @cache
-def sources() -> tuple[tuple[str, str], ...]:
-    """The modules that templates are written with: those that define none themselves."""
-    found = ((path.stem, path.read_text()) for path in sorted(Path(__file__).parent.glob("*.py")))
-    return tuple((name, text) for name, text in found if "\n@template(" not in text and name not in _ELSEWHERE)
+def _texts() -> Mapping[str, str]:
+    """Every module of this package that has a say in machine code."""
+    found = {path.stem: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
+    own = {name: text for name, text in found.items() if name not in _ELSEWHERE}
+    return own | {"random": inspect.getsource(random)}  # written into formulas
+
+
+@cache
+def sources(module: str) -> tuple[tuple[str, str], ...]:
+    """What a kernel of a module of this package depends on: the module, what it imports, and what compiles it.
+
+    All of the package, where the module defines no template itself, but makes those of others, or is not of it.
+    """
+    package, _, name = module.rpartition(".")
+    if package != __package__ or "\n@template(" not in _texts().get(name, ""):
+        return tuple(_texts().items())
+    reached, new = set(), {name, "compile", "random"}
+    while new:
+        reached |= new
+        named = {each for known in new for each in _imported(_texts()[known])}
+        new = (named & set(_texts())) - reached
+    return tuple((each, _texts()[each]) for each in sorted(reached))
+
+
+def _imported(text: str) -> Iterator[str]:
+    """The modules of this package that a text imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
 
 
 def missing() -> str | None:

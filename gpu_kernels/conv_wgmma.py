@@ -21,6 +21,7 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
 from . import wgmma as machinery
+from . import wgmma_passes as passes
 from .grid import Grid, TensorMap, blocks_of
 from .hopper import LINES, copy, depth_of
 from .ptx import unroll
@@ -179,9 +180,9 @@ def _unit_stride(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
 
 
 def _rules(
-    walk: Callable[..., Walk], size: machinery.Size, *, across: bool = False, **more: Callable[..., bool]
+    walk: Callable[..., Walk], size: machinery.Size, *, across: bool = False, more: machinery.Rules | None = None
 ) -> dict[str, Any]:
-    alone = {"a Hopper": machinery.card, "floats": machinery.floats, **more}
+    alone = {"a Hopper": machinery.card, "floats": machinery.floats, **(more or {})}
     return {**alone, "a walk of the copy engine": _supported(walk), **machinery.rules(size, lambda op: across)}
 
 
@@ -193,7 +194,7 @@ def _filters(w: Spec, *, gradient: bool) -> tuple[int, int, int]:
 def _filters_laid_out(*, gradient: bool) -> Callable[..., tuple[Spec, ...]]:
     def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
         kind = machinery.kind_of(op, ins[0].dtype)
-        return machinery.laid_out(kind, ins[1], *_filters(ins[1], gradient=gradient))
+        return passes.laid_out(kind, ins[1], *_filters(ins[1], gradient=gradient))
 
     return workspace
 
@@ -202,13 +203,13 @@ def _with_filters(t: Tile, a: Operand, w: Spec, epilogue: Epilogue, *, gradient:
     if t.kind == "half":
         return (products(t, a, filter_operand(w, t.bn, gradient=gradient), epilogue),)
     taps, inner, columns = _filters(w, gradient=gradient)
-    first = machinery.lay_out(t.kind, w, taps, inner, columns, along=gradient)
+    first = passes.lay_out(t.kind, w, taps, inner, columns, along=gradient)
     return (first, products(t, a, machinery.lines_operand(t, taps, inner, turned=gradient), epilogue))
 
 
 forward_size, backward_size = _size(forward_walk), _size(backward_walk)
 FORWARD = _rules(forward_walk, forward_size)
-BACKWARD = _rules(backward_walk, backward_size, unit_stride=_unit_stride)
+BACKWARD = _rules(backward_walk, backward_size, more={"stride 1": _unit_stride})
 
 
 @template(
@@ -261,8 +262,8 @@ def filter_size(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int
 def filter_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
     """float32: dy, with pixels along lines; then the sums of splits."""
     kind, pixels = machinery.kind_of(op, ins[0].dtype), filter_walk(op, ins, outs).pixels
-    laid_out = machinery.laid_out(kind, ins[1], 1, pixels, outs[0].shape[-1])
-    return laid_out + machinery.split_sums(op, ins, outs, **config)
+    laid_out = passes.laid_out(kind, ins[1], 1, pixels, outs[0].shape[-1])
+    return laid_out + passes.split_sums(op, ins, outs, **config)
 
 
 FILTERS = _rules(filter_walk, filter_size, across=True)
@@ -296,9 +297,9 @@ def wgmma_pixels(
     if t.kind == "half":
         b = box_operand(1, t.dtype, (filters, w.pixels), t.bn, 1, mn_major=True)
     else:
-        before = (machinery.lay_out(t.kind, ins[1], 1, w.pixels, filters, along=False, by_threads=True),)
+        before = (passes.lay_out(t.kind, ins[1], 1, w.pixels, filters, along=False, by_threads=True),)
         b = machinery.lines_operand(t, 1, w.pixels)
     rows = Rows(blocks_c * depth, w.channels)
     if t.splits == 1:
         return (*before, products(t, a, b, epilogue, rows))
-    return (*before, products(t, a, b, None, rows), machinery.add_up(t, epilogue))
+    return (*before, products(t, a, b, None, rows), passes.add_up(t.kind, t.splits, epilogue))

@@ -11,7 +11,8 @@ from rapydli_flow.template import Device, Epilogue, template
 from . import wgmma as machinery
 from .grid import Grid, blocks_of
 from .hopper import depth_of
-from .wgmma import SPACE, box_operand, cut, kind_of, lay_out, lines_operand, products
+from .wgmma import SPACE, box_operand, cut, kind_of, lines_operand, products
+from .wgmma_passes import laid_out, lay_out
 
 
 def inner(op: Any, ins: Sequence[Spec]) -> int:
@@ -30,7 +31,7 @@ def _as_it_lies(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Devi
 
 
 def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-    return machinery.laid_out(kind_of(op, ins[0].dtype), ins[1], 1, inner(op, ins), outs[0].shape[1])
+    return laid_out(kind_of(op, ins[0].dtype), ins[1], 1, inner(op, ins), outs[0].shape[1])
 
 
 RULES = {

@@ -399,7 +399,7 @@ class Launch:
     def __init__(self, kernel: Kernel, addresses: Sequence[int], stream: int) -> None:
         self._kernel = kernel
         self._args: list[Any] = []
-        self._kept: list[Any] = []  # what the arguments point to
+        self._kept: list[Any] = []  # what the arguments point to; descriptors stay on the card, as code does
         for cubin, function in zip(kernel.cubins, kernel.functions, strict=True):
             codes = b"".join(described(kernel.card.call, m, addresses[m.array]) for m in cubin.maps)
             maps = kernel.card.array(np.frombuffer(codes, np.uint8)) if codes else None

@@ -254,7 +254,7 @@ class _Request:
 
     @property
     def key(self) -> str:
-        sources = (f"{module} {text}" for module, text in compiling.sources())
+        sources = (f"{module} {text}" for module, text in compiling.sources(__name__))
         parts = (*sources, repr((self.many.key, self.many.threads, self.many.items)), self.target)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -314,20 +314,16 @@ def _products(parts: Sequence[Part], epilogue: Epilogue) -> Grid:
     ends = [sum(part.tile.blocks for part in parts[: i + 1]) for i in range(count)]
     firsts = [end - part.tile.blocks for end, part in zip(ends, parts, strict=True)]
     bodies = [_body(part, epilogue) for part in parts]
-    states = max(part.a.state for part in parts), max(part.b.state for part in parts)
-    element_type, sums = in_shared(t.p.dtype), t.wm * t.wn // 32
+    element_type = in_shared(t.p.dtype)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         shared = cuda.shared.array(0, element_type, alignment=1024)
-        acc = cuda.local.array(sums, float32)
-        state_a = cuda.local.array(states[0], int32)
-        state_b = cuda.local.array(states[1], int32)
         block = cuda.blockIdx.x
         for i in unroll(count):
             if count == 1:
-                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block)
+                bodies[i](ins, outs, work, extras, at, shared, block)
             elif inside(block - firsts[i], ends[i] - firsts[i]):
-                bodies[i](ins, outs, work, extras, at, shared, acc, state_a, state_b, block - firsts[i])
+                bodies[i](ins, outs, work, extras, at, shared, block - firsts[i])
 
     return Grid(kernel, ends[-1], t.threads, t.shared_bytes, t.resident)
 
@@ -350,6 +346,26 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
     (base_a, base_b, base_out), rows, columns = p.base, t.wm // 8, t.wn // 4
     channels, moved = base_out % p.row_pitch, row_of(part.scatter)
 
+    # copies hide behind the last products of a step, but for two stages that is too late
+    soon, not_soon = t.stages == 2, t.stages > 2
+
+    def bring(
+        ins: Any,
+        shared: Any,
+        state_a: Any,
+        state_b: Any,
+        batch: Any,
+        row_0: Any,
+        column_0: Any,
+        k_0: Any,
+        step: Any,
+        thread: Any,
+    ) -> None:
+        to = step % t.stages * stage_size
+        k = select(step < t.steps, k_0 + step * t.bk, p.k)  # after the last step, copy nothing: no branch
+        a.copy(ins[0], shared, to, state_a, batch * base_a, row_0, k, thread)
+        b.copy(ins[1], shared, to + size_a, state_b, batch * base_b, column_0, k, thread)
+
     def body(
         ins: Any,
         outs: Any,
@@ -357,11 +373,11 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
         extras: Any,
         at: Any,
         shared: Any,
-        acc: Any,
-        state_a: Any,
-        state_b: Any,
         number: Any,
     ) -> None:
+        acc = cuda.local.array(t.wm * t.wn // 32, float32)
+        state_a = cuda.local.array(a.state, int32)
+        state_b = cuda.local.array(b.state, int32)
         thread = cuda.threadIdx.x
         block = number % tiles
         batch = number // tiles % p.batch
@@ -379,23 +395,20 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
         sums(acc)
         a.prepare(state_a, row_0, thread)
         b.prepare(state_b, column_0, thread)
-        for stage in unroll(ahead):
-            if stage < t.steps:
-                k = k_0 + stage * t.bk
-                a.copy(ins[0], shared, stage * stage_size, state_a, batch * base_a, row_0, k, thread)
-                b.copy(ins[1], shared, stage * stage_size + size_a, state_b, batch * base_b, column_0, k, thread)
+        for step in unroll(ahead):
+            bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step, thread)
             commit()
         for step in range(t.steps):
             arrived()
             cuda.syncthreads()
-            if step + ahead < t.steps:
-                to = (step + ahead) % t.stages * stage_size
-                k = k_0 + (step + ahead) * t.bk
-                a.copy(ins[0], shared, to, state_a, batch * base_a, row_0, k, thread)
-                b.copy(ins[1], shared, to + size_a, state_b, batch * base_b, column_0, k, thread)
-            commit()
+            if soon:
+                bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step + ahead, thread)
+                commit()
             here = step % t.stages * stage_size
             fma(acc, shared, here + read_a, here + size_a + read_b)
+            if not_soon:
+                bring(ins, shared, state_a, state_b, batch, row_0, column_0, k_0, step + ahead, thread)
+                commit()
         for i in unroll(rows):
             if of_a.spread:
                 row = row_0 + warp_row + lane // 4 * 4 + (i // 4 * 32 + i % 4)

@@ -33,30 +33,25 @@ from . import cost as costs
 from .grid import INDEX_LIMIT, WARPGROUP, Grid, TensorMap, blocks_of
 from .hopper import (
     ALIGNMENT,
-    CHUNK_BYTES,
     LINE_BYTES,
     LINES,
     acquire,
-    add,
     arrive,
-    columns,
     copy,
     depth_of,
     elected,
     expect,
-    multiply,
-    multiply_split,
-    pick,
+    own_warpgroup,
     place_of,
     registers,
-    rounded,
-    settle,
     start_barriers,
     wait,
-    warpgroup,
 )
-from .ptx import append, clear, cuda, float32, hold, load, select, store, take, unroll
+from .ptx import append, clear, cuda, float32, select, store, unroll
 from .tail import tail
+from .tensor_core import SPLIT
+from .warpgroup import columns, multiply, multiply_split, settle
+from .wgmma_passes import lanes_of
 
 # These templates are built and tested without a card; until they have run on one, nothing chooses them by itself.
 TRIED = False
@@ -74,7 +69,6 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "blocks": (132, 0, 114),  # of the grid, at most; 0: one for each tile
 }
 SPLIT_SPACE: Mapping[str, tuple[Any, ...]] = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)}
-SPLIT = "3xtf32"
 SHARED_BYTES = 227 * 1024 - 256  # of a block on sm_90, but for the barriers
 SUMS = 128  # of a thread
 FEWER, MORE = 40, 232  # registers of a thread that asks for copies, and of one that multiplies, when there are three
@@ -212,8 +206,8 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     turns = blocks_of(t.tiles, t.grid)
     in_group, last_group = t.group * t.blocks_n, t.blocks_m // t.group
     rest = t.blocks_m % t.group
-    fused, eight = epilogue is not None, epilogue is not None and t.dtype in HALVES
-    end = tail(epilogue, 8 if eight else 4) if epilogue else None
+    fused, eight = epilogue is not None, epilogue is not None and lanes_of(epilogue) == 8
+    end = tail(epilogue, lanes_of(epilogue)) if epilogue else None
     trade, steps, write = t.consumers == 2, t.own_steps, store("float32", 4)
     computed, kept = (rows.computed, rows.kept) if rows else (t.m, t.m)
     size = t.m // computed * kept * t.n  # of the outputs
@@ -293,7 +287,7 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
         tiles = chunks(cuda.shared.array(0, np.uint16, alignment=16))
         bars = line_places(cuda.shared.array(2 * t.stages, np.int64, alignment=8))
         block = cuda.blockIdx.x
-        group = warpgroup()
+        group = own_warpgroup()
         if group == 0 and elected():
             ready(bars)
             free(bars)
@@ -310,95 +304,6 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
 
     threads = WARPGROUP * (1 + t.consumers)
     return Grid(kernel, t.grid, threads, shared_bytes=t.shared_bytes, maps=(*a.maps, *b.maps), roles=True)
-
-
-def split_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-    """The workspace: outputs of each split in float32."""
-    return (Spec((config["splits"], *outs[0].shape), "float32"),) if config["splits"] > 1 else ()
-
-
-def add_up(t: Tile, epilogue: Epilogue) -> Grid:
-    """The second kernel: the sums of all splits, in their order."""
-    size, channels, threads = epilogue.out.size, epilogue.out.shape[-1], 256
-    lanes, last = 8 if t.dtype in HALVES else 4, int(t.kind != "half")
-    read, plus, zero, gather, end = load("float32", 4), add(4), clear(lanes), take(lanes), tail(epilogue, lanes)
-
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        total = cuda.local.array(lanes, float32)
-        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * lanes
-        active = element < size
-        zero(total)
-        for split in range(t.splits):
-            for piece in unroll(lanes // 4):
-                plus(total, piece * 4, read(active, work[last], split * size + element + piece * 4))
-        end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
-
-    return Grid(kernel, blocks_of(size, threads * lanes), threads)
-
-
-def laid_out(kind: str, b: Spec, taps: int, inner: int, columns_of: int) -> tuple[Spec, ...]:
-    """The workspace for b: [piece, tap, column, inner], whole lines."""
-    if kind == "half":
-        return ()
-    depth = depth_of(b.dtype)
-    return (Spec((2 if kind == SPLIT else 1, taps, columns_of, blocks_of(inner, depth) * depth), b.dtype),)
-
-
-def lay_out(
-    kind: str, b: Spec, taps: int, inner: int, columns_of: int, *, along: bool, by_threads: bool = False
-) -> Grid:
-    """The first kernel for float32: b goes to the workspace as whole lines, as TF32 and, if it is split, the rest.
-
-    b is stored as [tap, inner, column] or, ``along`` the inner sum, [tap, column, inner]. A thread moves 16 values.
-    ``by_threads``: a is read as `multiply_split` does, so values go to `PLACES`.
-    """
-    (out,) = laid_out(kind, b, taps, inner, columns_of)
-    pitch, size, threads, split = out.shape[-1], out.size // out.shape[0], 256, kind == SPLIT
-    read, write, keep = load("float32", 4, constant=True), store("float32", 4), hold(4)
-    across, high, low = pick(4, 4), rounded(4), rounded(4, rest=True)
-    wide = blocks_of(columns_of, 32)
-    # a thread has four columns and four of the inner sum that are neighbours in a line: 4 apart where it is split
-    moved, gather = split or by_threads, take(4)
-    step = 4 if moved else 1
-
-    def turned(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        held = cuda.local.array(16, float32)
-        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        column = item // 32 % wide * 32 + item % 8 * 4
-        run = item // (32 * wide) * 4 + item % 32 // 8
-        tap = run // (pitch // 4)
-        line = run % (pitch // 4) * 4  # where it begins
-        k = line // 32 * 32 + line % 8 // 4 * 16 + line % 32 // 8 if moved else line
-        for j in unroll(4):
-            active = (tap < taps) & (k + j * step < inner) & (column < columns_of)
-            keep(held, j * 4, read(active, ins[1], (tap * inner + k + j * step) * columns_of + column))
-        for j in unroll(4):
-            active = (tap < taps) & (column + j < columns_of)
-            place = (tap * columns_of + column + j) * pitch + line
-            write(active, work[0], place, high(across(held, j)))
-            if split:
-                write(active, work[0], size + place, low(across(held, j)))
-
-    def straight(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        held = cuda.local.array(16, float32)
-        item = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        row = item // (pitch // 16)
-        begin = item % (pitch // 16) * 16
-        for j in unroll(4):
-            active = (row < taps * columns_of) & (begin + j * 4 < inner)
-            keep(held, j * 4, read(active, ins[1], row * inner + begin + j * 4))
-        for j in unroll(4):
-            active = row < taps * columns_of
-            if moved:
-                place = row * pitch + begin // 32 * 32 + begin % 32 // 4 + j * 8
-                write(active, work[0], place, high(across(held, j)))
-                if split:
-                    write(active, work[0], size + place, low(across(held, j)))
-            else:
-                write(active, work[0], row * pitch + begin + j * 4, high(gather(held, j * 4)))
-
-    items = taps * columns_of * (pitch // 16) if along else 32 * wide * blocks_of(taps * (pitch // 4), 4)
-    return Grid(straight if along else turned, blocks_of(items, threads), threads)
 
 
 def lines_operand(t: Tile, taps: int, inner: int, *, turned: bool = False) -> Operand:
@@ -518,6 +423,3 @@ def seconds(t: Tile, device: Device) -> float:
     return costs.seconds(device, flops=flops, size_bytes=sums, **work) + costs.seconds(
         device, flops=0, size_bytes=sums, **work
     )
-
-
-assert CHUNK_BYTES == LINES * LINE_BYTES

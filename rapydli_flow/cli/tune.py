@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 
-from cpu_kernels.compile import host
-
 from .. import api
 from ..errors import SettingError
+from ..runtime.devices import device_of
 from ..runtime.tuning import cache
 from ..space import Space, read_spaces
+from ..template import Device
 from ..tuner import STRATEGIES, Choice, Known, Trial, TuningCache, time_text
 from ..tuner.simulate import compare, read_recordings
 from .cluster import cluster
@@ -27,6 +27,11 @@ from .failing import plain_errors
 from .recipe import Recipe
 
 SHOWN = 8  # candidates in the message of an error
+
+
+of_device = click.option(
+    "--device", "named", default=None, help="cpu, cuda, cuda:1, emulated [default: RAPYDLI_DEVICE, else cpu]."
+)
 
 
 class RecipeFirst(click.Group):
@@ -146,10 +151,11 @@ def simulate(file: Path, chosen: Sequence[str], repeats: int, svg: Path | None, 
 @click.argument("what", metavar="[KEY-OR-FAMILY]", default="")
 @click.option("--top", default=0, help="Show so many of the fastest configs of each kernel too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
-def show(what: str, top: int, as_json: bool) -> None:
+@of_device
+def show(what: str, top: int, as_json: bool, named: str | None) -> None:
     """Show what is known for this machine: of one kernel, a family of ops, or all."""
     with plain_errors():
-        results, device = cache(), host()
+        results, device = cache(), device_of(named)
         known = results.known(device)
         if what and not any(one.family == what for one in known):
             what = found(what, {one.key: one.request for one in known})
@@ -192,10 +198,11 @@ def import_(file: Path) -> None:
 @click.argument("key")
 @click.argument("template")
 @click.argument("values", metavar="NAME=VALUE...", nargs=-1)
-def pin(key: str, template: str, values: Sequence[str]) -> None:
+@of_device
+def pin(key: str, template: str, values: Sequence[str], named: str | None) -> None:
     """Use one TEMPLATE with one config for the kernel KEY from now on, whatever is measured."""
     with plain_errors():
-        results, device = cache(), host()
+        results, device = cache(), device_of(named)
         key = found(key, results.requests(device))
         choice = Choice(template, tuple(sorted(map(_parameter, values))))
         results.pin(device, key, choice)
@@ -204,11 +211,12 @@ def pin(key: str, template: str, values: Sequence[str]) -> None:
 
 @tune.command()
 @click.argument("key")
-def unpin(key: str) -> None:
+@of_device
+def unpin(key: str, named: str | None) -> None:
     """Let measurements choose for the kernel KEY again."""
     with plain_errors():
-        results, device = cache(), host()
-        key = found(key, {one.key: one.request for one in _pinned(results)})
+        results, device = cache(), device_of(named)
+        key = found(key, {one.key: one.request for one in _pinned(results, device)})
         results.unpin(device, key)
         click.echo(f"{key} is no longer pinned")
 
@@ -262,8 +270,8 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _pinned(results: TuningCache) -> list[Known]:
-    return [one for one in results.known(host()) if one.state == "pinned"]
+def _pinned(results: TuningCache, device: Device) -> list[Known]:
+    return [one for one in results.known(device) if one.state == "pinned"]
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -35,11 +35,11 @@ from .building import card_request
 from .devices import card_of
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
 from .rank import memory_of
+from .staging import Clocks, Feeds, Numbers
 from .timeline import Took
 from .transport import Transport
 
 SLOTS = 512  # steps that may be under way before the card is waited for
-FEEDS = 2
 _told: set[str] = set()  # ops of this process that were said to run on the host
 
 
@@ -166,54 +166,21 @@ class CardRank(Participant):
 
     def _stage(self) -> None:
         """Pinned memory for what is fed, for clocks, and for scalars."""
-        fed = {name: self.program.leaves[name].spec for name in self.program.kind("batch")}
-        size, self._fed = sum(aligned(spec.size_bytes) for spec in fed.values()), 0
-        self._feeds = [_Slot(self.card, self._line, fed, self._reserve(size)) for _ in range(FEEDS if fed else 0)]
-        scalars = {name: buffer for name, buffer in self.program.outputs.items() if buffer.spec.shape == ()}
-        self._scalars = [
-            [(name, view, self._address(scalars[name])) for name, view in zip(scalars, views, strict=True)]
-            for views in self._numbers([buffer.spec for buffer in scalars.values()])
-        ]
-        clocks = {n: self.program.leaves[n] for n in clock_values(self.program, 0, 0, CLOCKS)}
-        runs = _runs(clocks)
-        width = sum(last - first for first, last, _ in runs)
-        memory = self.card.pinned(max(1, SLOTS * width))
-        self._clocks: list[list[tuple[Array, int, dict[str, Array]]]] = []
-        for slot in range(SLOTS):
-            at, pieces = slot * width, []
-            for first, last, names in runs:
-                piece = memory[at : at + last - first]
-                at += last - first
-                starts = {name: clocks[name].offset - first for name in names}
-                views = {n: piece[starts[n] :][: clocks[n].spec.size_bytes].view(clocks[n].spec.dtype) for n in names}
-                pieces.append((piece, self._base + first, views))
-            self._clocks.append(pieces)
-
-    def _numbers(self, specs: Sequence[Spec]) -> Iterator[list[Array]]:
-        """Room for scalars, for every slot."""
-        memory = self.card.pinned(max(1, SLOTS * len(specs) * 8))
-        for slot in range(SLOTS):
-            places = range(slot * len(specs) * 8, (slot + 1) * len(specs) * 8, 8)
-            yield [memory[at : at + s.size_bytes].view(s.dtype) for at, s in zip(places, specs, strict=True)]
+        leaves, outputs = self.program.leaves, self.program.outputs
+        fed = {name: (self._address(leaves[name]), leaves[name].spec) for name in self.program.kind("batch")}
+        scalars = {k: (self._address(b), b.spec) for k, b in outputs.items() if b.spec.shape == ()}
+        clocks = {name: leaves[name] for name in clock_values(self.program, 0, 0, CLOCKS)}
+        self._feeds = Feeds(self.card, self._line, fed, self._reserve)
+        self._clocks = Clocks(self.card, clocks, self._base, SLOTS)
+        self._numbers = Numbers(self.card, scalars, SLOTS)
 
     def _feed(self, batch: Mapping[str, Array]) -> None:
-        if not self._feeds:
-            return
         self.card.use()
-        slot = self._feeds[self._fed % FEEDS]
-        self._fed += 1
-        slot.send(batch)
-        for name, (array, at) in slot.arrays.items():
-            self.card.copy(self._address(self.program.leaves[name]), at, array.nbytes)
-        slot.read.set()
+        self._feeds.send(batch)
 
     def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
         self.card.use()
-        values = clock_values(self.program, seed, step, clocks)
-        for piece, address, views in self._clocks[self._steps]:
-            for name, view in views.items():
-                view[...] = values[name]
-            self.card.upload(address, piece)
+        self._clocks.send(self._steps, clock_values(self.program, seed, step, clocks))
 
     # running ----------------------------------------------------------------------------------------
 
@@ -267,8 +234,7 @@ class CardRank(Participant):
 
     def _end(self) -> None:
         """Have the scalars of this step brought over."""
-        for _, view, address in self._scalars[self._steps]:
-            self.card.download(view, address)
+        self._numbers.fetch(self._steps)
         self._steps += 1
         self._checked = not settings().cuda_wait
         if self._steps == SLOTS:
@@ -279,8 +245,7 @@ class CardRank(Participant):
         self.card.use()
         with _explained(self.device):
             self.card.wait()
-        for slot in self._scalars[: self._steps]:
-            self._taken.append({name: float(view[0]) for name, view, _ in slot})
+        self._taken += self._numbers.read(self._steps)
         self._steps = 0
 
     def taken(self) -> list[Scalars]:
@@ -441,29 +406,6 @@ def let_go(cards: Sequence[Accelerator], memory: list[int], pages: Sequence[Arra
             card.close()
 
 
-class _Slot:
-    """Room for a batch, on the host and on the card; its line brings one there while kernels read the one before."""
-
-    def __init__(self, card: Accelerator, line: Accelerator, fed: Mapping[str, Spec], address: int) -> None:
-        self.card, self.line, self.sent, self.read = card, line, line.mark(), card.mark()
-        self.arrays: dict[str, tuple[Array, int]] = {}
-        memory, at = line.pinned(sum(aligned(spec.size_bytes) for spec in fed.values())), 0
-        for name, spec in fed.items():
-            array = memory[at : at + spec.size_bytes].view(spec.dtype).reshape(spec.shape)
-            self.arrays[name] = array, address + at
-            at += aligned(spec.size_bytes)
-
-    def send(self, batch: Mapping[str, Array]) -> None:
-        """Bring a batch to the card; the card's own queue waits for it."""
-        self.sent.wait()
-        self.line.after(self.read)
-        for name, (array, at) in self.arrays.items():
-            np.copyto(array, batch[name], casting="same_kind")
-            self.line.upload(at, array)
-        self.sent.set()
-        self.card.after(self.sent)
-
-
 class _Run:
     """Kernel calls without a pause, and how they are launched."""
 
@@ -480,15 +422,3 @@ class _Run:
 def _took(timed: tuple[Call, Mark, Mark], origin: Mark, begin: float) -> Took:
     call, before, after = timed
     return Took(call.name, call.title, begin + before.seconds_since(origin), after.seconds_since(before))
-
-
-def _runs(buffers: Mapping[str, Buffer]) -> list[tuple[int, int, list[str]]]:
-    """Buffers that lie side by side, as intervals of the arena."""
-    out: list[tuple[int, int, list[str]]] = []
-    for name, buffer in sorted(buffers.items(), key=lambda item: item[1].offset):
-        first, last = buffer.offset, buffer.offset + buffer.spec.size_bytes
-        if out and first - out[-1][1] < aligned(1):
-            out[-1] = (out[-1][0], last, [*out[-1][2], name])
-        else:
-            out.append((first, last, [name]))
-    return out

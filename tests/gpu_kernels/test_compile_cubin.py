@@ -119,6 +119,14 @@ def test_key_tells_op_epilogue_config_and_target_apart():
     assert base.key == request(*CASES["matmul small"]).key
 
 
+def test_a_kernel_depends_on_all_that_its_module_imports():
+    reached = dict(compiling.sources("gpu_kernels.conv_filter_grad"))
+    assert {"conv_filter_grad", "conv", "tiles", "ptx", "pair", "specialise", "scalar", "tail"} <= set(reached)
+    assert not {"softmax", "pool", "launch", "emulated"} & set(reached)
+    assert {"softmax", "pool", "conv"} <= set(dict(compiling.sources("gpu_kernels.rows")))  # makes templates of others
+    assert {"conv", "ptx"} <= set(dict(compiling.sources("somebody.elses")))
+
+
 def test_a_carried_cubin_of_another_compiler_will_do(tmp_path, monkeypatch):
     wanted = request(*CASES["matmul small"])
     monkeypatch.setattr(compiling, "missing", lambda: None)

@@ -8,6 +8,7 @@ import pytest
 
 from gpu_kernels import launch
 from gpu_kernels.compile import Cubin
+from gpu_kernels.grid import TensorMap
 from gpu_kernels.launch import Card, DeviceFault, Driver
 from rapydli_flow.errors import MissingDependency
 
@@ -230,3 +231,38 @@ def test_a_queue_waits_for_a_moment_of_another():
     gpu.after(sent)
     ((stream, event, flags),) = library.named("cuStreamWaitEvent")
     assert (stream.value, event.value, flags.value) == (gpu.stream, sent.event.value, 0)
+
+
+# ---- descriptors of arrays
+
+TILED = TensorMap(1, "bfloat16", (96, 70), (96,), (64, 32))
+PIXELS = TensorMap(0, "float32", (8, 9, 7, 2), (8, 72, 504), (32, 128), (-1, -2), (0, 1), (2, 1))
+
+
+def numbers(array):
+    return list(array)
+
+
+def test_descriptors_are_encoded_and_passed_by_address():
+    """In the order of the driver: dtype, rank, address, sizes, pitches in bytes, box, steps; swizzled by 128 bytes."""
+    gpu, library = card()
+    kernel = gpu.load([replace(CODE, pointers=3, maps=(TILED, PIXELS))])
+    launched = kernel.bind([0x10000, 0x20000], at=0)
+    ((place, dtype, rank, address, sizes, pitches, box, steps, *how),) = library.named("cuTensorMapEncodeTiled")
+    assert place.value % 64 == 0
+    assert (dtype.value, rank.value, address.value) == (9, 2, 0x20000)
+    assert (numbers(sizes), numbers(pitches), numbers(box), numbers(steps)) == ([96, 70], [192], [64, 32], [1, 1])
+    assert [value.value for value in how] == [0, 3, 3, 0]
+    call = library.named("cuTensorMapEncodeIm2col")[0]
+    _, dtype, rank, address, sizes, pitches, lower, upper, channels, pixels, steps, *how = call
+    assert (dtype.value, rank.value, address.value) == (7, 4, 0x10000)
+    assert (numbers(sizes), numbers(pitches)) == ([8, 9, 7, 2], [32, 288, 2016])
+    assert (numbers(lower), numbers(upper), channels.value, pixels.value) == ([-1, -2], [0, 1], 32, 128)
+    assert numbers(steps) == [1, 2, 1, 1]
+    assert [value.value for value in how] == [0, 3, 3, 0]
+    launched()
+    ((*_, packed, _),) = library.named("cuLaunchKernel")
+    given = [ctypes.cast(packed[i], ctypes.POINTER(ctypes.c_uint64)).contents.value for i in range(5)]
+    assert given[:3] == [0x10000, 0x20000, 0]
+    assert given[3] in library.memory
+    assert given[4] == given[3] + 128

@@ -13,8 +13,8 @@ from gpu_kernels.specialise import flatten
 from gpu_kernels.tensor_core import SPLIT, Layout, Operand, commit, copy_async, in_shared, layout_of, wait
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
-from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Device, templates
+from rapydli_flow.spec import HALVES, Block, Spec
+from rapydli_flow.template import Device, Epilogue, templates
 from rapydli_flow.testing import gpu
 from rapydli_flow.testing.gpu import CARD, assert_close, bias_residual_relu, chosen, emulated, tolerance
 
@@ -103,6 +103,24 @@ def test_epilogue_is_applied_before_the_store(sample, dtype, splits):
         return
     got = emulated(template, stored.op, values, config, epilogue=epilogue, extras=extras)
     assert_close(got, (want,), tolerance(stored))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("sample", [PRODUCTS[0], *gradients(conv((2, 15, 15, 40), (3, 3, 40, 72), stride=2))], ids=name)
+def test_dropout_in_an_epilogue_counts_in_the_whole_array(sample, splits):
+    """Also where a kernel's rows are pixels of a phase, and where a second kernel adds up."""
+    template, rng = of(sample.op.family), np.random.default_rng(4)
+    (out,), values = sample.op.out_specs(*sample.ins), sample.draw(rng)
+    clock, dropout = (np.asarray(1 << 35), np.asarray(11)), ops.Dropout(rate=0.5, stream=4)
+    lo = tuple(range(1, len(out.shape) + 1))
+    at = Block(lo, tuple(np.add(lo, out.shape)), tuple(np.add(lo, out.shape) + 5))
+    extras = (Spec((), "int64"), Spec((), "int64"))
+    epilogue = Epilogue(dropout.scalar(("v", "e0", "e1")), extras, out)
+    config = {**template.default(sample.op, sample.ins, (out,), CARD), "bk": 16, "splits": splits}
+    got = emulated(template, sample.op, values, config, epilogue=epilogue, extras=clock, at=at)
+    want = dropout.run(gpu.wanted(sample.op, values)[0], *clock, at=at)
+    assert_close(got, want, tolerance(sample))
+    assert 0.3 < np.mean(want[0] == 0) < 0.7
 
 
 # ---- arithmetic
@@ -299,7 +317,7 @@ def test_text_computes_what_the_kernel_does(sample):
         kernel = scope["kernel"]
         return replace(grid, kernel=lambda ins, outs, work, extras, at: kernel(*ins, *outs, *work, *extras, at))
 
-    built = template.build(sample.op, sample.ins, outs, gpu.Epilogue.none(outs[0]), **config)
+    built = template.build(sample.op, sample.ins, outs, Epilogue.none(outs[0]), **config)
     got = emulate.run(tuple(map(of_text, built)), values, outs, work=work)
     assert_close(got, gpu.wanted(sample.op, values), tolerance(sample))
 
@@ -334,7 +352,7 @@ def test_defaults_keep_to_the_shared_memory_of_the_card(target, limit):
             sample.op,
             sample.ins,
             sample.op.out_specs(*sample.ins),
-            gpu.Epilogue.none(sample.op.out_specs(*sample.ins)[0]),
+            Epilogue.none(sample.op.out_specs(*sample.ins)[0]),
             **config,
         )
         assert 48 <= first.shared_bytes / 1024 <= limit

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpu_kernels import emulate, hopper, wgmma
+from gpu_kernels import emulate, hopper, warpgroup, wgmma
 from gpu_kernels.emulate import Buffer, KernelFault, View
 from gpu_kernels.grid import Grid, TensorMap
 from gpu_kernels.ptx import clear, cuda, float32, store
@@ -40,7 +40,7 @@ def conv(x, w, dtype=HALF, *, stride=1, padding=0, dilation=1, **how):
     pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in each(padding))
     op = ops.Conv(stride=each(stride), padding=pairs, dilation=each(dilation), **how)
     x, w = Spec(x, dtype), Spec(w, dtype)
-    (y,) = op.out_specs(x, w)
+    y = Spec(op.infer(x, w).shape, dtype)
     found = [ops.Sample(op, (x, w))]
     if max(op.stride) == 1:
         found.append(ops.Sample(ops.ConvInputGrad(size=x.shape[1:-1], **op.geometry), (y, w)))
@@ -54,6 +54,8 @@ SAMPLES = {
     "matmul tf32": [
         matmul(132, 100, 140, "float32", tf32=True, ta=ta, tb=tb) for ta in (False, True) for tb in (False, True)
     ],
+    "matmul to float32": [matmul(72, 40, 136, wide=True)],
+    "conv to float32": conv((2, 9, 7, 24), (3, 2, 24, 40), padding=1, wide=True),
     "conv": conv((2, 10, 9, 64), (3, 3, 64, 64), padding=1),
     "conv of rests": conv((3, 7, 8, 72), (3, 2, 72, 136), stride=(2, 1), padding=((1, 0), (2, 1))),
     "conv turned": conv((2, 9, 7, 24), (3, 2, 24, 40), padding=((2, 0), (0, 1)), dilation=(1, 2)),
@@ -91,7 +93,7 @@ def test_equals_the_reference(name):
             assert_close(got, want, 2e-3 if sample.op.tf32 else tolerance(sample))
 
 
-@pytest.mark.parametrize("name", ["matmul", "matmul fp32", "conv", "conv fp32"])
+@pytest.mark.parametrize("name", ["matmul", "matmul fp32", "conv", "conv fp32", "conv to float32"])
 def test_the_epilogue_is_applied_before_the_store(name):
     rng = np.random.default_rng(2)
     for sample in SAMPLES[name]:
@@ -176,22 +178,18 @@ def test_pixels_follow_each_other_as_outputs_do():
 
 def test_columns_are_gathered_from_four_threads():
     product = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
-    acc = hopper._spread(product)
+    acc = warpgroup._spread(product)
     for across in range(2):
         for half in range(2):
-            values = np.stack(hopper.columns(acc, across * 16 + half * 2))
+            values = np.stack(warpgroup.columns(acc, across * 16 + half * 2))
             for thread in (0, 5, 63, 127):
                 row, first = thread // 32 * 16 + half * 8 + thread % 32 // 4, across * 32 + thread % 4 * 8
                 np.testing.assert_array_equal(values[:, thread], product[row, first : first + 8])
 
 
-def test_tf32_keeps_ten_bits():
-    x = np.float32([1 + 2**-10, 1 + 2**-11, 1 - 2**-12, -1 - 2**-11, np.inf])
-    np.testing.assert_array_equal(
-        hopper.tf32(x, nearest=True), np.float32([1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-10, np.inf])
-    )
-    np.testing.assert_array_equal(hopper.tf32(x, nearest=False)[1], np.float32(1))
-    assert sorted(hopper.PLACES) == list(range(32))
+def test_places_and_rows_are_permutations():
+    assert sorted(warpgroup.PLACES) == list(range(32))
+    assert sorted(warpgroup.ROWS) == list(range(64))
 
 
 # ---- what goes wrong is found
@@ -207,7 +205,7 @@ def pipeline(produce, consume, *, size_bytes=2 * hopper.CHUNK_BYTES):
     def kernel(ins, outs, work, extras, at, maps):
         tiles = place(cuda.shared.array(0, np.uint16, alignment=16))
         bars = bars_place(cuda.shared.array(2, np.int64, alignment=8))
-        group = hopper.warpgroup()
+        group = hopper.own_warpgroup()
         if group == 0:
             READY(bars)
             SPARE(bars)
@@ -225,9 +223,9 @@ def pipeline(produce, consume, *, size_bytes=2 * hopper.CHUNK_BYTES):
 
 
 COPY, EXPECT = hopper.copy(2), hopper.expect(2 * hopper.CHUNK_BYTES)
-MULTIPLY = hopper.multiply(HALF, 1, 64, mn_major=(False, False))
-LATER = hopper.multiply(HALF, 1, 64, mn_major=(False, False), left=1)
-SETTLE = hopper.settle(32)
+MULTIPLY = warpgroup.multiply(HALF, 1, 64, mn_major=(False, False))
+LATER = warpgroup.multiply(HALF, 1, 64, mn_major=(False, False), left=1)
+SETTLE = warpgroup.settle(32)
 
 
 def two_copies(maps, bars, tiles):

@@ -1,5 +1,9 @@
 """Machine code of Hopper's templates: nothing spilled, no warning (serialised products, ignored setmaxnreg)."""
 
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -61,3 +65,30 @@ def test_registers_are_traded(folder, monkeypatch):
     assert (made.block, made.registers) == (384, 168)
     assert 3 * made.registers >= wgmma.FEWER + 2 * wgmma.MORE
     assert np.frombuffer(made.code[:4], np.uint8).tolist() == [0x7F, *b"ELF"]
+
+
+@pytest.mark.skipif(shutil.which("nvdisasm") is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize(
+    ("name", "product", "copies"),
+    [
+        ("matmul bf16", "HGMMA.64x256x16.F32.BF16", {"UTMALDG.2D"}),
+        ("matmul fp32", "HGMMA.64x128x8.F32.TF32", {"UTMALDG.2D", "UTMALDG.3D"}),
+        ("conv bf16", "HGMMA.64x128x16.F32.BF16", {"UTMALDG.4D.IM2COL", "UTMALDG.3D"}),
+    ],
+)
+def test_instructions(name, product, copies, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(wgmma, "TRIED", True)
+    op, ins, changes = CASES[name]
+    template = next(t for t in templates(op.family, "cuda") if t.name.startswith("wgmma"))
+    made = gpu.assert_clean(gpu.request_of(template, op, ins, fused=True, **changes), folder)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(max(made, key=lambda cubin: len(cubin.maps)).code)
+    text = subprocess.run(["nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\b(?:HGMMA|UTMALDG|USETMAXREG|LDL|STL)[\w.]*", text)
+    assert {one for one in found if one.startswith("UTMALDG")} == copies
+    assert {one for one in found if one.startswith("HGMMA")} == {product}
+    assert {one for one in found if one.startswith("USETMAXREG")} == {
+        "USETMAXREG.DEALLOC.CTAPOOL",
+        "USETMAXREG.TRY_ALLOC.CTAPOOL",
+    }
+    assert not [one for one in found if one.startswith(("LDL", "STL"))]

@@ -120,6 +120,9 @@ def test_a_network_is_tuned_for_a_card_and_runs_with_what_was_found(results):
     assert len(report.tuning) > 0
     run = rf.time(step, device="emulated", iterations=1)
     assert "(tuned)" in str(run)
+    for device, known in (("emulated", True), ("cpu", False)):
+        shown = CliRunner().invoke(main, ["tune", "show", "matmul", "--device", device]).output
+        assert ("matmul" in shown and "-emulated" in shown) == known
 
 
 def test_commands_take_a_device(results):
