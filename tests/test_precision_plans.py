@@ -30,10 +30,17 @@ def test_a_split_changes_rounding_only(half: str, near: float, strategy: str) ->
     assert deviation(found, want) < near
 
 
-STRATEGIES = ({"strategy": "data"}, {"strategy": "filters"}, {"strategy": "data", "shard": "parameters"})
+STRATEGIES = (
+    {"strategy": "data"},
+    {"strategy": "filters"},
+    {"strategy": "spatial"},
+    {"strategy": "pipeline", "micro_batches": 2},
+    {"strategy": "data", "shard": "parameters"},
+    {"strategy": "data", "shard": "state"},
+)
 
 
-@pytest.mark.parametrize("how", STRATEGIES, ids=lambda how: "-".join(how.values()))
+@pytest.mark.parametrize("how", STRATEGIES, ids=lambda how: "-".join(map(str, how.values())))
 def test_a_scale_that_moves_is_the_same_on_all_ranks(how: dict[str, Any]) -> None:
     """The second batch is too large for halves, and is passed over by all."""
     graph = rf.trace(network, Spec((4, 6, 6, 3)))

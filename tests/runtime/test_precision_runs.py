@@ -210,3 +210,10 @@ def test_a_card_passes_over_an_overflow(step):
     assert card.scalars["loss_scale"] == cpu.scalars["loss_scale"]
     for name, value in cpu.state.items():
         np.testing.assert_allclose(card.state[name], value, atol=0.01, err_msg=name)
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_predictions_of_halves_are_counted(half):
+    graph = rf.trace(perceptron, rf.Spec((4, 6), half))
+    found = rf.confusion_matrix(graph, rf.init(graph), {**DATA, "x": DATA["x"].astype(half)})
+    assert found.total == 16
