@@ -17,9 +17,9 @@ FLOPS_S = {  # of one multiprocessor
     "3xtf32": 75e12 / 132,  # three products on tensor cores for one of float32
     "tf32": 150e12 / 132,  # mma.sync
     "half": 370e12 / 132,
-    "wgmma 3xtf32": 110e12 / 132,
-    "wgmma tf32": 330e12 / 132,
-    "wgmma half": 620e12 / 132,
+    "wgmma 3xtf32": 125e12 / 132,
+    "wgmma tf32": 345e12 / 132,
+    "wgmma half": 680e12 / 132,
 }
 
 
