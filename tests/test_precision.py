@@ -142,6 +142,35 @@ def test_an_overflow_skips_the_update_and_the_run_is_as_if_it_had_not_been() -> 
     assert later["loss_scale/updates"] == 3
 
 
+def test_gradients_that_are_not_used_are_not_looked_at() -> None:
+    step = step_of("float16", optimizer=optim.freeze(optim.sgd(0.1), "conv_1", "batch_norm_1"))
+    assert set(step.gradients) == {"conv_2/w", "conv_2/b", "dense_1/w", "dense_1/b"}
+    assert not any(node.name.startswith(("grad/conv_1", "grad/batch_norm")) for node in step)
+    losses, state = trained(step, 3)
+    assert state["loss_scale/updates"] == 3
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optim.clip_norm(optim.adamw(0.01), 1.0),
+        optim.accumulate(optim.sgd(0.1), 2),
+        optim.average(optim.rmsprop(0.01)),
+    ],
+    ids=["clip_norm", "accumulate", "average"],
+)
+def test_an_overflow_leaves_the_state_of_every_optimizer_as_it_is(optimizer: Any) -> None:
+    step = step_of("float16", optimizer=optimizer, loss_scale=rf.LossScale(start=1024.0))
+    _, before = trained(step, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        after = interpret(step, {**before, "x": np.full_like(X, 1e30), "label": LABEL}, 1, 1).updates
+    assert after.pop("loss_scale/scale") == 512.0
+    assert after.pop("loss_scale/row") == 0.0
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
 def test_a_power_of_two_scale_changes_nothing_but_underflow() -> None:
     _, plain = trained(step_of("bfloat16"), 2)
     _, scaled = trained(step_of("bfloat16", loss_scale=256.0), 2)
