@@ -318,9 +318,7 @@ class CardRank(Participant):
         if isinstance(part, Collective):
             self._meet(part)
             return
-        ins = self._mirrored((*part.ins, *part.extras))
-        with np.errstate(all="ignore"):  # as kernels, it says nothing of numbers that are not finite
-            results = run_reference(part.request, ins, part.at)
+        results = run_reference(part.request, self._mirrored((*part.ins, *part.extras)), part.at)
         for buffer, value in zip(part.outs, results, strict=True):
             self._view(buffer)[...] = value
         self._return(part.outs)
