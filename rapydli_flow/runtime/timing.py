@@ -24,6 +24,7 @@ from ..spec import Spec
 from ..tuner import Request, Tuning
 from .attribution import PHASES, Place, copied, places
 from .feeding import label_classes
+from .grouped import kernels_of
 from .participant import Participant
 from .peak import Peak, peak_here
 from .predict import only_needed
@@ -132,7 +133,7 @@ def measure_step(
     graph = hoist(graph)
     (rank_graph,) = Plan(1, threads).rank_graphs(graph)
     program = compile_program(rank_graph, replace(tuning, strict=False))
-    warm(program.requests, tuning.device)
+    warm(kernels_of(program, tuning.device), tuning.device)
     peak_here(tuning.device, threads)
     rank = rank_on(program, tuning.device, threads=threads)
     rank.start(seed)
@@ -140,19 +141,19 @@ def measure_step(
     for i in range(WARM_UP):
         rank.step(seed, i)
     whole: list[float] = []
-    calls: list[list[float]] = []
+    calls: list[dict[str, float]] = []
     for i in range(WARM_UP, WARM_UP + 2 * iterations, 2):
         begin = time.perf_counter()
         rank.step(seed, i)
         whole.append(time.perf_counter() - begin)
-        calls.append([took.time_s for took in rank.step_timed(seed, i + 1)[1]])
+        calls.append({took.name: took.time_s for took in rank.step_timed(seed, i + 1)[1]})  # in any order
     rank.close()
     where = places(graph, rank_graph)
     kernels = []
-    for step, times in zip(program.steps, zip(*calls, strict=True), strict=True):
+    for step in program.steps:
         assert isinstance(step, Call)  # one rank meets nobody
         place = where[step.name] if step.name in where else copied(step.name, graph)
-        kernels.append(_timed(step, place, tuning, median(times)))
+        kernels.append(_timed(step, place, tuning, median(times[step.name] for times in calls)))
     return Measured(
         network=name,
         batch=_records(graph),
