@@ -12,16 +12,13 @@ one that is no multiple of a vector is done element by element. Single numbers, 
     cubin = many.cubin("sm_90a")
     table = many.table(addresses)                    int64, to be copied to the card once
     card.load([cubin]).bind([table's address])()
-
-Which ops of a program may wait for each other is told by `together`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,83 +73,6 @@ def alike(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     kinds = ([spec.dtype for spec in specs] for specs in (ins, epilogue.extras, outs))
     of_ins, of_extras, of_outs = map(tuple, kinds)
     return Alike(scalar, epilogue.scalar, of_ins, single, of_extras, of_outs)
-
-
-Range = tuple[int, int]  # the first byte, and the first one behind
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a program: what it may share a kernel with (None: nothing), and which bytes it touches."""
-
-    key: Hashable | None
-    reads: tuple[Range, ...]
-    writes: tuple[Range, ...]
-    size: int = 0  # elements
-
-
-class Bytes:
-    """A set of bytes, as ranges that do not touch each other."""
-
-    def __init__(self) -> None:
-        self._first: list[int] = []
-        self._behind: list[int] = []
-
-    def add(self, ranges: Sequence[Range]) -> None:
-        for first, behind in ranges:
-            if first == behind:
-                continue
-            low, high = bisect_left(self._behind, first), bisect_right(self._first, behind)
-            if low < high:
-                first, behind = min(first, self._first[low]), max(behind, self._behind[high - 1])
-            self._first[low:high], self._behind[low:high] = [first], [behind]
-
-    def meets(self, ranges: Sequence[Range]) -> bool:
-        """Is any byte of these ranges in the set?"""
-        for first, behind in ranges:
-            at = bisect_right(self._behind, first)
-            if first < behind and at < len(self._first) and self._first[at] < behind:
-                return True
-        return False
-
-
-@dataclass
-class _Waiting:
-    """Steps of one key that have not run yet; nothing since the first of them has touched what they do."""
-
-    steps: list[int] = field(default_factory=list)
-    reads: Bytes = field(default_factory=Bytes)
-    writes: Bytes = field(default_factory=Bytes)
-    size: int = 0
-
-    def holds_up(self, step: Step) -> bool:
-        """Must they run before this step?"""
-        return self.writes.meets(step.reads) or self.writes.meets(step.writes) or self.reads.meets(step.writes)
-
-
-def together(steps: Sequence[Step], *, most: int) -> list[tuple[int, ...]]:
-    """Numbers of steps in an order that computes the same; those in one tuple go together.
-
-    A step with a key waits for others like it, until one comes that needs what it writes, or would overwrite what it
-    reads or writes, or until ``most`` elements wait: then they all run, while what they read is still in the cache.
-    What has no key keeps its order.
-    """
-    order: list[tuple[int, ...]] = []
-    waiting: dict[Hashable, _Waiting] = {}
-    for i, step in enumerate(steps):
-        for key in [key for key, held_up in waiting.items() if held_up.holds_up(step)]:
-            order.append(tuple(waiting.pop(key).steps))
-        if step.key is None:
-            order.append((i,))
-            continue
-        own = waiting.setdefault(step.key, _Waiting())
-        own.steps.append(i)
-        own.reads.add(step.reads)
-        own.writes.add(step.writes)
-        own.size += step.size
-        if own.size >= most:
-            order.append(tuple(waiting.pop(step.key).steps))
-    return order + [tuple(left.steps) for left in waiting.values()]
 
 
 @dataclass(frozen=True)

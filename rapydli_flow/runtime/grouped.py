@@ -13,15 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gpu_kernels.launch import ALIGNMENT
-from gpu_kernels.many import Alike, Range, Step, together
+from gpu_kernels.many import Alike
 
 from ..scheduler import Buffer, Call, Collective, Program
 from ..scheduler.collective import Wait
+from ..scheduler.together import MOST, Range, Step, together
 from ..template import Device
 from ..tuner import Choice, Request
 from .building import MANY, alike_of
-
-MOST = 2**22  # elements that wait at most: they are still in the cache of the card then
 
 
 def on_host(call: Call) -> bool:
