@@ -52,6 +52,12 @@ def kernels_of(program: Program, device: Device) -> tuple[tuple[Request, Choice]
     return tuple(found)
 
 
+def grouped_steps(program: Program, device: Device) -> frozenset[int]:
+    """Numbers of the steps that are done together with others: not by what was chosen for them, but by `MANY`."""
+    groups = in_groups(program) if device.kind != "cpu" else []
+    return frozenset(i for numbers in groups if len(numbers) > 1 for i in numbers)
+
+
 def _steps(program: Program) -> list[Step]:
     """What each step touches of the arena. Lent leaves are elsewhere, and nobody writes them."""
     steps, behind = [], {}

@@ -13,8 +13,8 @@ from rapydli_flow import ops
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.ops import Sample
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Epilogue, Scalar
-from rapydli_flow.testing.gpu import assert_close, tolerance, wanted
+from rapydli_flow.template import Epilogue, Scalar, templates
+from rapydli_flow.testing.gpu import assert_close, instructions, request_of, tolerance, wanted
 
 SHAPES = ((64, 3, 3, 5), (10,), (1,), (1031,), (4096,), (3, 700))
 RATES = {ops.Momentum: 1, ops.Adam: 3, ops.Descent: 1, ops.RmspropMomentum: 1, ops.MovingAverage: 0, ops.Cast: 0}
@@ -138,3 +138,33 @@ def test_one_kernel_serves_all_sizes(op, tmp_path):
     assert (one.grid, other.grid) == (few.blocks, more.blocks) == (2, 5)
     assert other == replace(one, grid=5)
     assert len(list(tmp_path.glob("*.cubin"))) == 1
+
+
+FLOATS = {0x23: "FFMA", 0x20: "FMUL", 0x21: "FADD", 0x108: "MUFU"}  # the low 9 bits: above are kinds of operands
+
+
+def arithmetic(request):
+    found = dict.fromkeys(FLOATS.values(), 0)
+    for word, count in instructions(compiling.cubins(request)[0].code).items():
+        if word & 0x1FF in FLOATS:
+            found[FLOATS[word & 0x1FF]] += count
+    return found
+
+
+@pytest.mark.skipif(compiling.missing() is not None, reason=str(compiling.missing()))
+@pytest.mark.filterwarnings("default")  # of numba-cuda's own imports
+@pytest.mark.parametrize("op", [ops.Momentum(decay=0.01, nesterov=True), ops.Descent(decay=0.1), ops.MovingAverage()])
+def test_machine_code_multiplies_and_adds_as_that_for_one_array(op):
+    """An element's instructions are those of `elements`, products joined with sums alike: so the bits are the same."""
+    count = len(type(op).samples()[0].ins) - RATES[type(op)]
+    ins = (*[Spec((4096,))] * count, *[Spec(())] * RATES[type(op)])
+    (template,) = templates("pointwise", "cuda")
+    alone = request_of(template, op, ins, vector=4, items=1)
+    many = Many(alike(op, ins, op.out_specs(*ins)), (4096,))
+    one, other = arithmetic(alone), arithmetic(many.request(alone.target))
+    assert one["FFMA"] > 0
+    assert {name: number // 4 for name, number in one.items()} == {
+        name: number // (many.key.vector * many.items + 1) for name, number in other.items()
+    }
+    assert not any(number % 4 for number in one.values())
+    assert not any(number % (many.key.vector * many.items + 1) for number in other.values())

@@ -220,6 +220,15 @@ def test_clocks_tell_of_each_call_of_a_group():
         assert time_s == pytest.approx(total * moved[name] / sum(moved.values()))
 
 
+def test_a_timing_says_what_did_each_call():
+    timing = rf.time(make_step(), iterations=1, device="emulated")
+    updates = [kernel for kernel in timing.kernels if kernel.title == "momentum"]
+    assert len(updates) == 7
+    assert {(kernel.choice, kernel.state) for kernel in updates} == {("many", "default")}
+    assert any(kernel.choice.startswith("elementwise") for kernel in timing.kernels)
+    assert [kernel.name for kernel in timing.kernels] == [call.name for call in program_of(make_step()).steps]
+
+
 def test_the_first_number_that_is_not_finite_is_found_call_by_call():
     """In the order of the program, of which a step in groups has another one; what it computes is the same."""
     step, found = make_step(), []
