@@ -22,6 +22,8 @@ from ..template import Device
 from ..tuner import Choice, Request
 from .building import MANY, alike_of
 
+TEMPLATE = "elementwise"  # what groups do as it does; another template may be somebody's own, with bits of its own
+
 
 def on_host(call: Call) -> bool:
     """Does a rank on a card run this call on the host?"""
@@ -73,7 +75,12 @@ def _steps(program: Program) -> list[Step]:
             steps.append(Step(None, reads, writes))
             continue
         key = None
-        if not on_host(step) and step.request.outs[0].size < MOST and _each_by_itself(step):
+        if (
+            step.choice.template == TEMPLATE
+            and not on_host(step)
+            and step.request.outs[0].size < MOST
+            and _each_by_itself(step)
+        ):
             if step.request not in keys:
                 keys[step.request] = alike_of(step.request)
             key = keys[step.request]

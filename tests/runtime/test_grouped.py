@@ -17,11 +17,12 @@ from rapydli_flow.runtime.card_rank import CardRank
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.grouped import in_groups, kernels_of, on_host
 from rapydli_flow.runtime.warm import warm
-from rapydli_flow.scheduler import Buffer, make_plan
+from rapydli_flow.scheduler import Buffer, Call, make_plan
 from rapydli_flow.scheduler import program as planning
+from rapydli_flow.scheduler.collective import Wait
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device
-from rapydli_flow.tuner import REFERENCE, Tuning
+from rapydli_flow.tuner import REFERENCE, Choice, Tuning
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU kernel serves")
 CARD = device_of("emulated")
@@ -35,8 +36,8 @@ def network(x):
     return nn.dense(nn.relu(nn.dense(x, 7)), CLASSES)
 
 
-def make_step(optimizer=None, **how):
-    graph = rf.trace(network, rf.Spec((BATCH, 5, 5, 2)))
+def make_step(optimizer=None, dtype="float32", **how):
+    graph = rf.trace(network, rf.Spec((BATCH, 5, 5, 2), dtype))
     optimizer = optimizer or optim.sgd(0.1, momentum=0.9)
     return rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, label="label", **how)
 
@@ -82,9 +83,10 @@ def assert_same(found, wanted):
     [
         (optim.sgd(0.1, momentum=0.9), {}, {"momentum": [7]}),
         (optim.clip_norm(optim.adam(0.01), 0.5), {}, {"adam": [7]}),
+        (optim.sgd(0.1, momentum=0.9), {"dtype": "float64"}, {"momentum": [7]}),
         (optim.sgd(0.1, momentum=0.9), {"precision": "bfloat16"}, {"momentum": [7], "cast": [4]}),  # x too
     ],
-    ids=["momentum", "adam and clipping", "bfloat16"],
+    ids=["momentum", "adam and clipping", "float64", "bfloat16"],
 )
 def test_the_bits_are_those_of_separate_kernels(optimizer, how, sizes, monkeypatch):
     step = make_step(optimizer, **how)
@@ -184,6 +186,63 @@ def test_what_the_host_does_is_in_no_group():
     reference = {request.key(CARD): REFERENCE for request, _ in program.requests if request.title == "momentum"}
     (program,) = make_plan(step, 1).programs(step, Tuning(CARD, reference))
     assert all(len(n) == 1 for n in in_groups(program) if program.steps[n[0]].title == "momentum")
+
+
+def test_what_another_template_does_is_in_no_group():
+    """Such as one of a user's own: its bits may be others."""
+    program = two_relus(True)
+    own = replace(program.steps[2], choice=Choice("own"))
+    assert in_groups(replace(program, steps=(*program.steps[:2], own))) == [(0,), (1,), (2,)]
+
+
+def meet(some, others):
+    return any(a < d and c < b for a, b in some for c, d in others)
+
+
+def touched(program):
+    """Of each step, the bytes that it reads, and those that it writes; of what runs behind others all, at both ends."""
+    found, begun = [], {}
+    for step in program.steps:
+        kinds = [step.ins, step.outs]
+        if isinstance(step, Call):
+            kinds = [(*step.ins, *step.extras, *step.work), (*step.outs, *step.work)]
+        elif step.op.behind:
+            begun[step.name] = kinds
+        elif isinstance(step.op, Wait):
+            kinds = begun[step.name]
+        found.append([[(b.offset, b.offset + b.spec.size_bytes) for b in buffers] for buffers in kinds])
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"overlap": True},
+        {"shard": "state"},
+        {"shard": "parameters"},
+        {"strategy": "spatial"},
+        {"strategy": "pipeline", "micro_batches": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_two_steps_that_share_a_byte_change_their_order(plan, precision):
+    """Unless both read it: looked at pair by pair, in programs of all kinds."""
+    step = make_step(optim.clip_norm(optim.adam(0.01), 1.0) if plan else None, precision=precision)
+    for program in rf.plan(step, ranks=2, threads=1, **plan).programs(step, Tuning(HERE)):
+        groups, bytes_of = in_groups(program), touched(program)
+        at = {i: place for place, numbers in enumerate(groups) for i in numbers}
+        assert sorted(at) == list(range(len(program.steps)))
+        assert any(len(numbers) > 2 for numbers in groups)
+        for j, (reads, writes) in enumerate(bytes_of):
+            for i in range(j):
+                if at[i] >= at[j]:
+                    before_reads, before_writes = bytes_of[i]
+                    assert not meet(before_writes, [*reads, *writes])
+                    assert not meet(before_reads, writes)
+        in_order = [i for i, call in enumerate(program.steps) if not isinstance(call, Call) or on_host(call)]
+        assert sorted(in_order, key=at.__getitem__) == in_order
 
 
 def test_arrays_that_are_not_aligned_are_in_no_group():
