@@ -3,7 +3,7 @@
     program      a1   x   a2   y   b1   a3   z          a1, a2, a3 alike; b1, and x, y, z; z reads what a2 writes
     together     x   y   b1   (a1, a2, a3)   z
 
-What a step reads and writes is told as ranges: of bytes, or of numbers that stand for values.
+What a step reads and writes is told as ranges of bytes, as memory is used again for other values.
 """
 
 from __future__ import annotations
