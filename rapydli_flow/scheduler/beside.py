@@ -11,13 +11,14 @@ the memory that is planned for this order.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 
 from ..graph import Graph, parts, rewrite
 from ..ops import Leaf
 from .early import movable
 from .homes import homes
-from .together import MOST, Step, together
+from .together import MOST
 
 
 def side_by_side(graph: Graph, *, most: int = MOST) -> Graph:
@@ -69,14 +70,32 @@ def _with_the_first(graph: Graph, most: int) -> list[int]:
 
 
 def _updates_late(graph: Graph, most: int) -> list[int]:
-    """Numbers of nodes: updates in place wait for others of their kind."""
+    """Numbers of nodes: updates in place wait, until another node needs one of them or ``most`` elements of a kind do;
+    then those of a kind come one after the other, as far as they do not need each other."""
     late, home = movable(graph), homes(graph)
-    steps: list[Step] = []
-    values: list[int] = []  # for each node, the number of its first output
+    order: list[int] = []
+    waiting: dict[int, Hashable] = {}
+    sizes: Counter[Hashable] = Counter()
+
+    def place() -> None:
+        while waiting:
+            ready = [i for i in waiting if not any(j in waiting for j, _ in graph.nodes[i].inputs)]
+            together = [i for i in ready if waiting[i] == waiting[ready[0]]]
+            order.extend(together)
+            for i in together:
+                del waiting[i]
+        sizes.clear()
+
     for i, node in enumerate(graph.nodes):
-        values.append(values[-1] + len(graph.nodes[i - 1].specs) if i else 0)
-        waits = i in late and (i, 0) in home and node.specs[0].size < most
-        reads = tuple((values[j] + k, values[j] + k + 1) for j, k in node.inputs)
-        made = (values[i], values[i] + len(node.specs))
-        steps.append(Step(_kind(graph, i) if waits else None, reads, (made,), node.specs[0].size))
-    return [i for group in together(steps, most=most) for i in group]
+        kind = _kind(graph, i) if i in late and (i, 0) in home and node.specs[0].size < most else None
+        if kind is not None:
+            waiting[i] = kind
+            sizes[kind] += node.specs[0].size
+            if sizes[kind] >= most:
+                place()
+            continue
+        if any(j in waiting for j, _ in node.inputs):
+            place()
+        order.append(i)
+    place()
+    return order

@@ -1,9 +1,9 @@
 """Steps of a program that may be done together: those of one kind, as long as no other is between them that matters.
 
     program      a1   x   a2   y   b1   a3   z          a1, a2, a3 alike; b1, and x, y, z; z reads what a2 writes
-    together     x   y   (a1, a2, a3)   z   (b1)
+    together     x   y   b1   (a1, a2, a3)   z
 
-What a step reads and writes is told as ranges: of bytes, or of numbers that stand for values.
+What a step reads and writes is told as ranges of bytes, as memory is used again for other values.
 """
 
 from __future__ import annotations

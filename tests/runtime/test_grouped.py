@@ -180,6 +180,32 @@ def test_what_lies_over_each_other_at_different_times_does_not_wait(apart, monke
     assert right() == apart
 
 
+def test_weights_that_are_lent_are_cast_together(monkeypatch):
+    """They lie behind the arena; nobody writes them."""
+    step = make_step()
+    network = rf.precision(step.network, "bfloat16")
+    (part,) = make_plan(network, 1).rank_graphs(network)
+    lent = [leaf.name for leaf in part.leaves("param", "state")]
+    program = planning.compile_program(part, Tuning(CARD), lent=lent)
+    casts = [numbers for numbers in in_groups(program) if program.steps[numbers[0]].title == "cast"]
+    read = [program.steps[i].ins[0].offset for i in casts[0]]
+    assert len(casts) == 1
+    assert sum(offset < 0 for offset in read) == 3
+    found = []
+    for change in (in_groups, alone):
+        monkeypatch.setattr(card_rank, "in_groups", change)
+        rank = CardRank(program, CARD, poison=True)
+        rank.load(rf.init(step))
+        rank.feed(batch(0))
+        rank.advance(0, 0)
+        found.append({name: rank.output(name) for name in program.outputs})
+        rank.close()
+    assert found[0]
+    for name, value in found[0].items():
+        assert np.isfinite(value.astype("float32")).all()
+        np.testing.assert_array_equal(found[1][name], value)
+
+
 def test_what_the_host_does_is_in_no_group():
     step = make_step()
     program = program_of(step)

@@ -7,7 +7,7 @@ from networks import batch, small, step_of, traced
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
 from rapydli_flow.graph import Graph, verify
-from rapydli_flow.ops import Cast, Leaf, Momentum
+from rapydli_flow.ops import Cast, Leaf, Momentum, MovingAverage
 from rapydli_flow.scheduler import bucket, compile_program, data_parallel, make_plan, split, update_early
 from rapydli_flow.scheduler import program as planning
 from rapydli_flow.scheduler.beside import side_by_side
@@ -36,7 +36,7 @@ def runs(graph: Graph, op: type) -> list[int]:
     return found
 
 
-def wide(precision: str = "float32") -> Graph:
+def wide(precision: str = "float32", optimizer=None) -> Graph:
     """The rank graph of a step of layers of one size."""
 
     def network(x):
@@ -45,7 +45,7 @@ def wide(precision: str = "float32") -> Graph:
         return x
 
     graph = rf.trace(network, rf.Spec((2, WIDTH)))
-    optimizer = optim.sgd(0.1, momentum=0.9)
+    optimizer = optimizer or optim.sgd(0.1, momentum=0.9)
     step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, label="label", precision=precision)
     (part,) = make_plan(step, 1).rank_graphs(step)
     return part
@@ -67,6 +67,14 @@ def test_updates_wait_until_so_many_elements_do() -> None:
     assert runs(side_by_side(graph), Momentum) == [DEPTH]
     assert runs(side_by_side(graph, most=2 * WIDTH**2), Momentum) == [2] * (DEPTH // 2)
     assert ops(side_by_side(graph, most=1)) == ops(graph)
+
+
+def test_updates_of_updates_wait_with_them() -> None:
+    """An average of a weight reads the new one: it comes after all updates, not after its own."""
+    graph = wide(optimizer=optim.average(optim.sgd(0.1, momentum=0.9), 0.99))
+    new = side_by_side(graph)
+    assert runs(graph, MovingAverage) == runs(graph, Momentum) == [1] * DEPTH
+    assert runs(new, MovingAverage) == runs(new, Momentum) == [DEPTH]
 
 
 def test_casts_of_weights_come_with_the_first() -> None:
