@@ -10,7 +10,7 @@ has a block of tiles. It transforms their patches, then takes ``panels`` column 
 all products, transforms back and writes, so that what passes between the steps stays in its caches. Filters are
 transformed ``beforehand``: they are different in every training step. Where channels are many, patches are, too, and
 tasks share out the panels; where tiles are few besides, filters are most of what there is to move, and each task
-transforms its own, some channels at a time. Transforms and their accuracy: `winograd_transform`.
+transforms its own, some channels at a time. Transforms and their accuracy: `rapydli_flow.winograd`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import numpy as np
 
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
+from rapydli_flow.winograd import SQUARES, filter_lines, output_lines
 
 from .buffer import local
 from .conv_geometry import backward, forward, sizes
 from .tile import holds, load, outer, step_cost, store, transpose, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd_patches import GAP, LEAST, LOCAL_BYTES, Tiles, columns_of, patches, rows_of, served
-from .winograd_transform import SQUARES, along, filter_lines, output_lines
+from .winograd_transform import along
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "m": (4, 2),  # pixels of a tile along each axis

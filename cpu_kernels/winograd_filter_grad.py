@@ -24,6 +24,7 @@ import numpy as np
 
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, Loop, broken, template
+from rapydli_flow.winograd import SQUARES, filter_lines, output_lines
 
 from .buffer import local
 from .conv_geometry import forward, sizes
@@ -31,7 +32,7 @@ from .tile import load, outer, step_cost, store, waiting, zeros
 from .tile_rules import tile_rules
 from .winograd import best_tiles, instructions
 from .winograd_patches import GAP, LEAST, LOCAL_BYTES, Tiles, columns_of, patches, rows_of, served, window
-from .winograd_transform import SQUARES, along, filter_lines, output_lines
+from .winograd_transform import along
 
 DEPTH = 128  # most tiles between two visits of the sums: their vectors stay in the nearest cache
 SUMS = 1 << 23  # most partial sums

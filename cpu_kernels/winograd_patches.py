@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapydli_flow.spec import Spec
+from rapydli_flow.winograd import SQUARES, input_lines
 
 from .conv_geometry import Axis
-from .winograd_transform import SQUARES, along, input_lines
+from .winograd_transform import along
 
 LOCAL_BYTES = 3 << 18  # most of a block's transformed patches, and of its sums, on the stack of a task
 LEAST = 1e5  # half-cycles that it should save: less is not worth a kernel that takes longer to compile

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow import random
+from rapydli_flow import random, winograd
 from rapydli_flow.config import settings
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -37,6 +37,7 @@ from .specialise import flatten
 
 _ELSEWHERE = ("card", "emulate", "emulated", "launch")  # what they say does not change machine code
 ATTEMPTS = 3  # to link a kernel
+_COMPLAINTS = r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*"
 Capability = tuple[int, int] | tuple[int, int, str]
 
 
@@ -128,7 +129,7 @@ def _texts() -> Mapping[str, str]:
     """Every module of this package that has a say in machine code."""
     found = {path.stem: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
     own = {name: text for name, text in found.items() if name not in _ELSEWHERE}
-    return own | {"random": inspect.getsource(random)}  # written into formulas
+    return own | {module.__name__: inspect.getsource(module) for module in (random, winograd)}  # written into kernels
 
 
 @cache
@@ -140,7 +141,7 @@ def sources(module: str) -> tuple[tuple[str, str], ...]:
     package, _, name = module.rpartition(".")
     if package != __package__ or "\n@template(" not in _texts().get(name, ""):
         return tuple(_texts().items())
-    reached, new = set(), {name, "compile", "random"}
+    reached, new = set(), {name, "compile", random.__name__}
     while new:
         reached |= new
         named = {each for known in new for each in _imported(_texts()[known])}
@@ -149,10 +150,12 @@ def sources(module: str) -> tuple[tuple[str, str], ...]:
 
 
 def _imported(text: str) -> Iterator[str]:
-    """The modules of this package that a text imports."""
+    """The modules of this package that a text imports, and those of others by their whole names."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
 
 
 def missing() -> str | None:
@@ -214,7 +217,10 @@ def cubins(request: Request, folder: Path | None = None) -> tuple[Cubin, ...]:
     if path.exists():
         return _read(path)
     specs = {"ins": request.ins, "outs": request.outs, "work": request.work, "extras": request.epilogue.extras}
-    made = tuple(compile_grid(grid, **specs, target=request.target) for grid in request.grids())
+    grids = request.grids()
+    # some come again and again
+    once = {grid: compile_grid(grid, **specs, target=request.target) for grid in dict.fromkeys(grids)}
+    made = tuple(once[grid] for grid in grids)
     _write(path, made)
     return made
 
@@ -240,6 +246,14 @@ def _write(path: Path, made: Sequence[Cubin]) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.replace(temporary, target)
+
+
+def entry_of(code: bytes, log: str) -> str:
+    """The name of the kernel in a cubin: as the assembler tells, else from the names of its sections."""
+    found = re.search(r"entry function '([^']+)'", log) or re.search(r"\0\.text\.([^\0]+)\0", code.decode("latin-1"))
+    if found is None:
+        raise TemplateError(f"the assembler names no kernel: {log}")
+    return found[1]
 
 
 def compile_grid(
@@ -273,7 +287,7 @@ def compile_grid(
         launch_bounds=(grid.block, grid.resident),
     )
     options = LinkerOptions(arch=target, link_time_optimization=True, ptxas_options=["-v"])
-    for _ in range(ATTEMPTS):  # a report was seen to be empty, once in thousands
+    for _ in range(ATTEMPTS):  # where many processes compile, some reports are empty
         linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
         try:
             code = bytes(linker.link("cubin").code)
@@ -286,13 +300,10 @@ def compile_grid(
     def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, log)))
 
-    entry = re.search(r"entry function '([^']+)'", log)
-    if entry is None:
-        raise TemplateError(f"the assembler names no kernel for {target}: {log}")
     return Cubin(
         code,
         target,
-        entry[1],
+        entry_of(code, log),
         grid.grid,
         grid.block,
         grid.shared_bytes,
@@ -301,6 +312,6 @@ def compile_grid(
         shared_bytes=number(r"(\d+) bytes smem"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         spill_bytes=number(r"(\d+) bytes spill"),
-        warnings=tuple(re.findall(r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*", log)),
+        warnings=tuple(re.findall(_COMPLAINTS, log)) if log else ("the assembler told nothing of this kernel",),
         maps=grid.maps,
     )

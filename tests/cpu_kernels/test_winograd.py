@@ -8,13 +8,13 @@ import pytest
 import rapydli_flow as rf
 from cpu_kernels.compile import compile_kernel, host, run_kernel
 from cpu_kernels.winograd import DEPTH
-from cpu_kernels.winograd_transform import evaluate, filter_lines, input_lines, output_lines
 from rapydli_flow import nn, optim
 from rapydli_flow.ops import Conv, ConvFilterGrad, ConvInputGrad
 from rapydli_flow.runtime.tuning import requests_of
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, templates
 from rapydli_flow.tuner import Request
+from rapydli_flow.winograd import evaluate, filter_lines, input_lines, output_lines
 
 GEOMETRY = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
 X, W = Spec((4, 18, 22, 64)), Spec((3, 3, 64, 96))
