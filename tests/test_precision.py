@@ -223,5 +223,6 @@ def test_graphs_that_cannot_be_mixed_are_refused() -> None:
         rf.precision(step_of("float32"), "bfloat16")
     with pytest.raises(SettingError, match=r"loss_scale: -1\.0 is not positive"):
         step_of("float16", loss_scale=-1.0)
-    with pytest.raises(SettingError, match="start is in"):
-        rf.LossScale(start=0.0)
+    for wrong in ({"start": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"every": 0}):  # a scale must be able to fall
+        with pytest.raises(SettingError, match=r"start is in .*, backoff between 0 and 1"):
+            rf.LossScale(**wrong)
