@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--directions", default=",".join((*DIRECTIONS, FUSED)))
     parser.add_argument("--arithmetic", default=",".join(ARITHMETIC))
     parser.add_argument("--templates", default="", help="names of templates, parted by commas (default: all)")
+    parser.add_argument("--untuned", action="store_true", help="only the template that runs untuned")
     parser.add_argument("--budget-s", type=float, default=500.0, help="rows after this are left out")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -171,6 +172,7 @@ def main() -> None:
     rows = chosen(given.only, given.directions.split(","), given.arithmetic.split(","), given.shapes)
     wanted = set(given.templates.split(",")) - {""}
     asked = {row: [r for r in row.requests(device) if not wanted or r.template.name in wanted] for row in rows}
+    asked = {row: found[:1] if given.untuned else found for row, found in asked.items()}
     began = time.monotonic()
     problems = compile_all([request for requests in asked.values() for request in requests])
     print(f"{sum(map(len, asked.values()))} kernels ready in {time.monotonic() - began:.0f} s", flush=True)

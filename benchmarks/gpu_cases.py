@@ -101,8 +101,9 @@ def larger() -> list[Sample]:
     ]
 
 
-def to_check(families: str = "") -> Iterator[tuple[Case, int]]:
-    """Cases, and how many other configs of each to try; ``families``: names, parted by commas (default: all)."""
+def to_check(families: str = "", names: str = "") -> Iterator[tuple[Case, int]]:
+    """Cases, and how many other configs of each to try; ``families``, ``names`` of templates: parted by commas
+    (default: all)."""
     wanted = set(families.split(",")) if families else None
     found = sorted({cls.family for cls in ops.registry.values() if templates(cls.family, "cuda")})
     bigger: dict[str, list[Sample]] = {}
@@ -112,7 +113,7 @@ def to_check(families: str = "") -> Iterator[tuple[Case, int]]:
         if wanted is not None and family not in wanted:
             continue
         samples = samples_of(family)
-        for template in templates(family, "cuda"):
+        for template in (t for t in templates(family, "cuda") if not names or t.name in names.split(",")):
             for i, sample in enumerate([*samples, *bigger.get(family, [])]):
                 large = i >= len(samples)
                 for dtype in ("float32", *HALVES):

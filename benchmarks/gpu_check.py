@@ -141,11 +141,11 @@ def _error(got: Any, want: Any) -> float:
 
 
 def check_all(
-    card: Card, device: Device, report: Report, *, folder: Path, families: str, few: bool, until: float
+    card: Card, device: Device, report: Report, *, folder: Path, which: tuple[str, str], few: bool, until: float
 ) -> bool:
     asked = [
         (case, request)
-        for case, others in to_check(families)
+        for case, others in to_check(*which)
         for request in case.requests(device, others=0 if few else others)
     ]
     problems = compile_all([request for _, request in asked], folder, report)
@@ -208,7 +208,7 @@ def launch_costs(card: Card, report: Report) -> None:
     report.keep("launch_us", found)
 
 
-def sanitise(report: Report, *, folder: Path, families: str, until: float) -> bool:
+def sanitise(report: Report, *, folder: Path, which: tuple[str, str], until: float) -> bool:
     """The checks under compute-sanitizer, default configs only: accesses, then races."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
@@ -233,7 +233,7 @@ def sanitise(report: Report, *, folder: Path, families: str, until: float) -> bo
             "--parts",
             "checks",
         ]
-        command += ["--families", families]
+        command += ["--families", which[0], "--templates", which[1]]
         command += ["--cubins", str(folder), "--out", str(out), "--budget-s", str(int(left))]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
@@ -246,11 +246,11 @@ def sanitise(report: Report, *, folder: Path, families: str, until: float) -> bo
     return all(result["code"] in (0, -1) for result in results.values())
 
 
-def rehearse(report: Report, folder: Path, targets: list[str], families: str) -> None:
+def rehearse(report: Report, folder: Path, targets: list[str], which: tuple[str, str]) -> None:
     """Compile everything that is checked, and go as far as the first device call."""
     for target in targets:
         device = CARDS[target]
-        asked = [r for case, others in to_check(families) for r in case.requests(device, others=others)]
+        asked = [r for case, others in to_check(*which) for r in case.requests(device, others=others)]
         for why in compile_all(asked, folder, report).values():
             report.say(f"NOT COMPILED for {target}: {why[:300]}")
         spilled = {r.key: r for r in asked if any(not c.clean for c in cubins(r, folder))}
@@ -269,6 +269,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=440.0)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--families", default="", help="of templates to check (default: all)")
+    parser.add_argument("--templates", default="", help="names of templates to check (default: all)")
     parser.add_argument("--few", action="store_true", help="check default configs only")
     args = parser.parse_args()
     report = Report(args.out)
@@ -277,10 +278,10 @@ def main() -> int:
     folder = args.cubins or settings().cache_dir / "cubins"
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget_s
-    parts = set(args.parts.split(","))
+    parts, which = set(args.parts.split(",")), (args.families, args.templates)
     try:
         if args.rehearse:
-            rehearse(report, folder, args.targets.split(","), args.families)
+            rehearse(report, folder, args.targets.split(","), which)
             report.say("rehearsal done: the first device call comes next")
             return 0
         card = Card()
@@ -293,13 +294,11 @@ def main() -> int:
     report.say(f"{device.name}, {device.target}, {device.cores} multiprocessors; compiler: {missing() or 'here'}")
     right = True
     if "checks" in parts:
-        right = check_all(
-            card, device, report, folder=folder, families=args.families, few=args.few, until=end - args.budget_s / 4
-        )
+        right = check_all(card, device, report, folder=folder, which=which, few=args.few, until=end - args.budget_s / 4)
     if right and "launch" in parts:
         launch_costs(card, report)
     if "sanitizer" in parts:
-        right &= sanitise(report, folder=folder, families=args.families, until=end)
+        right &= sanitise(report, folder=folder, which=which, until=end)
     report.say("gpu-check: " + ("all right" if right else "SOMETHING IS WRONG, see above"))
     report.keep("right", right)
     return 0 if right else 1

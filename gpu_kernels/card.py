@@ -15,6 +15,7 @@ from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
 from .compile import Request
+from .many import Many
 
 PAGE = 4096  # bytes
 
@@ -99,6 +100,10 @@ class Accelerator(ABC):
         ``addresses``: of inputs, outputs, workspaces and extras; ``at``: of lo and whole of the output's block, for ops
         that read them.
         """
+
+    @abstractmethod
+    def prepare_many(self, many: Many, target: str) -> Any:
+        """The kernel of many ops: ``bind([address])`` of their table gives a function that launches it."""
 
     @abstractmethod
     def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:

@@ -37,6 +37,7 @@ from .specialise import flatten
 
 _ELSEWHERE = ("card", "emulate", "emulated", "launch")  # what they say does not change machine code
 ATTEMPTS = 3  # to link a kernel
+_COMPLAINTS = r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*"
 Capability = tuple[int, int] | tuple[int, int, str]
 
 
@@ -247,6 +248,14 @@ def _write(path: Path, made: Sequence[Cubin]) -> None:
         os.replace(temporary, target)
 
 
+def entry_of(code: bytes, log: str) -> str:
+    """The name of the kernel in a cubin: as the assembler tells, else from the names of its sections."""
+    found = re.search(r"entry function '([^']+)'", log) or re.search(r"\0\.text\.([^\0]+)\0", code.decode("latin-1"))
+    if found is None:
+        raise TemplateError(f"the assembler names no kernel: {log}")
+    return found[1]
+
+
 def compile_grid(
     grid: Grid,
     *,
@@ -278,7 +287,7 @@ def compile_grid(
         launch_bounds=(grid.block, grid.resident),
     )
     options = LinkerOptions(arch=target, link_time_optimization=True, ptxas_options=["-v"])
-    for _ in range(ATTEMPTS):  # a report was seen to be empty, once in thousands
+    for _ in range(ATTEMPTS):  # where many processes compile, some reports are empty
         linker = Linker(ObjectCode.from_ltoir(ltoir), options=options)
         try:
             code = bytes(linker.link("cubin").code)
@@ -291,13 +300,10 @@ def compile_grid(
     def number(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, log)))
 
-    entry = re.search(r"entry function '([^']+)'", log)
-    if entry is None:
-        raise TemplateError(f"the assembler names no kernel for {target}: {log}")
     return Cubin(
         code,
         target,
-        entry[1],
+        entry_of(code, log),
         grid.grid,
         grid.block,
         grid.shared_bytes,
@@ -306,6 +312,6 @@ def compile_grid(
         shared_bytes=number(r"(\d+) bytes smem"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
         spill_bytes=number(r"(\d+) bytes spill"),
-        warnings=tuple(re.findall(r"[^\n]*\(C\d+\)[^\n]*|[^\n]*[Ii]nsufficient registers[^\n]*", log)),
+        warnings=tuple(re.findall(_COMPLAINTS, log)) if log else ("the assembler told nothing of this kernel",),
         maps=grid.maps,
     )

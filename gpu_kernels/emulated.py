@@ -22,6 +22,7 @@ from rapydli_flow.template import Device
 from . import emulate
 from .card import PAGE, Accelerator, Mark
 from .compile import Request
+from .many import Many
 
 ALIGNMENT = 256  # of memory, as the driver has it
 TARGET = "sm_80"  # what every template serves
@@ -102,6 +103,9 @@ class Emulated(Accelerator):
     def prepare(self, request: Request) -> Kernel:
         return Kernel(request)
 
+    def prepare_many(self, many: Many, target: str) -> KernelOfMany:
+        return KernelOfMany(many)
+
     def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
         def replay() -> None:
             for launch in launches:
@@ -148,6 +152,42 @@ class Kernel:
             made = emulate.run(self.grids, ins, request.outs, extras=extras, work=request.work, at=where)
         for out, value in zip(outs, made, strict=True):
             out[...] = value
+
+
+class KernelOfMany:
+    """One kernel on all arrays that a table names. It works where they lie: what overlaps on a card does so here."""
+
+    def __init__(self, many: Many) -> None:
+        self.many, self.grid = many, many.grid()
+
+    def bind(self, addresses: Sequence[int]) -> Callable[[], None]:
+        (table,) = addresses
+        return partial(self._run, array_at(table, Spec((self.many.blocks, self.many.width), "int64")))
+
+    def _run(self, table: Array) -> None:
+        many, key = self.many, self.many.key
+        dtypes, results = (*key.ins, *key.extras, *key.outs), len(key.outs)
+        own, written = table.copy(), []
+        with _one_block:
+            emulate.memory.clear()
+            for op, size in enumerate(many.sizes):
+                rows = slice(many.rows_before(op), many.rows_before(op + 1))
+                for j, (dtype, one) in enumerate(zip(dtypes, (*key.single, *(False,) * results), strict=True)):
+                    first = int(table[rows.start, 1 + j])
+                    data = array_at(first, Spec((1 if one else size,), dtype))
+                    buffer = emulate.Buffer(f"array {j} of op {op}", data, output=j >= len(key.single))
+                    own[rows, 1 + j] += emulate.memory.put(buffer) - first
+                    written += [buffer] if buffer.writes is not None else []
+            given = emulate.Buffer("the table", own.ravel())
+            for block in range(self.grid.grid):
+                emulate.machine.start(self.grid.block, block)
+                with np.errstate(all="ignore"):
+                    self.grid.kernel((given,), (), (), (), None)
+            emulate.memory.clear()
+        for buffer in written:
+            buffer.check_once()
+            if not np.all(buffer.writes):
+                raise emulate.KernelFault(f"{buffer.name}: the kernel does not write all of it.")
 
 
 def array_at(address: int, spec: Spec) -> Array:

@@ -22,6 +22,7 @@ from rapydli_flow.template import Device
 from .card import Accelerator, Mark
 from .compile import Cubin, Request, cubins
 from .grid import TensorMap
+from .many import Many
 
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
@@ -231,6 +232,10 @@ class Card(Accelerator):
     def prepare(self, request: Request) -> Kernel:
         self.use()
         return self.load(cubins(request))
+
+    def prepare_many(self, many: Many, target: str) -> Kernel:
+        self.use()
+        return self.load((many.cubin(target),))
 
     def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
         graph, stream = _Pointer(), _Pointer(self.stream)

@@ -12,14 +12,12 @@ one that is no multiple of a vector is done element by element. Single numbers, 
     cubin = many.cubin("sm_90a")
     table = many.table(addresses)                    int64, to be copied to the card once
     card.load([cubin]).bind([table's address])()
-
-Which ops of a program may wait for each other is told by `together`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +55,7 @@ class Alike:
     def vector(self) -> int:
         """Elements that are 16 bytes of the widest operand."""
         wide = [np.dtype(d).itemsize for d, one in zip((*self.ins, *self.extras), self.single, strict=True) if not one]
-        return 16 // max(*wide, *(np.dtype(dtype).itemsize for dtype in self.outs))
+        return 16 // max([*wide, *(np.dtype(dtype).itemsize for dtype in self.outs)])
 
 
 def alike(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue | None = None) -> Alike | None:
@@ -75,55 +73,6 @@ def alike(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue
     kinds = ([spec.dtype for spec in specs] for specs in (ins, epilogue.extras, outs))
     of_ins, of_extras, of_outs = map(tuple, kinds)
     return Alike(scalar, epilogue.scalar, of_ins, single, of_extras, of_outs)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a program: what it may share a kernel with (None: nothing), and which buffers it touches."""
-
-    key: Alike | None
-    reads: frozenset[Hashable]
-    writes: frozenset[Hashable]
-    size: int = 0  # elements
-
-
-@dataclass
-class _Waiting:
-    """Steps of one key that have not run yet; nothing since the first of them has touched what they do."""
-
-    steps: list[int]
-    reads: set[Hashable]
-    writes: set[Hashable]
-    size: int
-
-    def holds_up(self, step: Step) -> bool:
-        """Must they run before this step?"""
-        meets = self.writes & (step.reads | step.writes)
-        return bool(meets) or bool(self.reads & step.writes)
-
-
-def together(steps: Sequence[Step], *, most: int) -> list[tuple[int, ...]]:
-    """Numbers of steps in an order that computes the same; those in one tuple go together.
-
-    A step with a key waits for others like it, until one comes that needs what it writes, or would overwrite what it
-    reads, or until ``most`` elements wait: then they all run, while what they read is still in the cache.
-    """
-    order: list[tuple[int, ...]] = []
-    waiting: dict[Alike, _Waiting] = {}
-    for i, step in enumerate(steps):
-        for key in [key for key, held_up in waiting.items() if held_up.holds_up(step)]:
-            order.append(tuple(waiting.pop(key).steps))
-        if step.key is None:
-            order.append((i,))
-            continue
-        own = waiting.setdefault(step.key, _Waiting([], set(), set(), 0))
-        own.steps.append(i)
-        own.reads |= step.reads
-        own.writes |= step.writes
-        own.size += step.size
-        if own.size >= most:
-            order.append(tuple(waiting.pop(step.key).steps))
-    return order + [tuple(left.steps) for left in waiting.values()]
 
 
 @dataclass(frozen=True)
@@ -146,8 +95,16 @@ class Many:
 
     @property
     def width(self) -> int:
-        """Numbers in a row of the table."""
-        return 1 + len(self.key.single) + len(self.key.outs)
+        """Numbers in a row of the table: an even one, so that each op's rows begin where a table may."""
+        return blocks_of(1 + len(self.key.single) + len(self.key.outs), 2) * 2
+
+    def rows_before(self, op: int) -> int:
+        """Where the rows of an op begin: they are the table of `one` of it."""
+        return sum(blocks_of(size, self.of_block) for size in self.sizes[:op])
+
+    def one(self, op: int) -> Many:
+        """The same kernel for one of the ops."""
+        return replace(self, sizes=(self.sizes[op],))
 
     def table(self, addresses: Sequence[Sequence[int]]) -> Array:
         """A row for each block. ``addresses``: for each op of inputs, extras of the tail, and outputs."""
@@ -159,12 +116,17 @@ class Many:
             if wrong := [hex(place) for place, by in zip(places, step, strict=True) if by and place % ALIGNMENT]:
                 raise TemplateError(f"many: addresses {wrong} are not multiples of {ALIGNMENT}. Align the arrays.")
             first = np.arange(0, size, self.of_block, dtype=np.int64)[:, None]
-            rows.append(np.hstack([size - first, np.asarray(places, np.int64) + first * step]))
+            row = np.hstack([size - first, np.asarray(places, np.int64) + first * step])
+            rows.append(np.pad(row, ((0, 0), (0, self.width - row.shape[1]))))
         return np.vstack(rows)
+
+    def request(self, target: str) -> compiling.Request:
+        """What the compiler is asked for: the same for all sizes."""
+        return _Request(self, target)  # type: ignore[return-value]
 
     def cubin(self, target: str, folder: Path | None = None) -> compiling.Cubin:
         """The machine code, which is the same for all sizes; from the cache if it is there."""
-        (made,) = compiling.cubins(_Request(self, target), folder)  # type: ignore[arg-type]
+        (made,) = compiling.cubins(self.request(target), folder)
         return replace(made, grid=self.blocks)
 
     def grid(self) -> Grid:

@@ -53,9 +53,6 @@ from .tensor_core import SPLIT
 from .warpgroup import columns, multiply, multiply_split, settle
 from .wgmma_passes import lanes_of
 
-# These templates are built and tested without a card; until they have run on one, nothing chooses them by itself.
-TRIED = True
-
 SPACE: Mapping[str, tuple[Any, ...]] = {
     "bm": (128, 256, 64),
     "bn": (256, 128, 64, 192),
@@ -339,8 +336,8 @@ def kind_of(op: Any, dtype: str) -> str:
 
 
 def card(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Is this a Hopper, and may it be used?"""
-    return TRIED and device.target == "sm_90a"
+    """Is this a Hopper?"""
+    return device.target == "sm_90a"
 
 
 def floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:

@@ -18,7 +18,7 @@ from .data import Dataset, check_labels
 from .errors import DatasetError, DTypeError, SettingError, ShapeError
 from .graph import Graph
 from .runtime.predict import predict
-from .spec import Array
+from .spec import Array, floating
 
 __all__ = ["ConfusionMatrix", "confusion_matrix"]
 
@@ -145,7 +145,7 @@ def confusion_matrix(
     that is no class or a field that is not there.
     """
     scores = predict(graph, state, data, output=output)
-    if scores.ndim < 2 or scores.dtype.kind != "f":
+    if scores.ndim < 2 or not floating(scores):
         raise ShapeError(
             f"confusion_matrix: {output!r} is {scores.dtype}{list(scores.shape)}, not scores N,...,classes."
         )

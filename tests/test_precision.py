@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import rapydli_flow as rf
-from rapydli_flow import nn, optim
+from rapydli_flow import nn, optim, zoo
 from rapydli_flow.errors import GraphError, SettingError
 from rapydli_flow.graph import Graph, from_json, to_json
 from rapydli_flow.ops import Cast, Conv, ConvFilterGrad, Leaf, Matmul, Sum
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.testing.interpret import interpret, start
+from rapydli_flow.testing.interpret import interpret, run_nodes, start
 
 pytestmark = pytest.mark.filterwarnings("ignore:NumPy computes with")
 RNG = np.random.default_rng(0)
@@ -49,6 +49,35 @@ def test_training_stays_near_float32(precision: str, near: float) -> None:
     np.testing.assert_allclose(losses, wanted, rtol=near)
     assert not {x.dtype.name for x in state.values()} & set(HALVES)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def gradients_of(step: Graph, fed: dict[str, Any]) -> dict[str, Any]:
+    every = run_nodes(step, fed, 1)
+    return {name: every[i][k] for name, (i, k) in step.gradients.items()}
+
+
+@pytest.mark.parametrize(("half", "near"), [("bfloat16", 0.06), ("float16", 0.002)])
+def test_gradients_are_those_of_float32_to_the_rounding_of_halves(half: str, near: float) -> None:
+    """By their norms: where rounding moves an activation across zero or past another one, elements are others."""
+    plain, mixed = step_of("float32"), step_of(half, loss_scale=64.0)
+    fed = {"x": X, "label": LABEL}
+    wanted, found = (gradients_of(step, {**start(step, 1), **fed}) for step in (plain, mixed))
+    assert wanted.keys() == found.keys()
+    for name, g in wanted.items():
+        assert found[name].dtype == np.float32
+        off = np.linalg.norm(found[name] - g) / np.linalg.norm(g)
+        assert 0.0 < off < near, f"{name}: {off}"
+
+
+@pytest.mark.parametrize(
+    ("make", "casts", "of_weights"), [(zoo.alexnet, 10, 8), (zoo.resnet18, 25, 21)], ids=["alexnet", "resnet18"]
+)
+def test_the_casts_of_networks(make: Any, casts: int, of_weights: int) -> None:
+    graph = rf.trace(make, Spec((2, 224, 224, 3)))
+    step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optim.sgd(0.1), precision="bfloat16")
+    read = [step.nodes[node.inputs[0][0]].op for node in step if isinstance(node.op, Cast)]
+    assert len(read) == casts
+    assert sum(isinstance(op, Leaf) and op.kind == "param" for op in read) == of_weights
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -111,6 +140,35 @@ def test_an_overflow_skips_the_update_and_the_run_is_as_if_it_had_not_been() -> 
     _, later = trained(step, 2, after, 2)
     assert later["loss_scale/scale"] == 1024.0
     assert later["loss_scale/updates"] == 3
+
+
+def test_gradients_that_are_not_used_are_not_looked_at() -> None:
+    step = step_of("float16", optimizer=optim.freeze(optim.sgd(0.1), "conv_1", "batch_norm_1"))
+    assert set(step.gradients) == {"conv_2/w", "conv_2/b", "dense_1/w", "dense_1/b"}
+    assert not any(node.name.startswith(("grad/conv_1", "grad/batch_norm")) for node in step)
+    losses, state = trained(step, 3)
+    assert state["loss_scale/updates"] == 3
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optim.clip_norm(optim.adamw(0.01), 1.0),
+        optim.accumulate(optim.sgd(0.1), 2),
+        optim.average(optim.rmsprop(0.01)),
+    ],
+    ids=["clip_norm", "accumulate", "average"],
+)
+def test_an_overflow_leaves_the_state_of_every_optimizer_as_it_is(optimizer: Any) -> None:
+    step = step_of("float16", optimizer=optimizer, loss_scale=rf.LossScale(start=1024.0))
+    _, before = trained(step, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        after = interpret(step, {**before, "x": np.full_like(X, 1e30), "label": LABEL}, 1, 1).updates
+    assert after.pop("loss_scale/scale") == 512.0
+    assert after.pop("loss_scale/row") == 0.0
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
 
 
 def test_a_power_of_two_scale_changes_nothing_but_underflow() -> None:

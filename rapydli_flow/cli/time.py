@@ -13,6 +13,7 @@ from .. import api
 from ..config import settings
 from ..errors import SettingError
 from ..runtime.devices import device_of
+from ..runtime.grouped import kernels_of
 from ..runtime.timing import network_of, programs_of
 from ..runtime.tuning import known
 from ..runtime.warm import warm as warm_kernels
@@ -84,7 +85,7 @@ def warm(network: str, batch: int | None, threads: int | None, inference: bool, 
         step = resolve(network, batch).step
         tuning = known(device_of(device))
         programs = programs_of(network_of(step) if inference else step, tuning, settings().threads)
-        pairs = [pair for program in programs for pair in program.requests]
+        pairs = [pair for program in programs for pair in kernels_of(program, tuning.device)]
         done = warm_kernels(pairs, tuning.device, compilers=threads, watch=_progress())
         if done.compiled and sys.stderr.isatty():
             click.echo("", err=True)

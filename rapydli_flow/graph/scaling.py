@@ -10,7 +10,7 @@ finite skips the step as well: a run goes on after it, while the scale is above 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
@@ -18,7 +18,7 @@ from math import isfinite
 from ..errors import GraphError, SettingError
 from ..ops import CountOnTurn, Fill, Finite, LossScaleRule, Multiply, OnTurn, Power, Scale, Sum
 from ..spec import Spec
-from .graph import Graph, Tensor
+from .graph import Graph, Tensor, Value
 
 SCOPE = OUTPUT = "loss_scale"
 LEAST, MOST = 1.0, 2.0**24
@@ -27,8 +27,7 @@ LEAST, MOST = 1.0, 2.0**24
 @dataclass(frozen=True)
 class LossScale:
     """A dynamic scale: times ``growth`` after ``every`` updates in a row, times ``backoff`` where the loss or a
-    gradient is not finite. It stays within 1 and 2^24; powers of two lose no bits.
-    """
+    gradient is not finite. It stays within 1 and 2^24; powers of two lose no bits."""
 
     start: float = 2.0**16
     growth: float = 2.0
@@ -91,30 +90,43 @@ class DynamicScaling:
         return scaled
 
     def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients as they are without a scale. What is not finite makes their sum so, in one pass over each; the loss
-        is in the sum, so that one that is not finite changes nothing."""
+        """Gradients as they are without a scale."""
         inverse = Power(exponent=-1.0)(self.scale)
-        out = [Multiply()(g, inverse) for g in found]
-        sums = [Sum(axes=tuple(range(len(g.shape))))(g) for g in out]
-        self.finite = Finite()(reduce(lambda a, b: a + b, sums, self.unscaled))
-        return out
+        self.found = [Multiply()(g, inverse) for g in found]
+        return self.found
 
     def step(self, step: Tensor) -> Tensor:
         """What an optimizer counts: updates that were made."""
         return self.count
 
     def finish(self, graph: Graph) -> None:
-        """Keep all as it is where a gradient is not finite: running statistics too."""
+        """Keep all as it is, running statistics too, where the loss or a gradient that is used is not finite: their sum
+        tells, in one pass over each."""
+        read = _before(graph, graph.updates.values())
+        sums = [Sum(axes=tuple(range(len(g.shape))))(g) for g in self.found if g.node in read]
+        finite = Finite()(reduce(lambda a, b: a + b, sums, self.unscaled))
         for name, value in list(graph.updates.items()):
             leaf = graph.find(name)
-            _replace(graph, leaf, OnTurn()(graph.tensor(value), leaf, self.finite))
+            _replace(graph, leaf, OnTurn()(graph.tensor(value), leaf, finite))
         rule = self.rule
         after = LossScaleRule(growth=rule.growth, backoff=rule.backoff, every=rule.every, most=MOST)
-        scale, row = after(self.scale, self.row, self.finite)
+        scale, row = after(self.scale, self.row, finite)
         _replace(graph, self.scale, scale)
         graph.outputs[OUTPUT] = scale.id
         _replace(graph, self.row, row)
-        _replace(graph, self.count, CountOnTurn()(self.count, self.finite))
+        _replace(graph, self.count, CountOnTurn()(self.count, finite))
+
+
+def _before(graph: Graph, values: Iterable[Value]) -> set[int]:
+    """The nodes that make values, and all that these read."""
+    found: set[int] = set()
+    todo = list(values)
+    while todo:
+        i, _ = todo.pop()
+        if i not in found:
+            found.add(i)
+            todo += graph.nodes[i].inputs
+    return found
 
 
 def _replace(graph: Graph, leaf: Tensor, value: Tensor) -> None:

@@ -8,10 +8,13 @@ from cpu_kernels.compile import kept
 from gpu_kernels.compile import Request as CardRequest
 from gpu_kernels.compile import cubins
 from gpu_kernels.compile import kept as kept_cubins
+from gpu_kernels.many import Alike, Many, alike
 
 from ..template import Device
 from ..tuner import Choice, Request
 from .rank import asked_of, kernel_of
+
+MANY = Choice("many")  # of no template: the kernel of all ops that are like this one
 
 
 def build(request: Request, choice: Choice, device: Device) -> None:
@@ -31,6 +34,20 @@ def built(pairs: Sequence[tuple[Request, Choice]], device: Device) -> list[bool]
 
 def card_request(request: Request, choice: Choice, device: Device) -> CardRequest:
     """A kernel as the compiler of cards is asked for it."""
+    if choice == MANY:
+        return many_of([request]).request(device.target)
     template = choice.find(request, device)
     given = (request.op, request.ins, request.outs, request.epilogue, dict(choice.config))
     return CardRequest(template, *given, device.target)
+
+
+def alike_of(request: Request) -> Alike | None:
+    """What a pointwise kernel has in common with those that may become one kernel with it."""
+    return alike(request.op, request.ins, request.outs, request.epilogue)
+
+
+def many_of(requests: Sequence[Request]) -> Many:
+    """The kernel of requests that are alike."""
+    key = alike_of(requests[0])
+    assert key is not None
+    return Many(key, tuple(request.outs[0].size for request in requests))

@@ -6,8 +6,9 @@
                                            |           v    |   ops without a kernel, collectives
                                            '-------- mirror: the arena's arrays on the host, where they are needed
 
-Nothing waits for the card but `taken`, what needs the mirror, and a feed that is two steps ahead. Kernels that follow
-each other without a pause become one CUDA graph. The first step waits for each kernel, so that one that fails is named.
+Nothing waits for the card but `taken`, what needs the mirror, and a feed that is two steps ahead. Pointwise ops that
+may go together are one kernel (`grouped`), and kernels that follow each other without a pause become one CUDA graph.
+The first step waits for each kernel, so that one that fails is named.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from gpu_kernels.card import PAGE, Accelerator, Mark
-from gpu_kernels.launch import ALIGNMENT
+from gpu_kernels.many import Many
 
 from ..config import settings
 from ..errors import DeviceFault
@@ -31,8 +32,9 @@ from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.arena import aligned
 from ..spec import Array, Block, Spec
 from ..template import Device
-from .building import card_request
+from .building import card_request, many_of
 from .devices import card_of
+from .grouped import in_groups, on_host
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
 from .rank import memory_of
 from .staging import Clocks, Feeds, Numbers
@@ -61,6 +63,8 @@ class CardRank(Participant):
         self.prompt = self.transport.ranks > 1  # ranks look at losses together
         self.card, self._line = card or card_of(device), card_of(device)
         self.card.use()
+        self._order = in_groups(program)
+        self._many = {numbers: self._many_of(numbers) for numbers in self._order if len(numbers) > 1}
         self._places = self._laid_out()
         self._memory: list[int] = []
         self._pages: list[Array] = []  # of the mirror, which the card reaches itself
@@ -79,12 +83,14 @@ class CardRank(Participant):
     # memory -----------------------------------------------------------------------------------------
 
     def _laid_out(self) -> dict[Any, int]:
-        """Where blocks that indexed ops read, and leaves that others would lend, lie behind the arena."""
+        """Where blocks that indexed ops read, leaves that others would lend, and tables of groups lie behind the
+        arena."""
         places: dict[Any, int] = {}
         end = aligned(self.program.arena_bytes)
         blocks = [s.at for s in self.program.steps if isinstance(s, Call) and s.at is not None]
         sizes = {block: at_array(block).nbytes for block in blocks}
         sizes |= {name: self.program.leaves[name].spec.size_bytes for name in self.program.lent}
+        sizes |= {numbers: many.blocks * many.width * 8 for numbers, many in self._many.items()}
         for key, size in sizes.items():
             places[key] = end
             end += aligned(size)
@@ -194,25 +200,28 @@ class CardRank(Participant):
         kernels: dict[Any, Any] = {}
         hosted: dict[str, None] = {}
         self._parts: list[_Run | Call | Collective] = []
-        for step in self.program.steps:
-            if isinstance(step, Collective):
+        self._single: dict[int, Callable[[], None]] = {}  # launches of kernels for one step, by its number
+        for numbers in self._order:
+            step = self.program.steps[numbers[0]]
+            if isinstance(step, Collective) or on_host(step):
+                if isinstance(step, Call):
+                    hosted[step.title] = None
                 self._parts.append(step)
                 continue
-            buffers = [self._address(b) for b in (*step.ins, *step.outs, *step.work, *step.extras)]
-            if step.choice.reference or any(address % ALIGNMENT for address in buffers):
-                hosted[step.title] = None
-                self._parts.append(step)
+            last = self._parts[-1] if self._parts else None
+            if not isinstance(last, _Run):
+                last = _Run()
+                self._parts.append(last)
+            last.calls.append(self._calls(numbers))
+            if len(numbers) > 1:
+                last.launches.append(self._bound(numbers))
                 continue
             key = step.request, step.choice
             if key not in kernels:
                 kernels[key] = self.card.prepare(card_request(*key, self.device))
             at = self._base + self._places[step.at] if step.at is not None else 0
-            last = self._parts[-1] if self._parts else None
-            if not isinstance(last, _Run):
-                last = _Run()
-                self._parts.append(last)
-            last.calls.append(step)
-            last.launches.append(kernels[key].bind(buffers, at=at))
+            last.launches.append(kernels[key].bind(self._addresses(step), at=at))
+            self._single[numbers[0]] = last.launches[-1]
         self._pin()
         if new := [title for title in hosted if title not in _told]:
             _told.update(new)
@@ -221,6 +230,33 @@ class CardRank(Participant):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _calls(self, numbers: Sequence[int]) -> tuple[Call, ...]:
+        return tuple(step for step in map(self.program.steps.__getitem__, numbers) if isinstance(step, Call))
+
+    def _many_of(self, numbers: Sequence[int]) -> Many:
+        return many_of([call.request for call in self._calls(numbers)])
+
+    def _addresses(self, call: Call) -> list[int]:
+        return [self._address(b) for b in (*call.ins, *call.outs, *call.work, *call.extras)]
+
+    def _bound(self, numbers: tuple[int, ...]) -> Callable[[], None]:
+        """What launches a group; its table is put where the kernel will read it."""
+        many, place = self._many[numbers], self._base + self._places[numbers]
+        calls = self._calls(numbers)
+        table = many.table([[self._address(b) for b in (*call.ins, *call.extras, *call.outs)] for call in calls])
+        self.card.upload(place, table)
+        self.card.wait()
+        launch: Callable[[], None] = self.card.prepare_many(many, self.device.target).bind([place])
+        return launch
+
+    def _apart(self) -> None:
+        """Have launches for each call of a group as well: its rows of the table are a table for it."""
+        for numbers, many in self._many.items():
+            for i, number in enumerate(numbers):
+                if number not in self._single:
+                    place = self._base + self._places[numbers] + many.rows_before(i) * many.width * 8
+                    self._single[number] = self.card.prepare_many(many.one(i), self.device.target).bind([place])
 
     def advance(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
         with _explained(self.device):
@@ -256,8 +292,8 @@ class CardRank(Participant):
     def _run(self, run: _Run) -> None:
         """Kernels without a pause: each looked after in the first step, a graph of them from the second one on."""
         if not self._checked:
-            for i in range(len(run.calls)):
-                self._launch(run, i)
+            for calls, launch in zip(run.calls, run.launches, strict=True):
+                self._launch(calls, launch)
             return
         if run.replay is None:
             run.replay = self._captured(run) if self._replay and len(run.launches) > 1 else run.plain
@@ -270,15 +306,16 @@ class CardRank(Participant):
             self.card.wait()
             return run.plain
 
-    def _launch(self, run: _Run, i: int) -> None:
+    def _launch(self, calls: Sequence[Call], launch: Callable[[], None]) -> None:
         """One kernel; until the first step is over it is waited for."""
         try:
-            run.launches[i]()
+            launch()
             if not self._checked:
                 self.card.wait()
         except DeviceFault as error:
-            call = run.calls[i]
-            kernel = f"{described(call)} with {call.choice}"
+            kernel = f"{described(calls[0])} with {calls[0].choice}"
+            if len(calls) > 1:
+                kernel = f"one kernel for {len(calls)} calls: {', '.join(map(described, calls))}"
             message = f"{kernel} on {self.device.name}: {error} Snapshots written before are kept."
             raise DeviceFault(message, sticky=error.sticky, kernel=kernel) from error
 
@@ -287,40 +324,38 @@ class CardRank(Participant):
         self.card.wait()
         begin, origin = time.perf_counter(), self.card.mark()
         origin.set()
-        times: list[Took | tuple[Call, Mark, Mark]] = []
+        times: list[Took | tuple[Sequence[Call], Mark, Mark]] = []
         for part in self._parts:
             if isinstance(part, _Run):
                 before = self.card.mark()
                 before.set()
-                for i, call in enumerate(part.calls):
-                    self._launch(part, i)
+                for calls, launch in zip(part.calls, part.launches, strict=True):
+                    self._launch(calls, launch)
                     after = self.card.mark()
                     after.set()
-                    times.append((call, before, after))
+                    times.append((calls, before, after))
                     before = after
             else:
                 self.card.wait()
                 times.append(self._timed(part.name, part.title, partial(self._other, part)))
         self._end()
         self.card.wait()
-        return [each if isinstance(each, Took) else _took(each, origin, begin) for each in times]
+        return [took for each in times for took in ([each] if isinstance(each, Took) else _took(*each, origin, begin))]
 
     def _one_by_one(self) -> Iterator[tuple[Call | Collective, Callable[[], None]]]:
-        for part in self._parts:
-            if isinstance(part, _Run):
-                for i, call in enumerate(part.calls):
-                    yield call, partial(self._launch, part, i)
+        self._apart()
+        for i, step in enumerate(self.program.steps):
+            if isinstance(step, Call) and i in self._single:
+                yield step, partial(self._launch, (step,), self._single[i])
             else:
-                yield part, partial(self._other, part)
+                yield step, partial(self._other, step)
 
     def _other(self, part: Call | Collective) -> None:
         """A collective, or an op that runs on the host."""
         if isinstance(part, Collective):
             self._meet(part)
             return
-        ins = self._mirrored((*part.ins, *part.extras))
-        with np.errstate(all="ignore"):  # as kernels, it says nothing of numbers that are not finite
-            results = run_reference(part.request, ins, part.at)
+        results = run_reference(part.request, self._mirrored((*part.ins, *part.extras)), part.at)
         for buffer, value in zip(part.outs, results, strict=True):
             self._view(buffer)[...] = value
         self._return(part.outs)
@@ -373,7 +408,7 @@ class CardRank(Participant):
 
     def close(self) -> None:
         super().close()
-        self._parts = []
+        self._parts, self._single = [], {}
         let_go((self._line, self.card), self._memory, self._pages)
 
 
@@ -409,10 +444,10 @@ def let_go(cards: Sequence[Accelerator], memory: list[int], pages: Sequence[Arra
 
 
 class _Run:
-    """Kernel calls without a pause, and how they are launched."""
+    """Kernels without a pause, the calls that each of them is for, and how they are launched."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Call, ...]] = []
         self.launches: list[Callable[[], None]] = []
         self.replay: Callable[[], None] | None = None
 
@@ -421,6 +456,11 @@ class _Run:
             launch()
 
 
-def _took(timed: tuple[Call, Mark, Mark], origin: Mark, begin: float) -> Took:
-    call, before, after = timed
-    return Took(call.name, call.title, begin + before.seconds_since(origin), after.seconds_since(before))
+def _took(calls: Sequence[Call], before: Mark, after: Mark, origin: Mark, begin: float) -> Iterator[Took]:
+    """What a kernel took, shared out among its calls by what each reads and writes."""
+    at, time_s = begin + before.seconds_since(origin), after.seconds_since(before)
+    moved = [sum(b.spec.size_bytes for b in (*call.ins, *call.extras, *call.outs)) for call in calls]
+    for call, size_bytes in zip(calls, moved, strict=True):
+        share_s = time_s * size_bytes / sum(moved) if len(calls) > 1 else time_s
+        yield Took(call.name, call.title, at, share_s)
+        at += share_s

@@ -34,6 +34,7 @@ from .copies import sources
 from .devices import device_of
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
+from .grouped import kernels_of
 from .job import Job
 from .remembered import known
 from .segment import SegmentResult
@@ -306,9 +307,9 @@ class Cluster(Backend):
 
     def _warm(self) -> None:
         """Compile each kernel once a host, divided over its workers."""
-        job, workers = self.job, self.workers
+        job, workers, device = self.job, self.workers, self.job.tuning.device
         programs = [*job.programs, *self._scoring(job)]
-        requests = list(dict.fromkeys(pair for program in programs for pair in program.requests))
+        requests = list(dict.fromkeys(pair for program in programs for pair in kernels_of(program, device)))
         hosts: dict[str, list[str]] = {}
         for address in self.addresses:
             hosts.setdefault(workers[address]["host"], []).append(address)

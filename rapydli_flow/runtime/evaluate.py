@@ -16,6 +16,7 @@ from ..scheduler import Plan, Program, compile_program
 from ..spec import Array, Block, even_bounds
 from ..tuner import Tuning
 from .feeding import label_classes
+from .grouped import kernels_of
 from .participant import Participant
 from .stale import rank_on
 from .warm import warm
@@ -62,7 +63,7 @@ class Predictor:
     def _rank(self, size: int) -> Participant:
         if size not in self._ranks:
             program = self.program(size)
-            warm(program.requests, self.tuning.device)
+            warm(kernels_of(program, self.tuning.device), self.tuning.device)
             rank = rank_on(program, self.tuning.device, threads=self.threads)
             rank.load(self._state)
             self._ranks[size] = rank

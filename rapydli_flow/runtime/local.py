@@ -18,6 +18,7 @@ from .devices import free_bytes, needed_bytes
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
+from .grouped import kernels_of
 from .segment import SegmentResult, Trainer, average_of, finite
 from .stale import rank_of
 from .transport import TIMEOUT_S, Alone, Threads, Transport
@@ -52,7 +53,7 @@ class Local(Backend):
             free -= program.memory_bytes + more
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
-        warm([pair for program in programs for pair in program.requests], tuning.device)
+        warm([pair for program in programs for pair in kernels_of(program, tuning.device)], tuning.device)
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
             rank = rank_of(programs, number, tuning.device, threads=plan.threads, transport=transport)

@@ -199,7 +199,8 @@ class Stepper:
         ``state``: what the last call gave, which costs nothing; or an older one, or a dict of arrays (step 0),
         which is loaded. ``batch``: the whole batch, an array for each input. ``rate_factor`` multiplies the
         learning rate of this step, where the optimizer has one. Raises, with the state as it was: SettingError,
-        ShapeError, DTypeError and DatasetError for a batch that does not fit, NonFinite for a loss that is none.
+        ShapeError, DTypeError and DatasetError for a batch that does not fit, NonFinite for a loss that is none, unless
+        a loss scale that moves has skipped it: then the step gives the same parameters, and the loss as it is.
         """
         if not isinstance(state, Mapping):
             raise SettingError(

@@ -21,9 +21,11 @@ from ..graph import Graph, hoist, predicting
 from ..ops import Slice
 from ..scheduler import Call, Plan, Program, compile_program
 from ..spec import Spec
-from ..tuner import Request, Tuning
+from ..tuner import Choice, Request, Tuning
 from .attribution import PHASES, Place, copied, places
+from .building import MANY
 from .feeding import label_classes
+from .grouped import grouped_steps, kernels_of
 from .participant import Participant
 from .peak import Peak, peak_here
 from .predict import only_needed
@@ -132,7 +134,7 @@ def measure_step(
     graph = hoist(graph)
     (rank_graph,) = Plan(1, threads).rank_graphs(graph)
     program = compile_program(rank_graph, replace(tuning, strict=False))
-    warm(program.requests, tuning.device)
+    warm(kernels_of(program, tuning.device), tuning.device)
     peak_here(tuning.device, threads)
     rank = rank_on(program, tuning.device, threads=threads)
     rank.start(seed)
@@ -140,19 +142,24 @@ def measure_step(
     for i in range(WARM_UP):
         rank.step(seed, i)
     whole: list[float] = []
-    calls: list[list[float]] = []
+    calls: list[dict[str, float]] = []
     for i in range(WARM_UP, WARM_UP + 2 * iterations, 2):
         begin = time.perf_counter()
         rank.step(seed, i)
         whole.append(time.perf_counter() - begin)
-        calls.append([took.time_s for took in rank.step_timed(seed, i + 1)[1]])
+        calls.append({took.name: took.time_s for took in rank.step_timed(seed, i + 1)[1]})  # in any order
     rank.close()
     where = places(graph, rank_graph)
     kernels = []
-    for step, times in zip(program.steps, zip(*calls, strict=True), strict=True):
+    together = grouped_steps(program, tuning.device)
+    for i, step in enumerate(program.steps):
         assert isinstance(step, Call)  # one rank meets nobody
         place = where[step.name] if step.name in where else copied(step.name, graph)
-        kernels.append(_timed(step, place, tuning, median(times)))
+        kernels.append(
+            _timed(
+                step, MANY if i in together else step.choice, place, tuning, median(times[step.name] for times in calls)
+            )
+        )
     return Measured(
         network=name,
         batch=_records(graph),
@@ -186,20 +193,20 @@ def programs_of(graph: Graph, tuning: Tuning, threads: int) -> list[Program]:
     return [compile_program(Plan(1, threads).rank_graphs(each)[0], tuning) for each in graphs]
 
 
-def _timed(call: Call, place: Place, tuning: Tuning, time_s: float) -> Timed:
+def _timed(call: Call, choice: Choice, place: Place, tuning: Tuning, time_s: float) -> Timed:
     request, device = call.request, tuning.device
     key = request.key(device)
     state = "default"
-    if call.choice.reference:
+    if choice.reference:
         state = "reference"
-    elif tuning.choices.get(key) == call.choice:
+    elif tuning.choices.get(key) == choice:
         state = "pinned" if key in tuning.pinned else "tuned"
     ins, outs, whole = [*request.ins, *request.epilogue.extras], request.outs, request.whole or request.op
     return Timed(
         name=call.name,
         place=place,
         title=call.title,
-        choice=str(call.choice),
+        choice=str(choice),
         state=state,
         time_s=time_s,
         flops=whole.flops(*ins),

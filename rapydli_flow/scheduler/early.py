@@ -22,6 +22,38 @@ def update_early(graph: Graph) -> Graph:
     return rewrite(graph, order=_Order(graph).run())
 
 
+def movable(graph: Graph) -> dict[int, set[int]]:
+    """The nodes that take no memory wherever they run, each with those that must run before."""
+    home, readers = homes(graph), _readers(graph)
+    found: dict[int, set[int]] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.op.collective or isinstance(node.op, Leaf | Wait):
+            continue
+        old = [home[i, k] for k in range(len(node.specs)) if (i, k) in home]
+        at_home = len(old) == len(node.specs) and _in_place(graph, node, old)
+        if at_home or all(spec.shape == () for spec in (*node.specs, *map(graph.spec, node.inputs))):
+            others = (readers.get(leaf, set()) for leaf in old)
+            found[i] = {j for j, _ in node.inputs}.union(*others) - {i}
+    return found
+
+
+def _readers(graph: Graph) -> dict[Value, set[int]]:
+    """The nodes that read a value, or a view of it."""
+    owner = owners(graph, {})
+    readers: dict[Value, set[int]] = {}
+    for i, node in enumerate(graph.nodes):
+        for v in node.inputs:
+            readers.setdefault(owner.get(v, v), set()).add(i)
+    return readers
+
+
+def _in_place(graph: Graph, node: Node, old: list[Value]) -> bool:
+    """Can each output be written where that lies which it replaces?"""
+    index = node.op.indexing(*map(graph.spec, node.inputs))
+    places = ((j, k) for k, leaf in enumerate(old) for j, v in enumerate(node.inputs) if v == leaf)
+    return all(index.in_place(j, k) for j, k in places)
+
+
 class _Order:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -29,39 +61,10 @@ class _Order:
         self.done: set[int] = set()
         self.missing: dict[int, set[int]] = {}  # for each node that may run early, what has to come before it
         self.waiting: dict[int, list[int]] = {}  # for each node, those that it is missing for
-        for i, needs in self._movable().items():
+        for i, needs in movable(graph).items():
             self.missing[i] = needs
             for j in needs:
                 self.waiting.setdefault(j, []).append(i)
-
-    def _movable(self) -> dict[int, set[int]]:
-        """The nodes that take no memory wherever they run, each with those that must run before."""
-        home, readers = homes(self.graph), self._readers()
-        found: dict[int, set[int]] = {}
-        for i, node in enumerate(self.graph.nodes):
-            if node.op.collective or isinstance(node.op, Leaf | Wait):
-                continue
-            old = [home[i, k] for k in range(len(node.specs)) if (i, k) in home]
-            at_home = len(old) == len(node.specs) and self._in_place(node, old)
-            if at_home or all(spec.shape == () for spec in (*node.specs, *map(self.graph.spec, node.inputs))):
-                others = (readers.get(leaf, set()) for leaf in old)
-                found[i] = {j for j, _ in node.inputs}.union(*others) - {i}
-        return found
-
-    def _readers(self) -> dict[Value, set[int]]:
-        """The nodes that read a value, or a view of it."""
-        owner = owners(self.graph, {})
-        readers: dict[Value, set[int]] = {}
-        for i, node in enumerate(self.graph.nodes):
-            for v in node.inputs:
-                readers.setdefault(owner.get(v, v), set()).add(i)
-        return readers
-
-    def _in_place(self, node: Node, old: list[Value]) -> bool:
-        """Can each output be written where that lies which it replaces?"""
-        index = node.op.indexing(*map(self.graph.spec, node.inputs))
-        places = ((j, k) for k, leaf in enumerate(old) for j, v in enumerate(node.inputs) if v == leaf)
-        return all(index.in_place(j, k) for j, k in places)
 
     def run(self) -> list[int]:
         """Numbers of nodes: leaves, then the others as they come, each followed by those that need nothing more."""

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import TooLittleMemory
-from ..graph import Graph, Node, Value
+from ..graph import Graph, Node, Value, checked
 from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
+from .beside import side_by_side
 from .border import borders
 from .collective import Wait
 from .homes import homes, owners
@@ -146,6 +147,8 @@ def compile_program(graph: Graph, tuning: Tuning, *, lent: Sequence[str] = ()) -
 
     ``lent``: leaves that the program only reads, whose arrays the rank is lent instead of copying them.
     """
+    if tuning.device.kind != "cpu":
+        graph = checked(side_by_side)(graph)
     return _Planner(graph, tuning, tuple(lent)).run()
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..graph import Graph, Tensor, Value, rewrite
+from ..graph import Graph, Tensor, Value, finds_scale, rewrite
+from ..graph.scaling import OUTPUT
 from ..ops import Leaf, Scale
 from .independent import independent, shares
 from .layout import Layout, along_longest
@@ -45,8 +46,10 @@ def sends(handed: Sequence[int], owned: Sequence[int], rank: int) -> dict[int, i
 
 
 def _handed(step: Graph) -> dict[Value, str]:
-    """What the update takes from the rest, with names: gradients, and state that is updated without them."""
+    """What the update takes from the rest, with names: gradients, state that is updated without them, and the loss
+    where it says whether there is an update."""
     gradients = {value: name for name, value in step.gradients.items()}
+    gradients |= {step.outputs["loss"]: f"{OUTPUT}/loss"} if finds_scale(step) else {}
     of_batch: set[Value] = set()
     found: dict[Value, str] = {}
     for i, node in enumerate(step.nodes):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,3 +131,15 @@ def assert_clean(request: Request, folder: Any = None) -> tuple[Cubin, ...]:
         assert one.code[:4] == b"\x7fELF"
         assert one.registers * one.block <= 65536
     return made
+
+
+def instructions(code: bytes) -> Counter[int]:
+    """How often a cubin has each instruction, by its low 12 bits: those of its .text sections, 16 bytes each."""
+    (sections,), (count,) = struct.unpack_from("<Q", code, 0x28), struct.unpack_from("<H", code, 0x3C)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", code, sections + 64 * i) for i in range(count)]
+    strings, found = headers[struct.unpack_from("<H", code, 0x3E)[0]][4], Counter[int]()
+    for header in headers:
+        first, size = header[4], header[5]
+        if code[strings + header[0] :].startswith(b".text."):
+            found.update(struct.unpack_from("<Q", code, at)[0] & 0xFFF for at in range(first, first + size, 16))
+    return found

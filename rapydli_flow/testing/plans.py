@@ -100,7 +100,7 @@ def train(
     losses = [future.result() for future in futures]
     outputs = {name: ranks[0].output(name) for name in made[0].outputs}
     for rank, curve in zip(ranks, losses, strict=True):
-        assert curve == losses[0], "ranks do not agree on the loss"
+        assert np.array_equal(curve, losses[0], equal_nan=True), "ranks do not agree on the loss"
         for name, value in outputs.items():
             assert np.array_equal(rank.output(name), value), f"ranks do not agree on {name}"
     return Trained(np.array(losses[0]), outputs, _whole(made, [rank.state() for rank in ranks]))
@@ -109,15 +109,17 @@ def train(
 def _whole(made: Sequence[Program], states: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """Whole arrays; what is on several ranks has the same bits there, and everything is somewhere."""
     known: dict[str, Array] = {}
+    found: dict[str, Array] = {}
     for program, state in zip(made, states, strict=True):
         for name, value in state.items():
             at: Block = program.layout[name]
-            whole = known.setdefault(name, np.full(at.whole, np.nan, value.dtype))
-            here = whole[at.slices]
-            assert (np.isnan(here) | (here == value)).all(), f"copies of {name} differ"
-            whole[at.slices] = value
+            whole = known.setdefault(name, np.zeros(at.whole, value.dtype))
+            there = found.setdefault(name, np.zeros(at.whole, bool))
+            assert (~there[at.slices] | (whole[at.slices] == value)).all(), f"copies of {name} differ"
+            whole[at.slices], there[at.slices] = value, True
     for name, whole in known.items():
-        assert not np.isnan(whole).any(), f"a part of {name} is nowhere, or NaN"
+        assert found[name].all(), f"a part of {name} is nowhere"
+        assert not np.isnan(whole).any(), f"a part of {name} is NaN"
     return known
 
 

@@ -106,6 +106,18 @@ def test_cache_answers_without_compiling(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.cubin"))) == 1
 
 
+@quiet
+@needs_compiler
+def test_a_kernel_whose_report_is_empty_is_found_by_its_section(tmp_path):
+    for made in cubins(request(*CASES["matmul small"]), tmp_path):
+        assert compiling.entry_of(made.code, "") == made.entry
+
+
+def test_code_without_a_kernel():
+    with pytest.raises(TemplateError, match="the assembler names no kernel"):
+        compiling.entry_of(b"\x7fELF", "")
+
+
 def test_key_tells_op_epilogue_config_and_target_apart():
     base = request(*CASES["matmul small"])
     others = [

@@ -6,11 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gpu_kernels import compile as compiling
 from gpu_kernels import launch
 from gpu_kernels.compile import Cubin
 from gpu_kernels.grid import TensorMap
 from gpu_kernels.launch import Card, DeviceFault, Driver
+from gpu_kernels.many import Many, alike
+from rapydli_flow import ops
 from rapydli_flow.errors import MissingDependency
+from rapydli_flow.spec import Spec
 
 CODE = Cubin(b"\x7fELF", "sm_90a", "kernel", 7, 128, 0, 3)
 
@@ -95,6 +99,20 @@ def test_kernels_of_one_call_run_in_their_order():
     gpu, library = card()
     gpu.load((CODE, replace(CODE, grid=3, block=32))).bind([0x100, 0x200])()
     assert [(args[1].value, args[4].value) for args in library.named("cuLaunchKernel")] == [(7, 128), (3, 32)]
+
+
+def test_one_kernel_for_many_takes_the_address_of_their_table(monkeypatch):
+    gpu, library = card()
+    key = alike(ops.Relu(), (Spec((4,)),), (Spec((4,)),))
+    few, more = Many(key, (5000,)), Many(key, (4, 5000, 100_000))
+    monkeypatch.setattr(compiling, "cubins", lambda request, folder=None: (replace(CODE, pointers=2),))
+    launches = [gpu.prepare_many(many, "sm_90a").bind([0x400]) for many in (few, more)]
+    for launch_it in launches:
+        launch_it()
+    launched = library.named("cuLaunchKernel")
+    assert [args[1].value for args in launched] == [few.blocks, more.blocks] == [3, 1 + 3 + 49]
+    for args in launched:
+        assert [ctypes.c_uint64.from_address(place).value for place in args[9]] == [0x400, 0]
 
 
 def test_launch_on_another_stream():

@@ -1,6 +1,5 @@
 """Many pointwise ops as one kernel, on the emulator and as machine code."""
 
-import random
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +8,13 @@ import pytest
 from gpu_kernels import compile as compiling
 from gpu_kernels import emulate
 from gpu_kernels.emulate import Buffer, KernelFault
-from gpu_kernels.many import Many, Step, alike, together
+from gpu_kernels.many import Many, alike
 from rapydli_flow import ops
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.ops import Sample
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Epilogue, Scalar
-from rapydli_flow.testing.gpu import assert_close, tolerance, wanted
+from rapydli_flow.template import Epilogue, Scalar, templates
+from rapydli_flow.testing.gpu import assert_close, instructions, request_of, tolerance, wanted
 
 SHAPES = ((64, 3, 3, 5), (10,), (1,), (1031,), (4096,), (3, 700))
 RATES = {ops.Momentum: 1, ops.Adam: 3, ops.Descent: 1, ops.RmspropMomentum: 1, ops.MovingAverage: 0, ops.Cast: 0}
@@ -120,59 +119,6 @@ def test_an_address_of_nothing_is_a_fault():
         many.grid().kernel((Buffer("table", many.table([[16, 32]]).ravel()),), (), (), (), None)
 
 
-MOMENTUM = alike(ops.Momentum(), (*[Spec((3,))] * 3, Spec(())), (Spec((3,)),) * 2)
-RELU = alike(ops.Relu(), (Spec((3,)),), (Spec((3,)),))
-
-
-def step(key, reads, writes, size=1):
-    return Step(key, frozenset(reads.split()), frozenset(writes.split()), size)
-
-
-def test_updates_wait_for_each_other_but_not_for_what_needs_them():
-    program = [
-        step(None, "x w1", "y"),
-        step(None, "y w2", "dy"),
-        step(MOMENTUM, "w2 m2 g2", "w2 m2"),
-        step(None, "dy", "g1"),
-        step(MOMENTUM, "w1 m1 g1", "w1 m1"),
-        step(None, "w2", "average"),
-        step(MOMENTUM, "w3 m3 g3", "w3 m3"),
-    ]
-    assert together(program, most=100) == [(0,), (1,), (3,), (2, 4), (5,), (6,)]
-    assert together(program, most=1) == [(i,) for i in range(7)]
-
-
-def test_memory_that_is_used_again_is_not_waited_for():
-    program = [step(MOMENTUM, "w1 m1 a", "w1 m1"), step(None, "x", "a"), step(MOMENTUM, "w2 m2 a", "w2 m2")]
-    assert together(program, most=100) == [(0,), (1,), (2,)]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_any_program_computes_the_same_together(seed):
-    draw = random.Random(seed)
-    names = [f"b{i}" for i in range(9)]
-    program = [
-        Step(draw.choice([None, MOMENTUM, RELU]), frozenset(draw.sample(names, 2)), frozenset(draw.sample(names, 1)), 1)
-        for _ in range(40)
-    ]
-
-    def outcome(order):
-        memory = {name: name for name in names}
-        for group in order:
-            found = [(s.writes, hash((i, *sorted(str(memory[b]) for b in s.reads)))) for i, s in group]
-            written = [b for writes, _ in found for b in writes]
-            assert len(set(written)) == len(written)
-            for writes, value in found:
-                memory.update(dict.fromkeys(writes, value))
-        return memory
-
-    order = together(program, most=5)
-    assert sorted(i for group in order for i in group) == list(range(40))
-    assert any(len(group) > 1 for group in order)
-    groups = [[(i, program[i]) for i in group] for group in order]
-    assert outcome(groups) == outcome([[(i, s)] for i, s in enumerate(program)])
-
-
 def test_addresses_are_aligned():
     key = alike(ops.Relu(), (Spec((4,)),), (Spec((4,)),))
     with pytest.raises(TemplateError, match=r"many: addresses \['0x18'\] are not multiples of 16"):
@@ -192,3 +138,33 @@ def test_one_kernel_serves_all_sizes(op, tmp_path):
     assert (one.grid, other.grid) == (few.blocks, more.blocks) == (2, 5)
     assert other == replace(one, grid=5)
     assert len(list(tmp_path.glob("*.cubin"))) == 1
+
+
+FLOATS = {0x23: "FFMA", 0x20: "FMUL", 0x21: "FADD", 0x108: "MUFU"}  # the low 9 bits: above are kinds of operands
+
+
+def arithmetic(request):
+    found = dict.fromkeys(FLOATS.values(), 0)
+    for word, count in instructions(compiling.cubins(request)[0].code).items():
+        if word & 0x1FF in FLOATS:
+            found[FLOATS[word & 0x1FF]] += count
+    return found
+
+
+@pytest.mark.skipif(compiling.missing() is not None, reason=str(compiling.missing()))
+@pytest.mark.filterwarnings("default")  # of numba-cuda's own imports
+@pytest.mark.parametrize("op", [ops.Momentum(decay=0.01, nesterov=True), ops.Descent(decay=0.1), ops.MovingAverage()])
+def test_machine_code_multiplies_and_adds_as_that_for_one_array(op):
+    """An element's instructions are those of `elements`, products joined with sums alike: so the bits are the same."""
+    count = len(type(op).samples()[0].ins) - RATES[type(op)]
+    ins = (*[Spec((4096,))] * count, *[Spec(())] * RATES[type(op)])
+    (template,) = templates("pointwise", "cuda")
+    alone = request_of(template, op, ins, vector=4, items=1)
+    many = Many(alike(op, ins, op.out_specs(*ins)), (4096,))
+    one, other = arithmetic(alone), arithmetic(many.request(alone.target))
+    assert one["FFMA"] > 0
+    assert {name: number // 4 for name, number in one.items()} == {
+        name: number // (many.key.vector * many.items + 1) for name, number in other.items()
+    }
+    assert not any(number % 4 for number in one.values())
+    assert not any(number % (many.key.vector * many.items + 1) for number in other.values())

@@ -1,6 +1,5 @@
 """Machine code of tensor-core templates: nothing spilled, and the instructions that they are about."""
 
-import struct
 from collections import Counter
 
 import pytest
@@ -9,7 +8,7 @@ from gpu_kernels import compile as compiling
 from rapydli_flow import ops
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import templates
-from rapydli_flow.testing.gpu import CARD, OLDER, assert_clean, request_of
+from rapydli_flow.testing.gpu import CARD, OLDER, assert_clean, instructions, request_of
 
 pytestmark = [
     pytest.mark.skipif(compiling.missing() is not None, reason=str(compiling.missing())),
@@ -19,16 +18,8 @@ OPCODES = {0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x984: "LDS"}  # the l
 
 
 def opcodes(code):
-    """How often a cubin has these instructions: those of its .text sections, 16 bytes each."""
-    (sections,), (count,) = struct.unpack_from("<Q", code, 0x28), struct.unpack_from("<H", code, 0x3C)
-    headers = [struct.unpack_from("<IIQQQQIIQQ", code, sections + 64 * i) for i in range(count)]
-    strings, found = headers[struct.unpack_from("<H", code, 0x3E)[0]][4], Counter()
-    for header in headers:
-        first, size = header[4], header[5]
-        if code[strings + header[0] :].startswith(b".text."):
-            words = (struct.unpack_from("<Q", code, at)[0] & 0xFFF for at in range(first, first + size, 16))
-            found.update(OPCODES.get(word, "other") for word in words)
-    return found
+    """How often a cubin has these instructions."""
+    return Counter({name: instructions(code)[word] for word, name in OPCODES.items()})
 
 
 def matmul(dtype="float32", **how):

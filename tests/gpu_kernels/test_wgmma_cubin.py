@@ -45,8 +45,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_code_is_clean(name, folder, monkeypatch):
-    monkeypatch.setattr(wgmma, "TRIED", True)
+def test_code_is_clean(name, folder):
     op, ins, changes = CASES[name]
     template = next(t for t in templates(op.family, "cuda") if t.name.startswith("wgmma"))
     made = gpu.assert_clean(gpu.request_of(template, op, ins, fused=True, **changes), folder)
@@ -56,9 +55,8 @@ def test_code_is_clean(name, folder, monkeypatch):
     assert made == gpu.assert_clean(gpu.request_of(template, op, ins, fused=True, **changes), folder)  # from the disk
 
 
-def test_registers_are_traded(folder, monkeypatch):
+def test_registers_are_traded(folder):
     """Without setmaxnreg the 168 registers of 384 threads would not hold 128 sums and the rest."""
-    monkeypatch.setattr(wgmma, "TRIED", True)
     op, ins, _ = CASES["matmul bf16"]
     template = next(t for t in templates("matmul", "cuda") if t.name == "wgmma")
     (made,) = gpu.assert_clean(gpu.request_of(template, op, ins), folder)
@@ -76,8 +74,7 @@ def test_registers_are_traded(folder, monkeypatch):
         ("conv bf16", "HGMMA.64x128x16.F32.BF16", {"UTMALDG.4D.IM2COL", "UTMALDG.3D"}),
     ],
 )
-def test_instructions(name, product, copies, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(wgmma, "TRIED", True)
+def test_instructions(name, product, copies, folder, tmp_path):
     op, ins, changes = CASES[name]
     template = next(t for t in templates(op.family, "cuda") if t.name.startswith("wgmma"))
     made = gpu.assert_clean(gpu.request_of(template, op, ins, fused=True, **changes), folder)

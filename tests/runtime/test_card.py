@@ -64,7 +64,8 @@ def test_losses_metrics_and_state_are_those_of_the_processor(runs):
 
 def test_most_kernels_ran_on_the_card(step):
     rank = bound(step)
-    on_card = [call for part in rank._parts if isinstance(part, card_rank._Run) for call in part.calls]
+    runs = [part for part in rank._parts if isinstance(part, card_rank._Run)]
+    on_card = [call for run in runs for calls in run.calls for call in calls]
     assert len(on_card) > len(rank.program.steps) / 2
     rank.close()
 
@@ -168,7 +169,7 @@ def test_steps_with_a_clock_after_each_kernel(step):
     rank.start(0)
     rank.feed(batch_of(step))
     _, times = rank.step_timed(0, 0)
-    assert [took.name for took in times] == [part.name for part in rank.program.steps]
+    assert sorted(took.name for took in times) == sorted(part.name for part in rank.program.steps)
     assert all(took.time_s >= 0 for took in times)
     begins = [took.begin_s for took in times]
     assert begins == sorted(begins)

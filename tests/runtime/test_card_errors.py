@@ -168,8 +168,12 @@ class Failing(Emulated):
         self.left, self.dead = number, False
 
     def prepare(self, request):
-        kernel = super().prepare(request)
+        return self.failing(super().prepare(request))
 
+    def prepare_many(self, many, target):
+        return self.failing(super().prepare_many(many, target))
+
+    def failing(self, kernel):
         def bind(addresses, *, at=0):
             def launch():
                 self.left -= 1
@@ -177,37 +181,63 @@ class Failing(Emulated):
 
             return launch
 
-        return SimpleNamespace(bind=bind, grids=kernel.grids)
+        return SimpleNamespace(bind=bind, kernel=kernel)
 
     def wait(self):
         if self.dead:
             raise DeviceFault("cuStreamSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS (700).", sticky=True)
 
 
-def test_a_kernel_that_fails_in_the_first_step_is_named(step):
-    device = device_of("emulated")
-    (program,) = programs(step, device)
-    rank = bound(program, Failing(3))
-    names = [call for part in rank._parts if isinstance(part, card_rank._Run) for call in part.calls]
+def on_card(program):
+    """The kernels of a rank, each with the calls that it is for."""
+    rank = CardRank(program, device_of("emulated"))
+    found = [calls for part in rank._parts if isinstance(part, card_rank._Run) for calls in part.calls]
+    rank.close()
+    return found
+
+
+def failure(program, number):
+    """What is said of a kernel that fails in the first step."""
+    rank = bound(program, Failing(number))
     with pytest.raises(DeviceFault) as raised:
         rank.step(0, 0)
-    assert str(raised.value).startswith(f"{names[2].name} ({names[2].title}")
-    assert f"with {names[2].choice} on emulated: cuStreamSynchronize: CUDA_ERROR_ILLEGAL" in str(raised.value)
     assert raised.value.sticky
     rank.close()  # says nothing more
+    return str(raised.value)
+
+
+def test_a_kernel_that_fails_in_the_first_step_is_named(step):
+    (program,) = programs(step, device_of("emulated"))
+    kernels = on_card(program)
+    number = next(i for i, calls in enumerate(kernels) if i > 1 and len(calls) == 1)
+    (call,) = kernels[number]
+    said = failure(program, number + 1)
+    assert said.startswith(f"{call.name} ({call.title}")
+    assert f"with {call.choice} on emulated: cuStreamSynchronize: CUDA_ERROR_ILLEGAL" in said
+
+
+def test_of_a_kernel_for_many_calls_all_are_named(step):
+    (program,) = programs(step, device_of("emulated"))
+    kernels = on_card(program)
+    number = next(i for i, calls in enumerate(kernels) if len(calls) > 1)
+    said = failure(program, number + 1)
+    assert said.startswith(f"one kernel for {len(kernels[number])} calls: {kernels[number][0].name} (")
+    assert all(f"{call.name} ({call.title}, f32[" in said for call in kernels[number])
+    assert "on emulated: cuStreamSynchronize: CUDA_ERROR_ILLEGAL" in said
 
 
 def test_a_kernel_that_fails_later_is_named_where_each_is_waited_for(step, monkeypatch):
     device = device_of("emulated")
     (program,) = programs(step, device)
-    kernels = sum(not call.choice.reference for call in program.steps)
+    kernels = len(on_card(program))
+    second = on_card(program)[1][0]
     for wait in (False, True):
         monkeypatch.setattr(card_rank, "settings", lambda wait=wait: SimpleNamespace(cuda_wait=wait))
         rank = bound(program, Failing(kernels + 2))
         rank.step(0, 0)
         with pytest.raises(DeviceFault) as raised:
             rank.step(0, 1)
-        assert bool(raised.value.kernel) == wait
+        assert (f"{second.name} ({second.title}" in str(raised.value)) == wait
         assert ("RAPYDLI_CUDA_WAIT=1" in str(raised.value)) != wait
         rank.close()
 
@@ -219,7 +249,7 @@ def test_a_snapshot_outlives_a_kernel_that_fails(step, monkeypatch, tmp_path):
         made.append(Failing(kernels * 6 + 1) if not made else Emulated())
         return made[-1]
 
-    kernels = sum(not call.choice.reference for call in programs(step, device_of("emulated"))[0].steps)
+    kernels = len(on_card(programs(step, device_of("emulated"))[0]))
     monkeypatch.setattr(card_rank, "card_of", card)
     with pytest.raises(DeviceFault, match="ILLEGAL_ADDRESS"):
         rf.fit(step, data, steps=9, run_dir=tmp_path, snapshot_every=2, device="emulated")
