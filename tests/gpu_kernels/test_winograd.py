@@ -14,7 +14,7 @@ from rapydli_flow.ops import Sample
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, templates
 from rapydli_flow.testing import gpu
-from rapydli_flow.testing.gpu import CARD, bias_residual_relu, chosen, emulated
+from rapydli_flow.testing.gpu import CARD, OLDER, bias_residual_relu, chosen, emulated
 from rapydli_flow.tuner import Request
 from rapydli_flow.winograd import evaluate
 
@@ -225,18 +225,20 @@ def test_what_does_not_fit_is_left_out(family):
         assert default_of(gpu.as_dtype(plain, dtype)) is None
 
 
-def served(s):
-    return Request(s.op, s.ins, Epilogue.none(s.op.out_specs(*s.ins)[0])).default(CARD).template
+def served(s, card):
+    return Request(s.op, s.ins, Epilogue.none(s.op.out_specs(*s.ins)[0])).default(card).template
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_serves_many_channels_of_large_batches(family):
     name = of(family).name
     for size, channels in ((28, 128), (14, 256), (7, 512), (56, 256)):
-        assert served(sample(family, (64, size, size, channels), (3, 3, channels, channels))) == name
-    assert served(sample("conv", (128, 224, 224, 3), (3, 3, 3, 64))) != "winograd"
-    assert served(sample(family, (1, 14, 14, 256), (3, 3, 256, 256))) != name
-    assert served(sample(family, (4, 28, 28, 16), (3, 3, 16, 16))) != name
+        assert served(sample(family, (64, size, size, channels), (3, 3, channels, channels)), OLDER) == name
+    assert served(sample(family, (64, 56, 56, 256), (3, 3, 256, 256)), CARD) == name
+    for card in (CARD, OLDER):
+        assert served(sample("conv", (128, 224, 224, 3), (3, 3, 3, 64)), card) != "winograd"
+        assert served(sample(family, (1, 14, 14, 256), (3, 3, 256, 256)), card) != name
+        assert served(sample(family, (4, 28, 28, 16), (3, 3, 16, 16)), card) != name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
