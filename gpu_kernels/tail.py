@@ -21,11 +21,16 @@ class Tail:
     """``finish(active, y, values, element, channel, extras, at)`` stores ``lanes`` neighbours of one row.
 
     ``finish_part`` is for ops that take a part of an operand: after the element it takes where that was read.
+    ``finish_given(active, y, operands, element, at)`` is for kernels that have read the epilogue's operands before, by
+    ``loads``, as ``reach`` says; the first of ``operands`` are the values.
     """
 
     finish: Callable[..., None]
     finish_part: Callable[..., None]
+    finish_given: Callable[..., None]
     lanes: int
+    reach: tuple[str, ...] = ()
+    loads: tuple[Any, ...] = ()
 
 
 def tail(epilogue: Epilogue, lanes: int) -> Tail:
@@ -50,6 +55,9 @@ def tail(epilogue: Epilogue, lanes: int) -> Tail:
     ) -> None:
         write(active, y, element, values)
 
+    def plain_given(active: Any, y: Any, operands: Any, element: Any, at: Any) -> None:
+        write(active, y, element, operands[0])
+
     def finish(active: Any, y: Any, values: Any, element: Any, channel: Any, extras: Any, at: Any) -> None:
         finish_part(active, y, values, element, element, channel, extras, at)
 
@@ -66,7 +74,12 @@ def tail(epilogue: Epilogue, lanes: int) -> Tail:
                 operands = append(operands, loads[k](active, extras[k], channel))
             else:
                 operands = append(operands, loads[k](active, extras[k], 0))
+        finish_given(active, y, operands, element, at)
+
+    def finish_given(active: Any, y: Any, operands: Any, element: Any, at: Any) -> None:
         results = apply(operands, where(element, at))
         write(active, y, element, results[0])
 
-    return Tail(plain, plain_part, lanes) if identity else Tail(finish, finish_part, lanes)
+    if identity:
+        return Tail(plain, plain_part, plain_given, lanes)
+    return Tail(finish, finish_part, finish_given, lanes, reach, loads)

@@ -22,7 +22,7 @@ from .grid import Grid, widest
 from .mma import Part, Problem, loader, multiply
 from .mma_rules import estimate
 from .tensor_core import SPLIT
-from .winograd_rules import SPACE, in_slabs, moved, prefer, rules, tile_of
+from .winograd_rules import MARGIN, SPACE, in_slabs, moved, prefer, rules, tile_of
 from .winograd_transform import Tiles, filters, lanes_of, patches, results, routed, start
 
 U, V, SUMS, COUNTER = 0, 1, 2, 3  # arrays of the workspace; the last where there are several slabs
@@ -67,7 +67,7 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     slab = moved(device, source.size_bytes * part + v, t.rows * inner, t.n, lanes[0])
     slab += estimate(tile_of(p, config), device, v + u + sums)
     slab += moved(device, result.size_bytes * part + sums, t.rows * outer, t.n, lanes[2])
-    return moved(device, w.size_bytes + u, inner * outer, t.n, lanes[1]) + t.slabs * slab
+    return MARGIN * (moved(device, w.size_bytes + u, inner * outer, t.n, lanes[1]) + t.slabs * slab)
 
 
 def grids(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, config: Config) -> tuple[Grid, ...]:

@@ -22,7 +22,7 @@ from .grid import Grid, widest
 from .mma import Part, Problem, loader, multiply
 from .mma_rules import estimate
 from .tensor_core import SPLIT
-from .winograd_rules import SPACE, in_slabs, moved, prefer, rules, tile_of
+from .winograd_rules import MARGIN, SPACE, in_slabs, moved, prefer, rules, tile_of
 from .winograd_transform import Tiles, add_slab, gradients, lanes_of, patches, routed, start
 
 V, D, PARTS, TOTAL, COUNTER = range(5)  # arrays of the workspace; the last two where there are several slabs
@@ -66,7 +66,8 @@ def cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, con
     slab = moved(device, x.size_bytes * part + v, t.rows * c, t.n, lanes_of(vector, c))
     slab += moved(device, dy.size_bytes * part + d, t.rows * k, t.n, lanes_of(vector, k))
     slab += estimate(tile_of(problem(op, ins, outs, t), config), device, v + d)  # adding up parts, too
-    return t.slabs * slab + moved(device, outs[0].size_bytes + sums, c * k, t.n, sum_lanes(vector, c, k))
+    last = moved(device, outs[0].size_bytes + sums, c * k, t.n, sum_lanes(vector, c, k))
+    return MARGIN * (t.slabs * slab + last)
 
 
 RULES = rules(tiles_of, problem, launches=4)

@@ -28,6 +28,7 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "splits": (1,),  # of the inner sum of products
 }
 MOST_LAUNCHES = 64  # of a call
+MARGIN = 1.15  # of foretold times: templates whose rates were measured serve unless Winograd should clearly win
 _WARPS = "whole warps, few enough threads"
 
 Rules = Mapping[str, str | Callable[..., bool]]

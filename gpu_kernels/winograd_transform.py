@@ -27,12 +27,12 @@ from rapydli_flow.template import Epilogue
 from rapydli_flow.winograd import filter_lines, input_lines, output_lines
 
 from .access import plus
-from .grid import Grid, blocks_of, widest
+from .grid import REGISTERS, Grid, blocks_of, widest
 from .pair import Pair
-from .ptx import _array, _at, clear, cuda, float32, hold, inside, int32, load, store, take, unroll
+from .ptx import _array, _at, append, clear, cuda, float32, hold, inside, int32, load, store, take, unroll
 from .tail import tail
 
-THREADS = 128  # of a block
+THREADS = 128  # of a block: a warp for each of a multiprocessor's four parts, which have a quarter of the registers
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,9 @@ def results(t: Tiles, channels: int, vector: int, epilogue: Epilogue, *, source:
     read, end = load("float32", lanes, constant=True), tail(epilogue, lanes)
     keep, gather, change = hold(lanes), take(lanes), square("result", n, n, m, lanes)
     begin = turn(t, counter, results=True)
+    count, of_pixel = len(end.reach), end.reach.count("element")
+    own = [how == "element" for how in end.reach]
+    slots = tuple(own[:k].count(own[k]) for k in range(count))  # among those that are read like it
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         d = cuda.local.array(area * lanes, float32)
@@ -293,14 +296,31 @@ def results(t: Tiles, channels: int, vector: int, epilogue: Epilogue, *, source:
         for p in unroll(area):
             keep(d, p * lanes, read(there, work[source], item * lanes + p * size))
         change(d)
+        steady = ()  # operands of the epilogue that are the same for all pixels of a thread
+        for k in unroll(count):
+            if end.reach[k] == "channel":
+                steady = append(steady, end.loads[k](there, extras[k], channel))
+            elif end.reach[k] == "scalar":
+                steady = append(steady, end.loads[k](there, extras[k], 0))
         for i in unroll(m):
-            line = there & inside(top + i, out_h)
+            ahead = ()  # those of each pixel; a row's are under way at once, for more there are no registers
             for j in unroll(m):
-                active = line & inside(left + j, out_w)
-                element = first + (i * out_w + j) * channels
-                end.finish(active, outs[0], gather(d, (i * n + j) * lanes), element, channel, extras, at)
+                active = there & inside(top + i, out_h) & inside(left + j, out_w)
+                for k in unroll(count):
+                    if end.reach[k] == "element":
+                        ahead = append(ahead, end.loads[k](active, extras[k], first + (i * out_w + j) * channels))
+            for j in unroll(m):
+                active = there & inside(top + i, out_h) & inside(left + j, out_w)
+                operands = (gather(d, (i * n + j) * lanes),)
+                for k in unroll(count):
+                    if end.reach[k] == "element":
+                        operands = append(operands, ahead[j * of_pixel + slots[k]])
+                    else:
+                        operands = append(operands, steady[slots[k]])
+                end.finish_given(active, outs[0], operands, first + (i * out_w + j) * channels, at)
 
-    return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident_of(n, lanes))
+    resident = resident_of(n, lanes, m * lanes * of_pixel)
+    return Grid(kernel, blocks_of(rows * across, THREADS), THREADS, resident=resident)
 
 
 def add_slab(size: int, parts: int, *, source: int, total: int) -> Grid:
@@ -351,9 +371,9 @@ def tail_lanes(vector: int, channels: int, epilogue: Epilogue) -> int:
     return min(vector, widest(channels, itemsize=int(itemsize)))
 
 
-def resident_of(n: int, lanes: int) -> int:
-    """Blocks of a multiprocessor: a thread holds a square, and finds room for it."""
-    return max(1, min(12, 65536 // THREADS // (n * n * lanes + 24)))
+def resident_of(n: int, lanes: int, more: int = 0) -> int:
+    """Blocks of a multiprocessor: a thread holds a square, and finds room for it, and for ``more`` registers."""
+    return max(1, min(12, REGISTERS // THREADS // (n * n * lanes + more + 24)))
 
 
 def routed(grid: Grid, a: int, b: int, out: int) -> Grid:

@@ -14,7 +14,7 @@ from rapydli_flow.ops import Sample
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, templates
 from rapydli_flow.testing import gpu
-from rapydli_flow.testing.gpu import CARD, bias_residual_relu, chosen, emulated
+from rapydli_flow.testing.gpu import CARD, OLDER, bias_residual_relu, chosen, emulated
 from rapydli_flow.tuner import Request
 from rapydli_flow.winograd import evaluate
 
@@ -225,18 +225,20 @@ def test_what_does_not_fit_is_left_out(family):
         assert default_of(gpu.as_dtype(plain, dtype)) is None
 
 
-def served(s):
-    return Request(s.op, s.ins, Epilogue.none(s.op.out_specs(*s.ins)[0])).default(CARD).template
+def served(s, card):
+    return Request(s.op, s.ins, Epilogue.none(s.op.out_specs(*s.ins)[0])).default(card).template
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_serves_many_channels_of_large_batches(family):
     name = of(family).name
     for size, channels in ((28, 128), (14, 256), (7, 512), (56, 256)):
-        assert served(sample(family, (64, size, size, channels), (3, 3, channels, channels))) == name
-    assert served(sample("conv", (128, 224, 224, 3), (3, 3, 3, 64))) != "winograd"
-    assert served(sample(family, (1, 14, 14, 256), (3, 3, 256, 256))) != name
-    assert served(sample(family, (4, 28, 28, 16), (3, 3, 16, 16))) != name
+        assert served(sample(family, (64, size, size, channels), (3, 3, channels, channels)), OLDER) == name
+    assert served(sample(family, (64, 56, 56, 256), (3, 3, 256, 256)), CARD) == name
+    for card in (CARD, OLDER):
+        assert served(sample("conv", (128, 224, 224, 3), (3, 3, 3, 64)), card) != "winograd"
+        assert served(sample(family, (1, 14, 14, 256), (3, 3, 256, 256)), card) != name
+        assert served(sample(family, (4, 28, 28, 16), (3, 3, 16, 16)), card) != name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -258,6 +260,8 @@ def test_tiles_cover_all_results():
 
 
 def test_blocks_hold_a_square_for_each_thread():
-    for n, lanes in ((6, 4), (6, 1), (4, 4), (4, 1)):
-        resident = winograd_transform.resident_of(n, lanes)
-        assert resident * winograd_transform.THREADS * (n * n * lanes + 24) <= 65536
+    for n, lanes, more in ((6, 4, 0), (6, 1, 0), (4, 4, 0), (4, 1, 0), (6, 4, 16), (6, 4, 64)):
+        resident = winograd_transform.resident_of(n, lanes, more)
+        registers = winograd_transform.THREADS * (n * n * lanes + more + 24)
+        assert resident * registers <= 65536
+        assert resident == 12 or (resident + 1) * registers > 65536
