@@ -84,12 +84,14 @@ def rules(product: Make) -> dict[str, str | Callable[..., bool]]:
         tn: int,
         vector_a: int,
         vector_b: int,
+        splits: int,
         resident: int,
     ) -> bool:
         p = product(op, ins, outs)
         staged = _staged(p, bm, bn, bk, tm, tn, vector_a, vector_b) or 0
         threads = bm // tm * (bn // tn)
-        used = (tm * tn + tm + tn) * (p.held_bytes // 4) + 24 + staged
+        own = 24 if splits == 1 else 42  # where things are; a part of a sum begins and ends somewhere
+        used = (tm * tn + tm + tn) * (p.held_bytes // 4) + own + staged
         return used <= min(255, (device.registers or REGISTERS) // (threads * resident))
 
     def shared(
