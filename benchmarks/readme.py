@@ -58,6 +58,28 @@ def beside_torch(name: str) -> str:
     return "\n".join(lines)
 
 
+def on_a_gpu() -> str:
+    """Training steps, and convolutions in float32, on a GPU beside PyTorch's."""
+    found, convolutions = result("train_cuda"), result("conv_cuda")
+    words = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
+    head = ["network, batch", "arithmetic", *(SIDES[s] for s in list(SIDES)[:3]), "PyTorch's best / ours"]
+    lines = [_line(head), "|---" * len(head) + "|"]
+    for r in found["rows"]:
+        times = [f"{r[f'{side}_ms']:.2f} ms" for side in ("ours", "nchw", "channels_last")]
+        name = f"{r['network']}, {r['batch']}"
+        lines.append(_line([name, words[r["arithmetic"]], *times, f"{r['ratio']:.2f}"]))
+    means = convolutions["summary"]
+    rows = sum(r["direction"] != "fused" for r in convolutions["rows"])
+    lines += [
+        "",
+        f"Convolutions in float32 beside cuDNN's: {means['fp32 all']:.2f} (geometric mean of {rows}; forward "
+        f"{means['fp32 forward']:.2f}, gradients {means['fp32 input']:.2f} and {means['fp32 filter']:.2f}), with bias, "
+        f"residual and ReLU in the same kernel {means['fp32 fused']:.2f}. {found['gpu']['device']}, "
+        f"PyTorch {found['gpu']['torch']}, untuned, {found['hardware']['time'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
 def _line(cells: list[str]) -> str:
     return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
@@ -242,6 +264,7 @@ def main() -> None:
         "scaling": (scaling, "conv_scaling", "docs/speed.md"),
         "dense": (products, "dense", "docs/speed.md"),
         "train_step": (partial(beside_torch, "train_step"), "train_step", "README.md"),
+        "gpu": (on_a_gpu, "train_cuda", "README.md"),
         "inference": (partial(beside_torch, "inference"), "inference", "README.md"),
         "overhead": (overheads, "overhead", "README.md"),
         "runtime": (together, "runtime", "README.md"),
