@@ -5,6 +5,7 @@
 # make papers     train the networks of three papers, examples/papers, on small data
 # make peers      compare operators, losses and optimizers with PyTorch, in an environment with it
 # make bench      measure training steps and predictions beside PyTorch, alone and in parallel, and the cost of Dask
+# make gpu-check  on a machine with a GPU, in its own Python: check, time and tune kernels; WHEELS=folder of what is missing
 # make cubins     compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
 PYTHON ?= python3
 VENV := .venv
@@ -90,7 +91,7 @@ peers: .peers/.installed
 	.peers/bin/python -m pytest -q tests/peers
 
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict --site-dir site

@@ -4,8 +4,11 @@
     there: python benchmarks/gpu_check.py                 check, sanitise, time; into $OUT or --out
 
 Parts, in this order (``--parts`` picks): ``checks``: each template's default and other configs against float64
-references; ``launch``: what launches cost; ``sanitizer``: compute-sanitizer's memcheck and racecheck on every family.
-Needs the driver; numba-cuda, or carried cubins (``--cubins``).
+references; ``launch``: what launches cost; ``train``, ``conv``, ``memory``, ``dense``: the benchmarks of those names
+beside PyTorch and a copy; ``tune``: the kernels of a small network, for which what was found is exported; ``sanitizer``:
+compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda, or
+kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a folder of wheels
+(``--wheels``), without network.
 Exit code 0: all right; 1: wrong numbers; 2: no GPU.
 """
 
@@ -20,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,8 +34,23 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def take_wheels() -> None:
+    """Install the wheels of a folder for this process and those that it starts."""
+    folder, target = Path(sys.argv[sys.argv.index("--wheels") + 1]), tempfile.mkdtemp()
+    wheels = [str(path) for path in sorted(folder.glob("*.whl"))]
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", target]
+    subprocess.run([*command, *wheels], check=True)
+    sys.path.insert(0, target)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (target, str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+if "--wheels" in sys.argv:
+    take_wheels()
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from gpu_asked import asked as asked_of_benchmarks  # noqa: E402
 from gpu_cases import Case, to_check  # noqa: E402
 
 from gpu_kernels.compile import Cubin, Request, compiler, cubins, missing  # noqa: E402
@@ -45,7 +64,17 @@ CARDS = {  # what a rehearsal compiles for
     "sm_90a": Device("cuda", "H100 or H200", target="sm_90a", cores=132, vector_bytes=16),
     "sm_80": Device("cuda", "A100", target="sm_80", cores=108, vector_bytes=16),
 }
-PARTS = ("checks", "launch", "sanitizer")
+BENCHMARKS = {  # command, and its share of the time
+    "train": (
+        ["train_step.py", "--device", "cuda", "--networks", "alexnet,resnet50", "--arithmetic", "fp32,bf16"],
+        0.2,
+    ),
+    "conv": (["conv.py", "--device", "cuda", "--untuned", "--arithmetic", "fp32,bf16"], 0.2),
+    "memory": (["memory_cuda.py"], 0.08),
+    "dense": (["dense.py", "--device", "cuda"], 0.1),
+}
+LONG_S = 900  # a budget from which on other configs than defaults are checked
+PARTS = ("checks", "launch", *BENCHMARKS, "tune", "sanitizer")
 
 
 def versions() -> dict[str, str]:
@@ -208,6 +237,38 @@ def launch_costs(card: Card, report: Report) -> None:
     report.keep("launch_us", found)
 
 
+def benchmark(name: str, report: Report, *, limit_s: float) -> bool:
+    """One of the benchmarks, its results in the report's folder."""
+    words, _ = BENCHMARKS[name]
+    command = [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:], "--results", str(report.folder)]
+    if name in ("train", "conv"):
+        command += ["--budget-s", str(int(0.7 * limit_s))]
+    return _run(name, command, report, limit_s)
+
+
+def tune(report: Report, *, limit_s: float) -> bool:
+    """Tune a small network's kernels, and export what is known of this card."""
+    rapydli = [sys.executable, "-m", "rapydli_flow"]
+    recipe = [str(ROOT / "examples" / "digits.py"), "--device", "cuda", "--budget", str(int(0.6 * limit_s))]
+    done = _run("tune", [*rapydli, "tune", *recipe], report, limit_s)
+    export = ["tune", "export", str(report.folder / "tuning.jsonl"), "--trials"]
+    return _run("export", [*rapydli, *export], report, 60) and done
+
+
+def _run(name: str, command: list[str], report: Report, limit_s: float) -> bool:
+    """Run a command, its output into the report's folder; the end of it is told."""
+    path = report.folder / f"{name}.txt"
+    with path.open("w") as out:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+    lines = path.read_text().splitlines()[-6:]
+    said = {0: "done", -1: f"out of time after {limit_s:.0f} s"}.get(code, f"exit code {code}")
+    report.say("\n".join([f"{name}: {said}, {path.name}", *(f"    {line[:200]}" for line in lines)]))
+    return code in (0, -1)
+
+
 def sanitise(report: Report, *, folder: Path, which: tuple[str, str], until: float) -> bool:
     """The checks under compute-sanitizer, default configs only: accesses, then races."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -234,7 +295,7 @@ def sanitise(report: Report, *, folder: Path, which: tuple[str, str], until: flo
             "checks",
         ]
         command += ["--families", which[0], "--templates", which[1]]
-        command += ["--cubins", str(folder), "--out", str(out), "--budget-s", str(int(left))]
+        command += ["--cache", str(folder.parent), "--out", str(out), "--budget-s", str(int(left))]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
             code, text = done.returncode, done.stdout + done.stderr
@@ -246,11 +307,12 @@ def sanitise(report: Report, *, folder: Path, which: tuple[str, str], until: flo
     return all(result["code"] in (0, -1) for result in results.values())
 
 
-def rehearse(report: Report, folder: Path, targets: list[str], which: tuple[str, str]) -> None:
+def rehearse(report: Report, folder: Path, targets: list[str], which: tuple[str, str], *, benchmarks: bool) -> None:
     """Compile everything that is checked, and go as far as the first device call."""
     for target in targets:
         device = CARDS[target]
         asked = [r for case, others in to_check(*which) for r in case.requests(device, others=others)]
+        asked += list({request.key: request for request in asked_of_benchmarks(device)}.values()) if benchmarks else []
         for why in compile_all(asked, folder, report).values():
             report.say(f"NOT COMPILED for {target}: {why[:300]}")
         spilled = {r.key: r for r in asked if any(not c.clean for c in cubins(r, folder))}
@@ -263,25 +325,29 @@ def rehearse(report: Report, folder: Path, targets: list[str], which: tuple[str,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu"))
-    parser.add_argument("--cubins", type=Path, default=None, help="folder of compiled kernels (default: the cache)")
+    parser.add_argument("--cache", type=Path, help="where compiled kernels are kept (default: RAPYDLI_CACHE_DIR)")
+    parser.add_argument("--benchmarks", action="store_true", help="rehearse the benchmarks' kernels, too: thousands")
     parser.add_argument("--rehearse", action="store_true", help="stop where a device is needed")
     parser.add_argument("--targets", default="sm_90a", help="what a rehearsal compiles for: sm_90a,sm_80")
     parser.add_argument("--budget-s", type=float, default=440.0)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--families", default="", help="of templates to check (default: all)")
     parser.add_argument("--templates", default="", help="names of templates to check (default: all)")
-    parser.add_argument("--few", action="store_true", help="check default configs only")
+    parser.add_argument("--few", action="store_true", help="check default configs only, as where time is short")
+    parser.add_argument("--wheels", help="folder of wheels to install first, without network")
     args = parser.parse_args()
     report = Report(args.out)
     report.keep("versions", versions())
     report.say(" ".join(f"{name} {version}" for name, version in report.found["versions"].items()))
-    folder = args.cubins or settings().cache_dir / "cubins"
+    if args.cache:  # also that of the processes which this one starts
+        os.environ["RAPYDLI_CACHE_DIR"] = str(args.cache.resolve())
+    folder = (args.cache or settings().cache_dir) / "cubins"
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget_s
     parts, which = set(args.parts.split(",")), (args.families, args.templates)
     try:
         if args.rehearse:
-            rehearse(report, folder, args.targets.split(","), which)
+            rehearse(report, folder, args.targets.split(","), which, benchmarks=args.benchmarks)
             report.say("rehearsal done: the first device call comes next")
             return 0
         card = Card()
@@ -294,9 +360,22 @@ def main() -> int:
     report.say(f"{device.name}, {device.target}, {device.cores} multiprocessors; compiler: {missing() or 'here'}")
     right = True
     if "checks" in parts:
-        right = check_all(card, device, report, folder=folder, which=which, few=args.few, until=end - args.budget_s / 4)
+        right = check_all(
+            card,
+            device,
+            report,
+            folder=folder,
+            which=which,
+            few=args.few or args.budget_s < LONG_S,
+            until=end - 0.65 * args.budget_s,
+        )
     if right and "launch" in parts:
         launch_costs(card, report)
+    for name, (_, share) in BENCHMARKS.items():
+        if name in parts and time.monotonic() < end:
+            right &= benchmark(name, report, limit_s=min(share * args.budget_s, end - time.monotonic()))
+    if "tune" in parts and time.monotonic() < end:
+        right &= tune(report, limit_s=min(0.1 * args.budget_s, end - time.monotonic()))
     if "sanitizer" in parts:
         right &= sanitise(report, folder=folder, which=which, until=end)
     report.say("gpu-check: " + ("all right" if right else "SOMETHING IS WRONG, see above"))
