@@ -5,10 +5,10 @@
 
 Parts, in this order (``--parts`` picks): ``checks``: each template's default and other configs against float64
 references; ``launch``: what launches cost; ``train``, ``conv``, ``memory``, ``dense``: the benchmarks of those names
-beside PyTorch and a copy; ``tune``: the kernels of a small network, for which what was found is exported; ``sanitizer``:
-compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda, or
-kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a folder of wheels
-(``--wheels``), without network.
+beside PyTorch and a copy; ``tune``: the kernels of a small network, and what was found, exported; ``sanitizer``:
+compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda,
+or kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a
+folder of wheels (``--wheels``), without network.
 Exit code 0: all right; 1: wrong numbers; 2: no GPU.
 """
 
