@@ -11,7 +11,7 @@ RECORDS = {
     "lenet": (16, 16, 1),
     "cifar10_quick": (13, 13, 3),  # pooled to 6, 3 (rounded up) and 1
     "alexnet": (63, 63, 3),
-    "overfeat": (63, 63, 3),
+    "overfeat": (75, 75, 3),
     "vgg_a": (32, 32, 3),
     "googlenet": (33, 33, 3),
     "resnet18": (33, 33, 3),
