@@ -6,6 +6,9 @@ The copy engine swizzles the 16-byte pieces of a line, and products (`warpgroup`
 Copies are asynchronous. A barrier's phase is complete when all have arrived and all bytes that were announced have;
 waiting names the parity of the phase. The twins keep what hardware would not tell: a line that is read before its copy
 was waited for, or overwritten while another copy or a product uses it, is a `KernelFault`.
+
+PTX with registers or labels stands within braces, to which they are local, so that it may be there several times.
+Blocks are in no clusters, so `shared::cluster` is a block's own memory.
 """
 
 from __future__ import annotations

@@ -82,7 +82,10 @@ class Driver:
         return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     def __call__(self, name: str, *args: Any) -> None:
-        code = getattr(self._library, name)(*args)
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise MissingDependency(f"the CUDA driver is too old: it has no {name}. Install one of CUDA 12 or newer.")
+        code = function(*args)
         if code:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))

@@ -55,7 +55,7 @@ def _finish(left: int) -> None:
 
 
 def _operand(tiles: Shared, line: int, rows: int, dtype: str, *, mn_major: bool) -> tuple[Array, tuple[Array, slice]]:
-    """``rows`` x 64 of the inner sum."""
+    """``rows`` by a line of the inner sum: 64 halves, or 32 of float32."""
     known, where = lines_of(tiles), slice(int(line), int(line) + rows)
     if known["flight"][where].any() or not (known["known to"][where] >> current().number & 1).all():
         raise KernelFault("a product reads shared memory before the copy to it was waited for.")

@@ -9,9 +9,10 @@
        +-----------+ <------------------------------ empty:   | then the tail     |
                                                               +-------------------+
 
-A block is persistent: it computes tile after tile of bm x bn outputs, and the copies of the next tile begin while the
-last one is stored. A stage holds 128 bytes of the inner sum. `Operand` says where an operand's chunks come from; halves
-may have either axis contiguous, so that nothing is transposed. Sums are float32, in registers; the order is fixed.
+A block is persistent, unless ``blocks`` is 0: it computes tile after tile of bm x bn outputs, and the copies of the
+next tile begin while the last one is stored. A stage holds 128 bytes of the inner sum. `Operand` says where an
+operand's chunks come from; halves may have either axis contiguous, so that nothing is transposed. Sums are float32, in
+registers; the order is fixed.
 
 float32 has two ways (`kind_of`): TF32, or three products of it that are as good as fp32's. The inner sum must then run
 along lines, so b is laid out first (`lay_out`), rounded or split; a comes as it lies.
@@ -57,13 +58,11 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "bm": (128, 256, 64),
     "bn": (256, 128, 64, 192),
     "stages": (4, 3, 5, 6, 8),
-    "group": (
-        16,
-        8,
-        1,
-    ),  # tiles of rows that follow each other before the next column: they share b in the second cache
+    # tiles of rows that follow each other before the next column: they share b in the second cache
+    "group": (16, 8, 1),
     "ahead": (1, 0),  # products of stages that may be under way while the next are issued
-    "blocks": (132, 0, 114),  # of the grid, at most; 0: one for each tile
+    # of the grid, at most; 0: one for each tile. Multiprocessors of an H100 SXM or H200, and of an H100 PCIe
+    "blocks": (132, 0, 114),
 }
 SPLIT_SPACE: Mapping[str, tuple[Any, ...]] = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)}
 SHARED_BYTES = 227 * 1024 - 256  # of a block on sm_90, but for the barriers
@@ -76,7 +75,7 @@ class Operand:
     """Where the chunks of an operand come from.
 
     ``fetch(maps, barriers, i, tiles, line, first, step)`` begins all copies of one stage: rows (or columns) from
-    ``first`` on, and the 64 of the inner sum with number ``step``.
+    ``first`` on, and the line of the inner sum with number ``step``: 64 of halves, 32 of float32.
     """
 
     maps: tuple[TensorMap, ...]

@@ -21,7 +21,6 @@ from .ops import Leaf
 from .runtime import tuning as tuner
 from .runtime.collection import Compiled
 from .runtime.collection import compile_graph as compile
-from .runtime.devices import device_of
 from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
@@ -29,6 +28,7 @@ from .runtime.links import known_links, measured_links
 from .runtime.placing import placed
 from .runtime.predict import predict
 from .runtime.probe import gradients, probe
+from .runtime.remembered import tuning_on
 from .runtime.session import Progress
 from .runtime.stepper import State, Stepper, stepper
 from .runtime.timing import measure_step, network_of
@@ -211,7 +211,8 @@ def autotune(
     'evolutionary', 'random', 'transfer' (from similar shapes) or 'exhaustive'. ``soft``: constraints of your own over
     the parameters of templates, by name or as a list: ``["rows >= 6", "lanes != 4"]``; each applies to the templates
     that have all its names. ``watch`` is told how it goes. With a client one worker of each kind of device is tuned for
-    all of its kind. Ctrl-C ends it and keeps what was learnt. Later runs use what was found; see `rapydli tune`.
+    all of its kind; else ``device`` says what, as of `fit`. Ctrl-C ends it and keeps what was learnt. Later runs use
+    what was found; see `rapydli tune`.
     """
     plan = plan or data_parallel(step, 1, threads=settings().threads)
     return tuner.autotune(
@@ -245,7 +246,10 @@ def time(
     ``iterations``: steps with a clock after each call, in turns with as many steps without; medians count.
     ``inference``: of a training step only the network that predicts. ``tune_s``: seconds to tune its kernels first, as
     `autotune` does. ``name``: what the report calls it. Print the result, or use its ``table(kernels=True)``,
-    ``layers``, ``kernels``, ``save_html(path)`` with a roofline, ``to_json()``.
+    ``layers``, ``kernels``, ``save_html(path)`` with a roofline, ``to_json()``. ``device``: where, as of
+    `fit`; a ``tuning`` that is given is of that device.
+
+    Raises SettingError for numbers or a device that mean nothing, MissingDependency for a device that is not there.
     """
     graph = network_of(graph) if inference or graph.network is None else graph
     if threads is not None and threads < 1:
@@ -255,7 +259,7 @@ def time(
         raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
     if tune_s:
         autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads), device=device)
-    tuning = tuner.known(device_of(device)) if tuning is None else tuning
+    tuning = tuning_on("time", device, tuning)
     return Timing.of(measure_step(graph, tuning, name=name, threads=threads, iterations=iterations, seed=seed))
 
 
@@ -267,11 +271,15 @@ def evaluate(
     tuning: Tuning | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics of a training step's network over a dataset, or dict of arrays, in this process."""
+    """Loss and metrics of a training step's network over a dataset, or dict of arrays, in this process.
+
+    A number for each, by name: means over all records. ``device``: where, as of `fit`; a ``tuning`` that is given
+    is of that device.
+    """
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
         records = as_dataset(data, scratch, "data")
         check_fields(step, records)
-        tuning = tuner.known(device_of(device)) if tuning is None else tuning
+        tuning = tuning_on("evaluate", device, tuning)
         predictor = Predictor(scored(step), state, tuning, threads=settings().threads)
         return mean_scores([score(predictor, records, 0, len(records))])
 

@@ -89,7 +89,7 @@ class VersionMismatch(RapydliError, RuntimeError):
 
 
 class DeviceMismatch(RapydliError, RuntimeError):
-    """The workers of a run have different kinds of processors."""
+    """The workers of a run have different kinds of devices, or one cannot use the device that it was given."""
 
 
 class DeviceFault(RapydliError, RuntimeError):

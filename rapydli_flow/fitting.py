@@ -52,6 +52,7 @@ from .runtime.own import bring, defined_outside
 from .runtime.participant import CLOCKS
 from .runtime.process import this_process
 from .runtime.publish import publishing
+from .runtime.remembered import tuning_of
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.workers import Usual, workers_for
@@ -348,11 +349,7 @@ class Fitting:
 
     def _on(self, device: Device, tuning: Tuning | None) -> Tuning | None:
         """The tuning, if it is of this device and the device can do what is asked for."""
-        if tuning is not None and tuning.device.key != device.key:
-            raise SettingError(
-                f"fit: the tuning is of {tuning.device.name} ({tuning.device.key}) but the run is on {device.name} "
-                f"({device.key}). Give one of that device, or none."
-            )
+        tuning = tuning_of("fit", device, tuning) if tuning is not None else None
         if device.kind != "cpu" and self.options.granularity != "segment":
             raise SettingError(
                 f"fit: granularity={self.options.granularity!r} is for processors, not for {device.name}. "

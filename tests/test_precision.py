@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,21 @@ def test_an_unknown_precision_is_told_with_the_nearest(name: str, message: str) 
         step_of(name)
 
 
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("precision", lambda given: rf.precision(given, "bfloat16")),
+        ("tf32", rf.tf32),
+        ("exact", rf.exact),
+        ("train_step", lambda given: rf.train_step(given, loss=nn.cross_entropy, optimizer=optim.sgd(0.1))),
+    ],
+)
+def test_a_network_that_was_not_traced_is_told_how(where: str, change: Callable[[Any], Any]) -> None:
+    for given, name in ((network, "network"), (3, "3")):
+        with pytest.raises(GraphError, match=rf"^{where}: {name} is not a graph\. Trace the network first: rf\.trace"):
+            change(given)
+
+
 def test_graphs_that_cannot_be_mixed_are_refused() -> None:
     graph = rf.trace(network, Spec(X.shape))
     with pytest.raises(GraphError, match="is in mixed precision already"):
@@ -221,6 +237,8 @@ def test_graphs_that_cannot_be_mixed_are_refused() -> None:
         rf.precision(rf.trace(network, Spec(X.shape, "float64")), "float16")
     with pytest.raises(GraphError, match="this is a training step"):
         rf.precision(step_of("float32"), "bfloat16")
+    with pytest.raises(GraphError, match=r"train_step: this graph is a training step already.*step\.network"):
+        rf.train_step(step_of("float32"), loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
     with pytest.raises(SettingError, match=r"loss_scale: -1\.0 is not positive"):
         step_of("float16", loss_scale=-1.0)
     for wrong in ({"start": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"every": 0}):  # a scale must be able to fall

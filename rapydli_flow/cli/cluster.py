@@ -12,16 +12,15 @@ import click
 @contextmanager
 def cluster(workers: int, scheduler: str | None, device: str | None = None) -> Iterator[Any]:
     """A Dask client: of a running scheduler, of a local cluster whose workers have a ``device``, or none."""
-    from distributed import Client, LocalCluster
+    from distributed import Client
+
+    from ..runtime.local_cluster import LocalCluster
 
     if scheduler is not None:
         with Client(scheduler) as client:
             yield client
     elif workers > 0:
-        how: dict[str, Any] = {"threads_per_worker": _threads(workers), "dashboard_address": ":0"}
-        if device is not None:
-            how["env"] = {"RAPYDLI_DEVICE": device}
-        with LocalCluster(n_workers=workers, **how) as local:
+        with LocalCluster(workers, threads=_threads(workers), device=device) as local:
             click.echo(f"dashboard: {local.dashboard_link}")
             with Client(local) as client:
                 yield client

@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 
 from .. import api
+from ..config import checked_device
 from ..data import Dataset
 from ..graph import Graph
+from ..runtime.devices import device_of
 from ..runtime.events import Callback
 from ..runtime.feeding import label_classes
 from ..version import __version__
@@ -75,6 +77,12 @@ def train(
     with plain_errors():
         from ..progress import ProgressBar
 
+        if workers is None:
+            workers = 2 if device is None else 0
+        if device is not None:
+            checked_device(device, "device=")
+        if scheduler is None and workers == 0:
+            device_of(device)  # is it there? Before a dataset is made
         chosen = Recipe(recipe)
         folder = Path(run_dir or f"runs/{chosen.name}").absolute()
         step, callbacks = chosen.step(), chosen.callbacks
@@ -82,8 +90,6 @@ def train(
         click.echo(step.network)
         click.echo("")
         bar: Callback = ProgressBar()
-        if workers is None:
-            workers = 2 if device is None else 0
         with cluster(workers, scheduler, device) as client:
             run = api.fit(
                 step,

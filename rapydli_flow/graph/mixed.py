@@ -20,7 +20,7 @@ from ..errors import GraphError, SettingError
 from ..ops import Cast, Labelled, Leaf, LogSoftmax, Moments, Op, Phase, Pointwise, Sum
 from ..spec import HALVES
 from .graph import Graph, Node, Tensor, Value
-from .rewrite import rewrite, tf32
+from .rewrite import check_graph, rewrite, tf32
 
 PRECISIONS = ("float32", "tf32", *HALVES)
 PRODUCTS = (
@@ -36,8 +36,11 @@ def precision(graph: Graph, dtype: str) -> Graph:
     'bfloat16', 'float16': matrix products and convolutions take halves and sum in float32; what lies between them is
     stored as halves. Statistics of norms, sums, exponentials, logarithms and losses are float32. 'tf32': products of
     float32 numbers may round those to 10 bits of mantissa. 'float32': the graph as it is.
+
+    Raises SettingError for another name, GraphError for what is no network in float32.
     """
     check_precision(dtype)
+    check_graph(graph, "precision")
     if graph.network is not None:
         raise GraphError(
             "precision: this is a training step. Give rf.train_step the precision, or the changed network."

@@ -70,6 +70,13 @@ def predicting(graph: Graph) -> Graph:
     return rewrite(out)
 
 
+def check_graph(given: Any, where: str) -> None:
+    """GraphError for what is no graph, such as a network that was not traced."""
+    if not isinstance(given, Graph):
+        what = getattr(given, "__name__", None) or repr(given)
+        raise GraphError(f"{where}: {what} is not a graph. Trace the network first: rf.trace(network, rf.Spec(shape)).")
+
+
 def exact(graph: Graph) -> Graph:
     """The same graph with exact convolutions and matrix products: no faster algorithm with larger rounding errors, such
     as Winograd's.
@@ -90,6 +97,7 @@ def tf32(graph: Graph) -> Graph:
 
 def _with(graph: Graph, attribute: str) -> Graph:
     """Every op that has an attribute, with it on."""
+    check_graph(graph, attribute)
 
     def rule(new: Graph, node: Node, inputs: tuple[Tensor, ...]) -> Any:
         if getattr(node.op, attribute, None) is not False:

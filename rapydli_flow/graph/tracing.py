@@ -12,7 +12,7 @@ from .gradients import gradients
 from .graph import Graph, Tensor
 from .mixed import precision as mixed
 from .mixed import wider
-from .rewrite import clean, merge_equal, predicting, training
+from .rewrite import check_graph, clean, merge_equal, predicting, training
 from .scaling import LossScale, scaling
 from .verify import verify
 
@@ -80,7 +80,12 @@ def train_step(
     ``precision``: 'float32', 'tf32', 'bfloat16' or 'float16', as `rapydli_flow.precision` says; parameters, their
     updates and the loss are float32 in each. ``loss_scale``: a number that the loss is multiplied by before gradients
     are taken, which are divided by it, or a `LossScale` that finds one; by default that for float16, else none.
+
+    Raises GraphError for a network, loss, metric or label that will not do, SettingError for a precision or scale.
     """
+    check_graph(network, "train_step")
+    if network.network is not None:
+        raise GraphError("train_step: this graph is a training step already. Give it the network, step.network.")
     network = mixed(network, precision)
     measures = {"loss": loss, **(metrics or {})}
     functions: dict[str, Any] = {**measures, "optimizer": optimizer}

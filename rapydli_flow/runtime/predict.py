@@ -22,7 +22,7 @@ from ..spec import Array, Spec
 from ..tuner import Tuning
 from .devices import device_of
 from .evaluate import Predictor, batches, check_state
-from .remembered import known
+from .remembered import known, tuning_on
 
 
 def predict(
@@ -54,7 +54,7 @@ def predict(
     spec = network.spec(network.outputs[output])
     text = to_json(network)
     given = tuning is not None
-    tuning = known(device_of(device)) if tuning is None else tuning
+    tuning = tuning_on("predict", device, tuning)
     fed = records if isinstance(records, dict) else records.__getstate__()
     token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given, device)
     held, chosen = f"state-{token}", f"tuning-{token}"

@@ -8,6 +8,7 @@ from ..config import settings
 from ..errors import SettingError
 from ..template import Device
 from ..tuner import Tuning, TuningCache
+from .devices import device_of
 
 
 def cache() -> TuningCache:
@@ -21,6 +22,23 @@ def known(device: Device) -> Tuning:
     if how == "off":
         return Tuning(device)
     return replace(cache().tuning(device), strict=how == "strict")
+
+
+def tuning_of(where: str, device: Device, tuning: Tuning | None) -> Tuning:
+    """The tuning that was given, which must be of this device; else what is known for it."""
+    if tuning is None:
+        return known(device)
+    if tuning.device.key != device.key:
+        raise SettingError(
+            f"{where}: the tuning is of {tuning.device.name} ({tuning.device.key}) but the run is on {device.name} "
+            f"({device.key}). Give one of that device, or none."
+        )
+    return tuning
+
+
+def tuning_on(where: str, device: str | None, tuning: Tuning | None) -> Tuning:
+    """The same for the name of a device; without one the device is the tuning's, or that of this process."""
+    return tuning if tuning is not None and device is None else tuning_of(where, device_of(device), tuning)
 
 
 def check_allowed() -> None:

@@ -28,10 +28,8 @@ from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
 from . import stepping
-from . import tuning as tuner
 from .backend import holding, whole_state
 from .cluster import Cluster
-from .devices import device_of
 from .evaluate import complete_state
 from .feeding import fed_arrays
 from .job import Job
@@ -39,6 +37,7 @@ from .links import known_links
 from .local import Local
 from .own import bring, defined_outside
 from .placing import placed
+from .remembered import tuning_of, tuning_on
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
@@ -132,8 +131,10 @@ def stepper(
     asked = (plan.ranks if plan else None, timeout_s, device)
     workers = workers_for(client, *asked) if client is not None else {}
     plan = plan or Usual.of(workers).plan(graph)
-    if tuning is None:
-        tuning = tuner.known(next(iter(workers.values()))["device"] if workers else device_of(device))
+    if workers:
+        tuning = tuning_of("stepper", next(iter(workers.values()))["device"], tuning)
+    else:
+        tuning = tuning_on("stepper", device, tuning)
     programs = plan.programs(graph, tuning)
     ranks: Ranks
     if client is None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from ..config import checked_device, settings
-from ..errors import DeviceMismatch, NoWorkers, SettingError, VersionMismatch
+from ..errors import DeviceMismatch, MissingDependency, NoWorkers, SettingError, VersionMismatch
 from ..graph import Graph
 from ..scheduler import Plan, make_plan
 from ..template import Device
@@ -104,11 +104,14 @@ def _with(device: str, workers: Mapping[str, dict[str, Any]], least: int) -> dic
 def _first(workers: Mapping[str, Mapping[str, Any]]) -> str:
     """The first of some workers, and its device, in words."""
     address, worker = next(iter(workers.items()))
-    return f"worker {address} is a {worker['device'].name} ({worker['device'].key})"
+    return f"worker {address} has device {worker['device'].name} ({worker['device'].key})"
 
 
 def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[str, dict[str, Any]]:
-    """What each worker is, by address; NoWorkers or VersionMismatch where the cluster will not do."""
+    """What each worker is, by address.
+
+    NoWorkers, DeviceMismatch, SettingError or VersionMismatch where the cluster will not do.
+    """
     least = ranks or 1
     try:
         client.wait_for_workers(least, timeout=timeout_s)
@@ -125,6 +128,12 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
     for address, worker in sorted(known.items()):
         if isinstance(worker, OSError):
             raise NoWorkers(f"worker {address} does not answer ({worker}). Is it stopped, or gone?") from worker
+        if isinstance(worker, MissingDependency):  # it has the package, but not what it is told to run on
+            raise DeviceMismatch(
+                f"worker {address} cannot use its device: {worker} Start workers there with another RAPYDLI_DEVICE."
+            ) from worker
+        if isinstance(worker, SettingError):
+            raise SettingError(f"worker {address}: {worker}") from worker
         if isinstance(worker, Exception):
             raise VersionMismatch(
                 f"worker {address} cannot use rapydli_flow {__version__} ({worker}). Install the same version on every "

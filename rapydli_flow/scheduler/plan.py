@@ -10,8 +10,7 @@ from typing import Any
 from .. import markup
 from ..graph import Graph, checked, hoist
 from ..spec import Block
-from ..template import Device
-from ..tuner import Tuning
+from ..tuner import ANY_CPU, Tuning
 from .alike import fuse_alike
 from .border import borders
 from .bucket import bucket
@@ -26,8 +25,6 @@ from .placement import Placement
 from .program import Program, compile_program
 from .split import split
 from .stale import halves, sends
-
-ANY_CPU = Device("cpu", "any")  # whose untuned kernels a plan's memory is counted with
 
 
 @dataclass(frozen=True)

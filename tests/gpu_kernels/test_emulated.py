@@ -5,12 +5,15 @@ and shared memory without barriers; so "equal to the reference" here also says t
 """
 
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gpu_kernels
 from gpu_kernels import emulate
 from gpu_kernels.emulate import KernelFault
 from gpu_kernels.grid import Grid
@@ -280,3 +283,9 @@ def test_importing_kernels_imports_no_cuda_package():
     code += "('numba_cuda', 'cuda', 'cupy', 'torch') or m.startswith('numba.cuda')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_map_of_the_package_names_every_module():
+    named = set(re.findall(r"\w+", gpu_kernels.__doc__))
+    folder = Path(gpu_kernels.__file__).parent
+    assert [path.stem for path in sorted(folder.glob("[!_]*.py")) if path.stem not in named] == []

@@ -164,6 +164,15 @@ def test_no_driver(monkeypatch):
         Card()
 
 
+def test_a_driver_that_is_too_old():
+    class Old:
+        def cuInit(self, flags):
+            return 0
+
+    with pytest.raises(MissingDependency, match=r"too old: it has no cuTensorMapEncodeTiled\. Install"):
+        Driver(Old())("cuTensorMapEncodeTiled")
+
+
 def test_a_graph_of_launches():
     gpu, library = card()
     go = gpu.load((CODE,)).bind([0x100, 0x200])

@@ -63,7 +63,21 @@ def test_a_worker_without_the_package(loose, step, data, tmp_path):
         rf.fit(step, data["train"], steps=1, client=client)
 
 
-# processors ---------------------------------------------------------------------------------------------
+# devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "text"),
+    [
+        ("cuda:99", DeviceMismatch, r" cannot use its device: .*\. Start workers there with another RAPYDLI_DEVICE\."),
+        ("gpu", SettingError, ": RAPYDLI_DEVICE='gpu' is not 'cpu', 'cuda', 'cuda:1' and so on"),
+    ],
+)
+def test_a_worker_without_the_device_that_it_is_to_use(loose, step, data, device, error, text):
+    client, start = loose
+    bad = started(client, start, RAPYDLI_DEVICE=device)
+    with pytest.raises(error, match=rf"^worker {bad}{text}"):
+        rf.fit(step, data["train"], steps=1, client=client)
 
 
 def test_workers_with_different_processors(loose, step, data):
@@ -73,7 +87,7 @@ def test_workers_with_different_processors(loose, step, data):
     keys = {address: worker["device"].key for address, worker in ready_workers(client, 3, 60.0).items()}
     assert keys[new[0]] == keys[new[1]] != keys[old]
     text = (
-        rf"worker {min(new)} is a .* \({keys[new[0]]}\) but worker {old} is a .* \({keys[old]}\)\. .* "
+        rf"worker {min(new)} has device .* \({keys[new[0]]}\) but worker {old} has device .* \({keys[old]}\)\. .* "
         r"Plan for workers of one kind, ranks=2 or fewer; or start all with NUMBA_CPU_NAME"
     )
     for plan in (None, many(step, 3)):

@@ -273,6 +273,15 @@ def test_what_cards_do_not_do_is_said(step, data):
         rf.fit(step, data, steps=1, device=CARD, plan=plan)
     with pytest.raises(SettingError, match=r"the tuning is of .* but the run is on emulated"):
         rf.fit(step, data, steps=1, device=CARD, tuning=Tuning(device_of("cpu")))
+    others = {
+        "time": lambda **how: rf.time(step, **how),
+        "evaluate": lambda **how: rf.evaluate(step, {}, data, **how),
+        "predict": lambda **how: rf.predict(step.network, rf.fit(step, data, steps=1).state, data["x"], **how),
+        "stepper": lambda **how: rf.stepper(step, **how),
+    }
+    for name, call in others.items():
+        with pytest.raises(SettingError, match=rf"^{name}: the tuning is of .* but the run is on emulated"):
+            call(device=CARD, tuning=Tuning(device_of("cpu")))
     with pytest.raises(SettingError, match="fit: device='tpu' is not 'cpu', 'cuda'"):
         rf.fit(step, data, steps=1, device="tpu")
 

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 
 import rapydli_flow as rf
 from rapydli_flow.cli import main
+from rapydli_flow.cli.cluster import cluster
 from rapydli_flow.data import latest
 from rapydli_flow.runtime.events import read_log
+from rapydli_flow.runtime.workers import ready_workers
 
 HERE = Path(__file__).parent
 
@@ -95,6 +97,16 @@ def test_train_on_a_cluster_of_its_own(recipe, tmp_path):
     result = call("train", recipe, "--workers", 1, "--no-report", "--run-dir", tmp_path / "run", "--epochs", 0.5)
     assert result.exit_code == 0, result.output
     assert "dashboard: http://" in result.output
+
+
+def test_workers_of_a_device_and_devices_that_are_not_there(recipe, tmp_path):
+    how = ("train", recipe, "--no-report", "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr", "--steps", 1)
+    for device, text in (("gpu", "device='gpu' is not 'cpu', 'cuda'"), ("cuda:99", "no CUDA driver|no such device")):
+        assert re.search(text, error_of(*how, "--device", device))
+        assert not (tmp_path / "d.zarr").exists()  # it was said before a dataset was made
+    with cluster(2, None, "emulated") as client:
+        kinds = [worker["device"].emulated for worker in ready_workers(client, 2, 60.0).values()]
+    assert kinds == [True, True]
 
 
 AUTOENCODER = """

@@ -113,7 +113,7 @@ def test_predict_and_compile_use_what_is_known(set_to, step, records):
     assert rf.predict(network, state, records["x"]).name == tuned.name
     np.testing.assert_array_equal(tuned.compute(scheduler="sync"), plain.compute(scheduler="sync"))
     told = [value for key, value in dict(tuned.dask).items() if str(key).startswith("tuning-")]
-    assert [node.value for node in told] == [(known(host()), False)]
+    assert [node.value for node in told] == [(known(host()), False, None)]
 
     def kernels(**options):
         """What the tasks of a collection run."""
@@ -134,6 +134,6 @@ def test_a_worker_of_another_kind_uses_what_is_known_there(set_to, step, records
     client = Tuning(replace(host(), target="of-the-client"))
     text, token = to_json(network), f"token-{given}"
     feeds = {"x": records["x"][:BATCH]}
-    y = predict.predict_batch(text, token, state, feeds, 0, BATCH, "y", (client, given))
+    y = predict.predict_batch(text, token, state, feeds, 0, BATCH, "y", (client, given, None))
     assert y.shape == (BATCH, 3)
     assert predict._shared(text, token).predictor.tuning == (client if given else known(host()))

@@ -128,6 +128,14 @@ def test_that_a_processor_is_slow_with_halves_is_said_once():
     assert [str(w.message)[:29] for w in seen if "NumPy" in str(w.message)] == ["NumPy computes with bfloat16 "]
 
 
+def test_that_is_not_said_of_a_run_on_a_card():
+    choice._warn_of_halves.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        rf.fit(step_of("bfloat16"), DATA, steps=1, device="emulated")
+    assert [str(w.message) for w in seen if "NumPy" in str(w.message)] == []
+
+
 @pytest.mark.parametrize(("precision", "near"), [("tf32", 1e-6), ("bfloat16", 0.02), ("float16", 0.003)])
 def test_a_perceptron_in_each_precision(precision, near):
     wanted = rf.fit(step_of("float32"), DATA, steps=24, plan=many(step_of("float32"), 1))
