@@ -92,11 +92,35 @@ def test_epilogue_is_applied_before_the_store(name):
             assert_close(got, (want,), 2 * tolerance(sample))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad"])
+@pytest.mark.parametrize("name", ["two channels a group", "three channels a group", "instance", "steps without a rest"])
+def test_samples_in_parts(name, grad, dtype):
+    sample = as_dtype(sample_of(name, grad), dtype)
+    values = sample.draw(np.random.default_rng(8))
+    (bands,) = (t for t in fitting(sample) if t.name == "of_bands")
+    want, tried = wanted(sample.op, values), set()
+    for config in chosen(bands, sample, seed=9, count=200):
+        if config["parts"] > 1 and config["parts"] not in tried and len(tried) < 3:
+            tried.add(config["parts"])
+            assert_close(emulated(bands, sample.op, values, config, as_compiled=True), want, 2 * tolerance(sample))
+    assert len(tried) > 1
+
+
+def test_few_large_samples_fill_a_card_untuned():
+    op, x = ops.Standardize(axes=3, groups=64), Spec((1, 512, 512, 64))
+    (bands,) = (t for t in templates("standardize", "cuda") if t.name == "of_bands")
+    grids = bands.build(op, (x,), (x,), Epilogue.none(x), **bands.default(op, (x,), (x,), CARD))
+    assert len(grids) == 3
+    assert all(grid.grid >= CARD.cores for grid in grids)
+
+
 @pytest.mark.parametrize(
     ("shape", "groups", "name"),
     [
         ((32, 56, 56, 64), 64, "of_bands"),
         ((32, 56, 56, 64), 32, "of_bands"),
+        ((1, 512, 512, 64), 64, "of_bands"),
         ((32, 14, 14, 512), 32, "of_rows"),
         ((32, 28, 28, 2048), 2, "of_rows"),
     ],

@@ -18,6 +18,7 @@ CASES = {
     "instance, gradient, held": (ops.StandardizeGrad(axes=3, groups=512), *[Spec((64, 28, 28, 512), "float16")] * 2),
     "group of two, streamed": (ops.Standardize(axes=3, groups=32), Spec((32, 112, 112, 64), "bfloat16")),
     "group of eight, gradient": (ops.StandardizeGrad(axes=3, groups=32), *[Spec((64, 56, 56, 256))] * 2),
+    "instance, gradient, in parts": (ops.StandardizeGrad(axes=3, groups=64), *[Spec((1, 512, 512, 64))] * 2),
 }
 
 
