@@ -12,7 +12,8 @@ A group of threads has a row; a `Program` says what it does with it:
     else          [ warp 0 | warp 1 | ..         row 0       ]     and one exchange through shared memory
 
 Rows that fit are held in registers: memory is passed once. Longer ones are streamed once a phase, and once more if each
-element has a result; what was read a moment ago comes from the L2 cache then.
+element has a result; what was read a moment ago comes from the L2 cache then. A row may lie in `Runs` instead of in one
+piece.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from .warp import (
     fold,
     lanewise,
     start,
+    strided,
     sums,
 )
 
@@ -56,6 +58,8 @@ SPACE = {
 HELD = 64  # the most elements of a row that a thread keeps
 FLOATS = ("float32", *HALVES)
 SLACK = 2**20  # indices of what is switched off
+SECTOR_BYTES = 32  # what memory moves at least
+REREAD = 0.4  # of the time of a read from memory
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,23 @@ class Program:
         return names + (("first",) if self.first is not None else ())
 
 
+@dataclass(frozen=True)
+class Runs:
+    """How rows lie that are not in one piece: runs of ``run`` elements, each ``step`` behind the one before.
+
+    ``beside`` rows lie beside each other, and fill the steps::
+
+        [ row 0 | row 1 | .. ][ row 0 | row 1 | .. ] ..
+    """
+
+    run: int
+    step: int
+    beside: int
+
+
 Programs = Callable[[Any, Sequence[Spec], Sequence[Spec], bool], Program]
 """``(op, ins, outs, held) -> Program``"""
+RunsOf = Callable[[Any, Sequence[Spec], Sequence[Spec]], Runs | None]
 
 
 def extent(p: Program, ins: Sequence[Spec], out: Spec, columns: int) -> tuple[int, int]:
@@ -179,15 +198,24 @@ def prefer(program: Programs, columns: Callable[..., int], fits: Callable[..., b
     return choose
 
 
-def cost(columns: Callable[..., int]) -> Callable[..., float]:
+def moved(p: Program, ins: Sequence[Spec], outs: Sequence[Spec], run: int, held: bool) -> float:
+    """Bytes that memory moves, in runs of so many elements; what is read again comes from the L2 cache, mostly."""
+    partly = max(1.0, SECTOR_BYTES / (run * np.dtype(outs[0].dtype).itemsize)) if p.whole else 1.0
+    reads = 1.0 if held else 1.0 + (len(p.phases) + p.whole - 1) * REREAD
+    return partly * (reads * sum(spec.size_bytes for spec in ins) + sum(spec.size_bytes for spec in outs))
+
+
+def cost(program: Programs, columns: Callable[..., int], runs: RunsOf | None = None) -> Callable[..., float]:
     """Seconds: a group of threads is busy with its row, the others wait for memory."""
 
     def guess(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
-        moved = sum(spec.size_bytes for spec in (*ins, *outs))
-        rows = max(spec.size for spec in ins) // columns(op, ins, outs)
+        p, size, held = program(op, ins, outs, config["held"]), columns(op, ins, outs), bool(config["held"])
+        lie = runs(op, ins, outs) if runs else None
+        run = lie.run if lie and lie.run < size else SECTOR_BYTES
+        rows = max(spec.size for spec in ins) // size
         cores = device.cores if device.cores > 1 else 132
         busy = min(1.0, rows * config["group"] / (cores * 256))  # of the threads that keep memory busy
-        return LAUNCH_S + moved / (COPY_BYTES_S * cores * busy)
+        return LAUNCH_S + moved(p, ins, outs, run, held) / (COPY_BYTES_S * cores * busy)
 
     return guess
 
@@ -199,7 +227,13 @@ def _label(dtype: str, classes: int) -> Formula:
 
 
 def build(
-    p: Program, columns: int, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, config: Config
+    p: Program,
+    columns: int,
+    ins: Sequence[Spec],
+    outs: Sequence[Spec],
+    epilogue: Epilogue,
+    config: Config,
+    runs: Runs | None = None,
 ) -> Grid:
     """The kernel."""
     threads, group, lanes, items = (config[name] for name in ("threads", "group", "vector", "items"))
@@ -207,7 +241,11 @@ def build(
     rows, size = extent(p, ins, outs[0], columns)
     together, out = threads // group, outs[0]
     channels = out.shape[-1] if out.shape else 1
-    one_row = channels == size
+    one_row, pieces = channels == size, runs is not None
+    base_of, place = strided((rows,), (size,)), strided((size,), (1,))
+    if runs is not None:
+        base_of = strided((rows // runs.beside, runs.beside), (size * runs.beside, runs.run))
+        place = strided((size // runs.run, runs.run), (runs.step, 1))
 
     # numbers of a row, and what they are called
     label, picked, first = p.label or 0, p.picked or 0, p.first or 0
@@ -265,7 +303,16 @@ def build(
 
     def fetch(active: Any, ins: Any, values: Any, at: Any, row_at: Any, j: Any) -> None:
         for k in unroll(operands):
-            keep(values, k * pitch * lanes + at, reads[k](active, ins[operand[k]], row_at + j))
+            keep(values, k * pitch * lanes + at, reads[k](active, ins[operand[k]], row_at + place(j)))
+
+    def write(active: Any, outs: Any, values: Any, row_at: Any, j: Any, extras: Any, at: Any) -> None:
+        element = row_at + place(j)
+        if one_row and not pieces:
+            end.finish(active, outs[0], values, element, j, extras, at)
+        elif pieces:
+            end.finish(active, outs[0], values, element, element % channels, extras, at)
+        else:
+            end.finish(active, outs[0], values, element, j % channels, extras, at)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         values = cuda.local.array(stored * lanes, float32)
@@ -273,7 +320,7 @@ def build(
         own = thread % group
         n = cuda.blockIdx.x * together + thread // group
         present = n < rows
-        row_at = n * size
+        row_at = base_of(n)
         if crosses:
             shared = cuda.shared.array(scratch, float32)
         row = ()
@@ -344,10 +391,7 @@ def build(
                     for q in unroll(operands):
                         xs = append(xs, gather(values, (q * pitch + u) * lanes))
                     results = result((), xs, row, j)
-                    if one_row:
-                        end.finish(present, outs[0], results[0], row_at + j, j, extras, at)
-                    else:
-                        end.finish(present, outs[0], results[0], row_at + j, j % channels, extras, at)
+                    write(present, outs, results[0], row_at, j, extras, at)
             if not held:
                 for i in unroll(rest):
                     j = ((left + i) * group + own) * lanes
@@ -358,11 +402,7 @@ def build(
                 for q in unroll(operands):
                     xs = append(xs, gather(values, (q * pitch + i) * lanes))
                 results = result((), xs, row, j)
-                active = present & (j < size)
-                if one_row:
-                    end.finish(active, outs[0], results[0], row_at + j, j, extras, at)
-                else:
-                    end.finish(active, outs[0], results[0], row_at + j, j % channels, extras, at)
+                write(present & (j < size), outs, results[0], row_at, j, extras, at)
         else:
             results = result((), (), row, 0)
             end.finish(present & (own == 0), outs[0], results[0], n, n % channels, extras, at)
@@ -429,16 +469,19 @@ def serve(
     columns: Callable[..., int] = last_axis,
     along: Callable[..., bool] | None = None,
     channels: Callable[..., int] | None = None,
+    runs: RunsOf | None = None,
 ) -> None:
-    """Register the template of a family; ``along``: a rule that says where rows lie along memory."""
+    """Register the template of a family; ``along``: a rule that says where rows lie along memory; ``runs``: how they
+    lie if not in one piece."""
     hard = {**({"rows along memory": along} if along else {}), **rules(program, columns, channels)}
 
     def fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> bool:
         return broken(hard, op, ins, outs, device, config) is None
 
     def of_rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
-        return build(program(op, ins, outs, config["held"]), columns(op, ins, outs), ins, outs, epilogue, config)
+        p, lie = program(op, ins, outs, config["held"]), runs(op, ins, outs) if runs else None
+        return build(p, columns(op, ins, outs), ins, outs, epilogue, config, lie)
 
     of_rows.__module__ = program.__module__  # whose text is part of the kernels' keys
     chosen = prefer(program, columns, fits)
-    template(family, "cuda", space=SPACE, fits=hard, prefer=chosen, cost=cost(columns))(of_rows)
+    template(family, "cuda", space=SPACE, fits=hard, prefer=chosen, cost=cost(program, columns, runs))(of_rows)

@@ -185,11 +185,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
         operand = self.visit(node.operand)
         value = self._value(operand)
-        return (
-            ast.Constant(-value)
-            if isinstance(node.op, ast.USub) and value is not _UNKNOWN
-            else ast.UnaryOp(node.op, operand)
-        )
+        if value is not _UNKNOWN and isinstance(node.op, ast.USub | ast.Not):
+            return ast.Constant(-value if isinstance(node.op, ast.USub) else not value)
+        return ast.UnaryOp(node.op, operand)
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         left, right = self.visit(node.left), self.visit(node.comparators[0])

@@ -74,6 +74,7 @@ class Formula:
     dtypes: tuple[str, ...] = ()  # of results; float32 if none are told
     lines: tuple[str, ...] = ()
     together: bool = False  # all lanes have the number j, instead of j, j + 1, ..
+    apart: bool = False  # each lane has numbers of its own, row[k][lane]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -105,6 +106,7 @@ def _vector(value: Any) -> Array:
 @cache
 def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
     """``(state, operands, row, j) -> results``: state[k][lane], operands[k][lane], row[k]; lane i is element j + i."""
+    of_row, apart = len(formula.row), formula.apart
     names = [*(f"a{k}" for k in range(states)), *(f"x{k}" for k in range(operands)), *formula.row, "j"]
     on_vectors, on_device = _functions(_definition(names, formula.lines, formula.results))
     step = 0 if formula.together else 1
@@ -112,7 +114,10 @@ def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
     def twin(state: Any, values: Any, row: Any, j: Any) -> tuple[tuple[Array, ...], ...]:
         each = [
             on_vectors(
-                *(part[i] for part in state), *(value[i] for value in values), *row[: len(formula.row)], j + i * step
+                *(part[i] for part in state),
+                *(value[i] for value in values),
+                *(number[i] if apart else number for number in row[:of_row]),
+                j + i * step,
             )
             for i in range(lanes)
         ]
@@ -124,7 +129,8 @@ def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
 
         kinds = [device_type(dtype) for dtype in formula.kinds]
         result = types.BaseTuple.from_types([types.UniTuple(kind, lanes) for kind in kinds])
-        own = [*(part.dtype for part in state), *(value.dtype for value in values), *list(row)[: len(formula.row)]]
+        own = [*(part.dtype for part in state), *(value.dtype for value in values)]
+        own += [number.dtype if apart else number for number in list(row)[:of_row]]
         one, function = signature(types.BaseTuple.from_types(kinds), *own, types.int32), on_device()
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -132,7 +138,7 @@ def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
             for i in range(lanes):
                 given = [builder.extract_value(args[0], [k, i]) for k in range(states)]
                 given += [builder.extract_value(args[1], [k, i]) for k in range(operands)]
-                given += [builder.extract_value(args[2], k) for k in range(len(formula.row))]
+                given += [builder.extract_value(args[2], [k, i] if apart else k) for k in range(of_row)]
                 found = context.compile_internal(
                     builder, function, one, [*given, builder.add(args[3], _number(i * step))]
                 )

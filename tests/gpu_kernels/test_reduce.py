@@ -77,6 +77,14 @@ def test_epilogue_is_applied_before_the_store(name):
             assert_close(got, (want,), tolerance(sample))
 
 
+def test_streamed_rows_without_a_rest():
+    sample = Sample(ops.Softmax(), (Spec((2, 4096)),))
+    values = sample.draw(np.random.default_rng(0))
+    config = {"threads": 128, "group": 128, "vector": 4, "items": 4, "held": False}
+    got = emulated(templates("softmax", "cuda")[0], sample.op, values, config, as_compiled=True)
+    assert_close(got, wanted(sample.op, values), tolerance(sample))
+
+
 def of_default(sample, values):
     template = templates(sample.op.family, "cuda")[0]
     config = template.default(sample.op, sample.ins, sample.op.out_specs(*sample.ins), CARD)
