@@ -33,7 +33,7 @@ from .cost import COPY_BYTES_S, LAUNCH_S
 from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of
 from .layer_norm import standardize, standardize_grad
 from .ptx import append, cuda, float32, hold, load, select, store, take, unroll
-from .rows import FLOATS, HELD, REREAD, SECTOR_BYTES, Program, Programs
+from .rows import FLOATS, HELD, REREAD, SECTOR_BYTES, Program, Programs, reached
 from .tail import tail
 from .warp import Formula, either, fold, get, give, lanewise, merged, piece, start
 
@@ -402,7 +402,7 @@ def serve(family: str, program: Programs) -> None:
         # few blocks, or few loads under way, do not keep memory busy
         loads = b.steps if config["held"] else min(config["items"], b.steps)
         under_way = b.blocks * b.block * loads * b.lanes * np.dtype(x.dtype).itemsize
-        busy = min(1.0, under_way / (cores * UNDER_WAY_BYTES), 1.5 * b.blocks / cores, 0.5 + 0.25 * b.blocks / cores)
+        busy = min(under_way / (cores * UNDER_WAY_BYTES), reached(b.blocks, cores))
         if config["held"] and b.block * (len(ins) * b.lanes * b.steps + OTHERS) * 2 > REGISTERS:
             busy *= 0.75  # one block at a time reads, then computes, then writes
         moved = x.size_bytes * (len(ins) + 1 + again) * partly

@@ -198,6 +198,11 @@ def prefer(program: Programs, columns: Callable[..., int], fits: Callable[..., b
     return choose
 
 
+def reached(blocks: int, cores: int) -> float:
+    """The part of the memory's rate that so many blocks reach, which read, wait for each other, and go on."""
+    return min(1.0, 1.5 * blocks / cores, 0.5 + 0.25 * blocks / cores)
+
+
 def moved(p: Program, ins: Sequence[Spec], outs: Sequence[Spec], run: int, held: bool) -> float:
     """Bytes that memory moves, in runs of so many elements; what is read again comes from the L2 cache, mostly."""
     partly = max(1.0, SECTOR_BYTES / (run * np.dtype(outs[0].dtype).itemsize)) if p.whole else 1.0
@@ -215,6 +220,8 @@ def cost(program: Programs, columns: Callable[..., int], runs: RunsOf | None = N
         rows = max(spec.size for spec in ins) // size
         cores = device.cores if device.cores > 1 else 132
         busy = min(1.0, rows * config["group"] / (cores * 256))  # of the threads that keep memory busy
+        if lie is not None:
+            busy = min(busy, reached(rows * config["group"] // config["threads"], cores))
         return LAUNCH_S + moved(p, ins, outs, run, held) / (COPY_BYTES_S * cores * busy)
 
     return guess

@@ -121,6 +121,7 @@ def test_few_large_samples_fill_a_card_untuned():
         ((32, 56, 56, 64), 64, "of_bands"),
         ((32, 56, 56, 64), 32, "of_bands"),
         ((1, 512, 512, 64), 64, "of_bands"),
+        ((2, 200, 304, 256), 32, "of_bands"),
         ((32, 14, 14, 512), 32, "of_rows"),
         ((32, 28, 28, 2048), 2, "of_rows"),
     ],
