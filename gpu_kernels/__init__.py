@@ -31,7 +31,7 @@ What families share, and the files of their templates:
     winograd_transform, winograd_rules    winograd, winograd_filter_grad
     parts                                 the second kernel of sums that are split
     elements                              pointwise
-    rows, slabs                           reductions: softmax, loss, layer_norm; norm, reduce, extreme
+    rows, slabs                           reductions: softmax, loss, layer_norm; norm, reduce, extreme; group_norm
     copies                                shape, slice
     pool_geometry                         pool, pool_grad
     by themselves                         adaptive_pool, depthwise, depthwise_filter_grad, gather, local_norm, resize,
