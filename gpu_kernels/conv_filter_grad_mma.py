@@ -16,11 +16,11 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
 from .grid import INDEX_LIMIT, Grid
-from .mma import Loader, Part, Problem, Tile, cut, kind_of, lines_loader, moves, multiply, vector_of
+from .mma import Loader, Part, Problem, Tile, cut, lines_loader, moves, multiply, vector_of
 from .mma_rules import SPACE, settings
 from .mma_window import Slide, reach, slide
 from .ptx import inside, unroll
-from .tensor_core import copy_async, place_of
+from .tensor_core import copy_async, kind_of, place_of
 
 
 def slide_of(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Slide:

@@ -21,11 +21,11 @@ from rapydli_flow.template import Device, Epilogue, template
 
 from .conv import geometry
 from .grid import INDEX_LIMIT, Grid, blocks_of
-from .mma import Loader, Part, Problem, Scatter, Tile, cut, kind_of, moves, multiply, nothing, rows_loader, vector_of
+from .mma import Loader, Part, Problem, Scatter, Tile, cut, moves, multiply, nothing, rows_loader, vector_of
 from .mma_rules import settings
 from .mma_window import Slide, pixels_loader, reach
 from .ptx import unroll
-from .tensor_core import copy_async, place_of
+from .tensor_core import copy_async, kind_of, place_of
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from . import wgmma_passes as passes
 from .grid import Grid, TensorMap, blocks_of
 from .hopper import LINES, copy, depth_of
 from .ptx import unroll
+from .tensor_core import kind_of
 from .wgmma import SPACE, SPLIT_SPACE, Operand, Rows, Tile, box_operand, cut, products
 
 CORNERS = {1: 2**15, 2: 2**7, 3: 2**4}  # of a box of pixels, by the number of spatial axes
@@ -193,7 +194,7 @@ def _filters(w: Spec, *, gradient: bool) -> tuple[int, int, int]:
 
 def _filters_laid_out(*, gradient: bool) -> Callable[..., tuple[Spec, ...]]:
     def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
-        kind = machinery.kind_of(op, ins[0].dtype)
+        kind = kind_of(op, ins[0].dtype)
         return passes.laid_out(kind, ins[1], *_filters(ins[1], gradient=gradient))
 
     return workspace
@@ -261,7 +262,7 @@ def filter_size(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[int
 
 def filter_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
     """float32: dy, with pixels along lines; then the sums of splits."""
-    kind, pixels = machinery.kind_of(op, ins[0].dtype), filter_walk(op, ins, outs).pixels
+    kind, pixels = kind_of(op, ins[0].dtype), filter_walk(op, ins, outs).pixels
     laid_out = passes.laid_out(kind, ins[1], 1, pixels, outs[0].shape[-1])
     return laid_out + passes.split_sums(op, ins, outs, **config)
 

@@ -10,8 +10,9 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Epilogue, template
 
 from .grid import Grid
-from .mma import Part, Problem, cut, kind_of, loader, multiply, vector_of
+from .mma import Part, Problem, cut, loader, multiply, vector_of
 from .mma_rules import settings
+from .tensor_core import kind_of
 
 
 def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Problem]:

@@ -11,7 +11,8 @@ from rapydli_flow.template import Device, Epilogue, template
 from . import wgmma as machinery
 from .grid import Grid, blocks_of
 from .hopper import depth_of
-from .wgmma import SPACE, box_operand, cut, kind_of, lines_operand, products
+from .tensor_core import kind_of
+from .wgmma import SPACE, box_operand, cut, lines_operand, products
 from .wgmma_passes import laid_out, lay_out
 
 

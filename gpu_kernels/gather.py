@@ -23,17 +23,13 @@ from rapydli_flow.template import Config, Device, Epilogue, Rule, template
 
 from .access import otherwise, plus_chosen, spread, whole
 from .chosen import before, chosen_of, plus_rows
-from .copies import SPACE, countable, preferred
+from .copies import SPACE, countable, narrow, preferred
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
 from .ptx import append, cuda, load, select, store, take, unroll
 from .tail import tail
 
 NAN = float("nan")
-
-
-def _floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector: int) -> bool:
-    return np.dtype(outs[0].dtype).itemsize * vector <= 16
 
 
 def _single(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, vector: int) -> bool:
@@ -45,7 +41,7 @@ def _divides(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device,
 
 
 GATHER_RULES: dict[str, Rule] = {"32-bit indices": countable, "elements alone": _single}
-ROW_RULES: dict[str, Rule] = {"32-bit indices": countable, "16 bytes at once": _floats, "vectors in rows": _divides}
+ROW_RULES: dict[str, Rule] = {"32-bit indices": countable, "16 bytes at once": narrow, "vectors in rows": _divides}
 
 
 def _prefer_gather(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
@@ -159,7 +155,7 @@ def _summed(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) 
 
 
 SUM_SPACE = {"threads": (128, 256, 64), "vector": (4, 2, 1, 8)}
-SUM_RULES: dict[str, Rule] = {"32-bit indices": _summed, "16 bytes at once": _floats, "vectors in rows": _divides}
+SUM_RULES: dict[str, Rule] = {"32-bit indices": _summed, "16 bytes at once": narrow, "vectors in rows": _divides}
 
 
 def _prefer_sums(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from rapydli_flow.spec import HALVES
 from rapydli_flow.template import Config, Epilogue
 
 from .arithmetic import indexing
@@ -169,13 +168,6 @@ class Tile:
 def cut(p: Problem, config: Config) -> Tile:
     """The tile of a config."""
     return Tile(p, **config)
-
-
-def kind_of(op: Any, dtype: str) -> str:
-    """What is multiplied: three products of TF32 for one of float32, one, or halves."""
-    if dtype in HALVES:
-        return "half"
-    return "tf32" if op.tf32 else SPLIT
 
 
 def vector_of(dtype: str, *extents: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Rule, broken
 
+from .copies import countable
 from .grid import INDEX_LIMIT
 
 MOST_TAPS = 64  # that are written out: larger windows are loops
@@ -66,11 +67,6 @@ def channels_fit(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
     """Vectors divide channels, and no access is wider than 16 bytes."""
     sizes = [np.dtype(spec.dtype).itemsize * vector for spec in (*ins, *outs)]
     return outs[0].shape[-1] % vector == 0 and max(sizes) <= 16
-
-
-def countable(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    """Are these arrays of elements that 32 bits can count?"""
-    return all(0 < spec.size < INDEX_LIMIT - 2**20 for spec in (*ins, *outs))
 
 
 def _indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:

@@ -486,3 +486,10 @@ def exchange() -> Pair:
 
 def _told(of: Operand) -> str:
     return f"{'a' if of.left else 'b'}{of.extent}{'rows' if of.rows else 'lines'}{of.layout.pitch}_{of.dtype}"
+
+
+def kind_of(op: Any, dtype: str) -> str:
+    """What is multiplied: three products of TF32 for one of float32, one, or halves."""
+    if dtype in HALVES:
+        return "half"
+    return "tf32" if op.tf32 else SPLIT

@@ -50,7 +50,7 @@ from .hopper import (
 )
 from .ptx import append, clear, cuda, float32, select, store, unroll
 from .tail import tail
-from .tensor_core import SPLIT
+from .tensor_core import SPLIT, kind_of
 from .warpgroup import columns, multiply, multiply_split, settle
 from .wgmma_passes import lanes_of
 
@@ -325,13 +325,6 @@ Rules = Mapping[str, str | Callable[..., bool]]
 
 def cut(op: Any, dtype: str, size: tuple[int, int, int], config: Config) -> Tile:
     return Tile(kind_of(op, dtype), dtype, *size, **config)
-
-
-def kind_of(op: Any, dtype: str) -> str:
-    """How operands are multiplied."""
-    if dtype in HALVES:
-        return "half"
-    return "tf32" if op.tf32 else SPLIT
 
 
 def card(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:

@@ -128,7 +128,7 @@ def test_addresses_are_aligned():
 @pytest.mark.skipif(compiling.missing() is not None, reason=str(compiling.missing()))
 @pytest.mark.filterwarnings("default")  # of numba-cuda's own imports
 @pytest.mark.parametrize("op", CASES[:2], ids=lambda op: op.name)
-def test_one_kernel_serves_all_sizes(op, tmp_path):
+def test_one_cubin_serves_all_sizes(op, tmp_path):
     first = samples(op)[0]
     key = alike(op, first.ins, op.out_specs(*first.ins))
     few, more = Many(key, (100, 7)), Many(key, (100, 7, 5000))
@@ -154,7 +154,7 @@ def arithmetic(request):
 @pytest.mark.skipif(compiling.missing() is not None, reason=str(compiling.missing()))
 @pytest.mark.filterwarnings("default")  # of numba-cuda's own imports
 @pytest.mark.parametrize("op", [ops.Momentum(decay=0.01, nesterov=True), ops.Descent(decay=0.1), ops.MovingAverage()])
-def test_machine_code_multiplies_and_adds_as_that_for_one_array(op):
+def test_a_cubin_multiplies_and_adds_as_that_for_one_array(op):
     """An element's instructions are those of `elements`, products joined with sums alike: so the bits are the same."""
     count = len(type(op).samples()[0].ins) - RATES[type(op)]
     ins = (*[Spec((4096,))] * count, *[Spec(())] * RATES[type(op)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_kernels import emulate, mma, tensor_core
+from gpu_kernels import emulate, tensor_core
 from gpu_kernels.emulate import KernelFault
 from gpu_kernels.grid import Grid
 from gpu_kernels.ptx import cuda, store, take
@@ -182,9 +182,9 @@ def test_rounding_by_two_products_is_to_nearest():
 
 
 def test_kind_of_product_is_a_property_of_the_op():
-    assert mma.kind_of(ops.Matmul(), "float32") == SPLIT
-    assert mma.kind_of(ops.Matmul(tf32=True), "float32") == "tf32"
-    assert {mma.kind_of(ops.Matmul(tf32=True), dtype) for dtype in HALVES} == {"half"}
+    assert tensor_core.kind_of(ops.Matmul(), "float32") == SPLIT
+    assert tensor_core.kind_of(ops.Matmul(tf32=True), "float32") == "tf32"
+    assert {tensor_core.kind_of(ops.Matmul(tf32=True), dtype) for dtype in HALVES} == {"half"}
 
 
 # ---- shared memory
