@@ -172,7 +172,7 @@ def placement(
     tuning = tuner.known(device) if tuning is None else tuning
     programs = plan.programs(step, tuning)
     links = known_links(client, workers, plan.ranks, timeout_s)
-    return placed(client, programs, plan, workers, device=device, links=links, data=data)
+    return placed(client, programs, plan, workers, links=links, data=data)
 
 
 def measure_links(client: Client, *, timeout_s: float = 60.0) -> Links:

@@ -381,7 +381,7 @@ class Fitting:
         data = (self.train, self.validation)
         loose = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
         if self.client is not None:
-            bring(self.client, tuple(workers), defined_outside(self.step, programs, tuning.device))
+            bring(self.client, tuple(workers), defined_outside(self.step, programs))
         if options.granularity != "segment" and plan.apart:
             raise SettingError(
                 "fit: a plan with average_every or staleness is for granularity 'segment', not "

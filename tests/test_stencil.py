@@ -208,7 +208,7 @@ def test_a_stencil_and_its_op_are_pickled_by_name(monkeypatch):
     op = module.pickled_double.op()
     assert cloudpickle.loads(cloudpickle.dumps(op)) == op
     graph = rf.trace(module.pickled_double, U)
-    outside = defined_outside(graph, [compile_program(graph, Tuning(host()))], host())
+    outside = defined_outside(graph, [compile_program(graph, Tuning(host()))])
     assert outside == {"stencil_home": Defined("the op 'pickled_double'", "pickled_double.Op")}
     with pytest.raises(
         TemplateError, match=r"inner: it is defined in a function \(local_stencil.*Define it at the top"

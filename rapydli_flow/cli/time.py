@@ -85,7 +85,7 @@ def warm(network: str, batch: int | None, threads: int | None, inference: bool, 
         step = resolve(network, batch).step
         tuning = known(device_of(device))
         programs = programs_of(network_of(step) if inference else step, tuning, settings().threads)
-        pairs = [pair for program in programs for pair in kernels_of(program, tuning.device)]
+        pairs = [pair for program in programs for pair in kernels_of(program)]
         done = warm_kernels(pairs, tuning.device, compilers=threads, watch=_progress())
         if done.compiled and sys.stderr.isatty():
             click.echo("", err=True)

@@ -27,14 +27,14 @@ from ..errors import RunLost, SettingError, SnapshotError
 from ..scheduler import Links, Program
 from ..scheduler.topology import LOOPBACK, Topology
 from ..spec import Array, Block, even_bounds
-from ..tuner import Choice, Request
+from ..template import Device
 from . import worker as tasks
 from .backend import Backend, Writers, holding, holds_all, one_result, whole_state
 from .copies import sources
 from .devices import device_of
 from .evaluate import Predictor, Scorer, batches, mean_scores, scored
 from .events import SNAPSHOTS
-from .grouped import kernels_of
+from .grouped import kernels_by_device
 from .job import Job
 from .remembered import known
 from .segment import SegmentResult
@@ -307,17 +307,15 @@ class Cluster(Backend):
 
     def _warm(self) -> None:
         """Compile each kernel once a host, divided over its workers."""
-        job, workers, device = self.job, self.workers, self.job.tuning.device
-        programs = [*job.programs, *self._scoring(job)]
-        requests = list(dict.fromkeys(pair for program in programs for pair in kernels_of(program, device)))
-        hosts: dict[str, list[str]] = {}
-        for address in self.addresses:
-            hosts.setdefault(workers[address]["host"], []).append(address)
+        kernels = kernels_by_device([*self.job.programs, *self._scoring(self.job)])
+        hosts: dict[tuple[str, Device], list[str]] = {}
+        for address, program in zip(self.addresses, self.job.programs, strict=True):
+            hosts.setdefault((self.workers[address]["host"], program.device), []).append(address)
         futures = []
-        for members in hosts.values():
+        for (_, device), members in hosts.items():
             for i, address in enumerate(members):
-                share: list[tuple[Request, Choice]] = requests[i :: len(members)]
-                futures.append(self._on(address, "compile_kernels", tasks.warm, share, job.tuning))
+                share = kernels[device][i :: len(members)]
+                futures.append(self._on(address, "compile_kernels", tasks.warm, share, device))
         self.results(futures)
 
     def _scoring(self, job: Job) -> list[Program]:

@@ -22,7 +22,6 @@ from gpu_kernels.launch import Card
 
 from ..config import checked_device, settings
 from ..errors import MissingDependency
-from ..scheduler import Program
 from ..template import Device
 
 LEAST = (8, 0)  # the oldest capability that kernels are written for
@@ -80,15 +79,6 @@ def free_bytes(device: Device) -> tuple[int, str]:
         return emulated.Emulated().free_bytes(), "for the emulated card"
     card = card_named(f"cuda:{device.number}")
     return card.free_bytes(), f"on {card.name} ({device.name})"
-
-
-def needed_bytes(program: Program, device: Device) -> int:
-    """Memory of a device that a rank takes: on a card also what it sets aside, and batches on their way."""
-    if device.kind == "cpu":
-        return program.memory_bytes
-    held = sum(program.leaves[name].spec.size_bytes for name in program.kind("param", "state"))
-    fed = sum(program.leaves[name].spec.size_bytes for name in program.kind("batch"))
-    return program.memory_bytes + held + 2 * fed
 
 
 def named(device: Device) -> dict[str, Any]:

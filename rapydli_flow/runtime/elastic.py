@@ -76,8 +76,8 @@ class Elastic(Recovering):
 
     def _placed(self, job: Job, workers: Mapping[str, Any], links: Links) -> Cluster:
         """A job's ranks, on workers that suit them."""
-        how: dict[str, Any] = {"device": job.tuning.device, "data": job.data, "before": job.before}
-        self.placement = placed(self.client, job.programs, job.plan, workers, links=links, **how)
+        how: dict[str, Any] = {"links": links, "data": job.data, "before": job.before}
+        self.placement = placed(self.client, job.programs, job.plan, workers, **how)
         return Cluster(self.client, job, self.placement.addresses, workers, links)
 
     # orders -----------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class Predictor:
     def _rank(self, size: int) -> Participant:
         if size not in self._ranks:
             program = self.program(size)
-            warm(kernels_of(program, self.tuning.device), self.tuning.device)
-            rank = rank_on(program, self.tuning.device, threads=self.threads)
+            warm(kernels_of(program), program.device)
+            rank = rank_on(program, program.device, threads=self.threads)
             rank.load(self._state)
             self._ranks[size] = rank
         return self._ranks[size]

@@ -36,9 +36,9 @@ def in_groups(program: Program) -> list[tuple[int, ...]]:
     return together(_steps(program), most=MOST)
 
 
-def kernels_of(program: Program, device: Device) -> tuple[tuple[Request, Choice], ...]:
+def kernels_of(program: Program) -> tuple[tuple[Request, Choice], ...]:
     """What has to be compiled for a program: on a card one kernel for all groups of a kind."""
-    if device.kind == "cpu":
+    if program.device.kind == "cpu":
         return program.requests
     found: dict[tuple[Request, Choice], None] = {}
     groups: dict[Alike | None, Request] = {}
@@ -54,9 +54,17 @@ def kernels_of(program: Program, device: Device) -> tuple[tuple[Request, Choice]
     return tuple(found)
 
 
-def grouped_steps(program: Program, device: Device) -> frozenset[int]:
+def kernels_by_device(programs: Sequence[Program]) -> dict[Device, list[tuple[Request, Choice]]]:
+    """What has to be compiled for programs, each kernel once, by device."""
+    found: dict[Device, dict[tuple[Request, Choice], None]] = {}
+    for program in programs:
+        found.setdefault(program.device, {}).update(dict.fromkeys(kernels_of(program)))
+    return {device: list(kernels) for device, kernels in found.items()}
+
+
+def grouped_steps(program: Program) -> frozenset[int]:
     """Numbers of the steps that are done together with others: not by what was chosen for them, but by `MANY`."""
-    groups = in_groups(program) if device.kind != "cpu" else []
+    groups = in_groups(program) if program.device.kind != "cpu" else []
     return frozenset(i for numbers in groups if len(numbers) > 1 for i in numbers)
 
 

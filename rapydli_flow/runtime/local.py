@@ -12,13 +12,14 @@ from ..errors import RunLost
 from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..spec import Array
+from ..template import Device
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, one_result, whole_state
-from .devices import free_bytes, needed_bytes
+from .devices import free_bytes
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
-from .grouped import kernels_of
+from .grouped import kernels_by_device
 from .segment import SegmentResult, Trainer, average_of, finite
 from .stale import rank_of
 from .transport import TIMEOUT_S, Alone, Threads, Transport
@@ -46,17 +47,14 @@ class Local(Backend):
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.graph, self.plan, self.tuning, self.validation = step, plan, tuning, validation
-        free, where = free_bytes(tuning.device)
-        for number, program in enumerate(programs):
-            more = needed_bytes(program, tuning.device) - program.memory_bytes
-            program.check_memory(free, number, where=where, more_bytes=more)
-            free -= program.memory_bytes + more
+        _check_memory(programs)
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
-        warm([pair for program in programs for pair in kernels_of(program, tuning.device)], tuning.device)
+        for device, kernels in kernels_by_device(programs).items():
+            warm(kernels, device)
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
-            rank = rank_of(programs, number, tuning.device, threads=plan.threads, transport=transport)
+            rank = rank_of(programs, number, program.device, threads=plan.threads, transport=transport)
             feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
             average = average_of(plan, programs, number)
             self.trainers.append(Trainer(rank, feed, seed, step, number=number, average=average))
@@ -111,3 +109,13 @@ class Local(Backend):
         if self.pool is not None:
             self.pool.shutdown()
         self.writers.close()
+
+
+def _check_memory(programs: Sequence[Program]) -> None:
+    """TooLittleMemory where what is free on a device is not enough for the ranks there."""
+    free: dict[Device, int] = {}
+    for number, program in enumerate(programs):
+        bytes_now, where = free_bytes(program.device)
+        left = free.setdefault(program.device, bytes_now)
+        program.check_memory(left, number, where=where)
+        free[program.device] = left - program.needed_bytes

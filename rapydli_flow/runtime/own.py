@@ -57,7 +57,7 @@ class Defined:
     template: bool = False
 
 
-def defined_outside(graph: Graph, programs: Sequence[Program], device: Device) -> dict[str, Defined]:
+def defined_outside(graph: Graph, programs: Sequence[Program]) -> dict[str, Defined]:
     """The modules of ops and templates that are not of this package, and what each defines.
 
     Ops of a notebook or script are not among them: their classes travel with the graph. Templates do not, nor do
@@ -71,7 +71,7 @@ def defined_outside(graph: Graph, programs: Sequence[Program], device: Device) -
     for program in programs:
         for request, choice in program.requests:
             if not choice.reference:
-                template = choice.find(request, device)
+                template = choice.find(request, program.device)
                 what = f"the template {template.family}/{template.name}"
                 out.setdefault(template.build.__module__, Defined(what, template.build.__qualname__, True))
     return {module: defined for module, defined in out.items() if not module.startswith(OURS)}

@@ -9,9 +9,7 @@ from distributed import Client
 
 from ..data import Dataset
 from ..scheduler import Links, Placement, Plan, Program, Slot, check_room, place, traffic
-from ..template import Device
 from . import worker as tasks
-from .devices import needed_bytes
 from .feeding import fed_layout, read_bytes
 from .workers import answers
 
@@ -24,7 +22,6 @@ def placed(
     plan: Plan,
     workers: Mapping[str, Mapping[str, Any]],
     *,
-    device: Device,
     links: Links,
     data: Dataset | None = None,
     before: str = "",
@@ -34,24 +31,22 @@ def placed(
     TooLittleMemory where an arena fits nowhere, NoWorkers where there are too few, or too few that see the data.
     """
     seen = answers(client, workers, LOOK_S, tasks.at_hand, data, before) if data is not None else {}
-    needs = [needed_bytes(program, device) for program in programs]
-    aside = max(need - program.memory_bytes for need, program in zip(needs, programs, strict=True))
-    slots = [_slot(address, worker, aside, *seen.get(address, (True, 0.0))) for address, worker in workers.items()]
+    slots = [_slot(address, worker, *seen.get(address, (True, 0.0))) for address, worker in workers.items()]
     layouts = [fed_layout(program) for program in programs]
     check_room(programs, slots)
     return place(
         traffic(programs, average_every=plan.average_every),
         slots,
         links,
-        needs=needs,
+        needs=[program.needed_bytes for program in programs],
         reads=[read_bytes(data, layout) if data is not None and layout else 0 for layout in layouts],
         threads=plan.threads,
-        device=device.key,
+        devices=[program.device.key for program in programs],
     )
 
 
-def _slot(address: str, worker: Mapping[str, Any], aside: int, reaches: bool, held: float) -> Slot:
-    """A worker as a place for a rank, whose device needs so much ``aside`` of arenas."""
-    limit, used = worker["memory_bytes"], worker["used_bytes"] + aside
+def _slot(address: str, worker: Mapping[str, Any], reaches: bool, held: float) -> Slot:
+    """A worker as a place for a rank."""
+    limit, used = worker["memory_bytes"], worker["used_bytes"]
     free_bytes = max(0, limit - used) if limit else None
     return Slot(address, worker["host"], free_bytes, worker["threads"], worker["device"].key, reaches, held)

@@ -140,7 +140,7 @@ def stepper(
     if client is None:
         ranks = Here(Local(graph, plan, programs, tuning, None, None, seed=seed, timeout_s=timeout_s), timeout_s)
     else:
-        bring(client, tuple(workers), defined_outside(graph, programs, tuning.device))
+        bring(client, tuple(workers), defined_outside(graph, programs))
         job = Job(
             run="stepper",
             step=graph,
@@ -157,7 +157,7 @@ def stepper(
             run_dir=None,
         )
         links = known_links(client, workers, plan.ranks, timeout_s)
-        where = placed(client, programs, plan, workers, device=tuning.device, links=links)
+        where = placed(client, programs, plan, workers, links=links)
         ranks = There(Cluster(client, job, where.addresses, workers, links))
     return Stepper(graph, plan, ranks, [program.layout for program in programs], seed=seed)
 

@@ -134,7 +134,7 @@ def measure_step(
     graph = hoist(graph)
     (rank_graph,) = Plan(1, threads).rank_graphs(graph)
     program = compile_program(rank_graph, replace(tuning, strict=False))
-    warm(kernels_of(program, tuning.device), tuning.device)
+    warm(kernels_of(program), tuning.device)
     peak_here(tuning.device, threads)
     rank = rank_on(program, tuning.device, threads=threads)
     rank.start(seed)
@@ -151,7 +151,7 @@ def measure_step(
     rank.close()
     where = places(graph, rank_graph)
     kernels = []
-    together = grouped_steps(program, tuning.device)
+    together = grouped_steps(program)
     for i, step in enumerate(program.steps):
         assert isinstance(step, Call)  # one rank meets nobody
         place = where[step.name] if step.name in where else copied(step.name, graph)

@@ -26,7 +26,8 @@ from distributed.worker_state_machine import SecedeEvent
 from ..data import EVERYWHERE, Dataset, Feed
 from ..errors import RunLost
 from ..spec import Array, Block, even_bounds
-from ..tuner import Choice, Request, Tuning, compilers
+from ..template import Device
+from ..tuner import Choice, Request, compilers
 from ..version import __version__
 from .backend import Writers
 from .copies import Copies, Piece, put_together
@@ -163,9 +164,9 @@ def beat() -> int:
     return os.getpid()
 
 
-def warm(requests: Sequence[tuple[Request, Choice]], tuning: Tuning) -> int:
+def warm(requests: Sequence[tuple[Request, Choice]], device: Device) -> int:
     """Compile kernels into this host's cache; the error of the first that cannot be compiled."""
-    warm_up(requests, tuning.device).check()
+    warm_up(requests, device).check()
     return len(requests)
 
 
@@ -196,8 +197,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
     held = _find(job.run, number)
     held.transport = connected(job, number, held.transport, addresses)
     program = job.programs[number]
-    device = here(job.tuning.device)
-    rank = rank_of(job.programs, number, device, threads=job.threads, transport=held.transport)
+    rank = rank_of(job.programs, number, here(program.device), threads=job.threads, transport=held.transport)
     how: dict[str, Any] = {"seed": job.seed, "shuffle": job.shuffle, "like": _feed_before(job.before)}
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), **how)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None

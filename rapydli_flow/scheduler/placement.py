@@ -44,6 +44,10 @@ class Slot:
     reaches: bool = True
     held: float = 0.0
 
+    def runs(self, device: str) -> bool:
+        """Has it such a device, as far as either is known?"""
+        return not (device and self.device) or device == self.device
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -100,22 +104,21 @@ def place(
     needs: Sequence[int] = (),
     reads: Sequence[int] = (),
     threads: int = 1,
-    device: str = "",
+    devices: Sequence[str] = (),
 ) -> Placement:
     """A worker for each rank.
 
-    ``needs``: bytes of each rank's arena. ``reads``: bytes of records that each reads in a step. Workers of another
-    ``device`` ('': any will do), or with fewer threads, are taken only where there are not enough others. Placements
-    that are as good keep ranks in the order of hosts and addresses. NoWorkers where ranks do not fit.
+    ``needs``: bytes of each rank's device. ``reads``: bytes of records that each reads in a step. ``devices``: the kind
+    that each is for ('': any will do). Workers with fewer threads are taken only where there are not enough others.
+    Placements that are as good keep ranks in the order of hosts and addresses. NoWorkers where ranks do not fit.
     """
     ranks = len(traffic)
     if len(slots) < ranks:
         raise NoWorkers(f"the plan needs {ranks} workers but the cluster has {len(slots)}.")
     ordered = sorted(slots, key=lambda slot: (slot.host, slot.address))
-    costs = _Costs(traffic, ordered, links, needs or [0] * ranks, reads or [0] * ranks)
-    suits = np.array([device in ("", slot.device) and slot.threads >= threads for slot in ordered])
+    costs = _Costs(traffic, ordered, links, needs or [0] * ranks, reads or [0] * ranks, devices or [""] * ranks)
     suited = costs.fits.copy()
-    suited[:ranks] &= suits
+    suited[:ranks] &= np.array([slot.threads >= threads for slot in ordered])
     allowed = costs.fits if (_matched(suited) < 0).any() else suited
     first = _matched(allowed)
     if (first < 0).any():
@@ -135,14 +138,16 @@ def place(
 
 
 def check_room(programs: Sequence[Program], slots: Sequence[Slot]) -> None:
-    """TooLittleMemory where a rank's arena fits on no worker that is left for it, if those with the largest arenas get
-    those with most memory free."""
-    ranks = sorted(range(len(programs)), key=lambda rank: (-programs[rank].memory_bytes, rank))
-    free = {slot.address: math.inf if slot.free_bytes is None else slot.free_bytes for slot in slots}
-    roomy = sorted(free, key=lambda address: (-free[address], address))
-    for rank, address in zip(ranks, roomy, strict=False):
-        if free[address] < math.inf:
-            programs[rank].check_memory(int(free[address]), rank, where=f"on worker {address}")
+    """TooLittleMemory where a rank fits on no worker that is left for it, if of those for one device the ranks that
+    need most get the workers with most memory free."""
+    for device in dict.fromkeys(program.device.key for program in programs):
+        ranks = [rank for rank, program in enumerate(programs) if program.device.key == device]
+        ranks.sort(key=lambda rank: -programs[rank].needed_bytes)
+        free = {s.address: math.inf if s.free_bytes is None else s.free_bytes for s in slots if s.runs(device)}
+        roomy = sorted(free, key=lambda address: (-free[address], address))
+        for rank, address in zip(ranks, roomy, strict=False):
+            if free[address] < math.inf:
+                programs[rank].check_memory(int(free[address]), rank, where=f"on worker {address}")
 
 
 class _Costs:
@@ -150,7 +155,13 @@ class _Costs:
     do nothing, of each slot that is left."""
 
     def __init__(
-        self, traffic: Traffic, slots: Sequence[Slot], links: Links, needs: Sequence[int], reads: Sequence[int]
+        self,
+        traffic: Traffic,
+        slots: Sequence[Slot],
+        links: Links,
+        needs: Sequence[int],
+        reads: Sequence[int],
+        devices: Sequence[str],
     ) -> None:
         self.slots, self.needs, self.ranks = slots, needs, len(traffic)
         idle = (0, len(slots) - len(traffic))
@@ -169,6 +180,8 @@ class _Costs:
         room = np.array([np.inf if slot.free_bytes is None else slot.free_bytes for slot in slots])
         reached = np.array([slot.reaches for slot in slots])
         self.fits = (np.pad(np.array(needs), idle)[:, None] <= room) & (reached | (self.reads[:, None] == 0))
+        self.devices = devices
+        self.fits[: len(traffic)] &= np.array([[slot.runs(device) for slot in slots] for device in devices])
 
     def may(self, allowed: Array, at: Array) -> bool:
         """Has a placement all ranks (none at -1), and may they be where it has them?"""
@@ -197,6 +210,9 @@ class _Costs:
         seen = sum(slot.reaches for slot in self.slots)
         reads = f", and {seen} see the dataset that it reads" if self.reads[rank] else ""
         shared = ", or a file system that all workers share" if self.reads[rank] else ""
+        device = self.devices[rank]
+        if device:
+            reads += f", and {sum(slot.runs(device) for slot in self.slots)} have its device ({device})"
         return (
             f"no worker is left for rank {rank}: of {len(self.slots)}, {roomy} have the {need:,} bytes free that it "
             f"needs{reads}. Use fewer ranks, workers with more memory{shared}."

@@ -15,6 +15,7 @@ from ..errors import TooLittleMemory
 from ..graph import Graph, Node, Value, checked
 from ..ops import Copy, Leaf, Op
 from ..spec import Block, Spec
+from ..template import Device
 from ..tuner import Choice, Request, Tuning
 from .arena import Arena
 from .beside import side_by_side
@@ -67,7 +68,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank runs for one step. ``lent``: leaves that lie outside of the arena, where their owner has them.
+    """What one rank runs for one step, on a ``device``. ``lent``: leaves that lie outside of the arena, where their
+    owner has them.
 
     Of an asynchronous plan it is the update of what the rank owns; ``gradients`` is what comes before it, which may be
     ``ahead`` of it by so many steps.
@@ -82,6 +84,7 @@ class Program:
     arena_bytes: int
     donated: int
     copied: int
+    device: Device
     largest: tuple[tuple[str, int], ...] = ()
     lent: tuple[str, ...] = ()
     gradients: Program | None = None
@@ -107,6 +110,22 @@ class Program:
         fresh = sum(first.leaves[name].spec.size_bytes for name in first.kind("param", "state"))
         return self.arena_bytes + first.arena_bytes + (self.ahead + 1) * handed + fresh
 
+    @property
+    def aside_bytes(self) -> int:
+        """What a rank takes of its device beside that: on a card the state it sets aside, and batches on their way."""
+        if self.device.kind == "cpu":
+            return 0
+        held, fed = (
+            sum(self.leaves[name].spec.size_bytes for name in self.kind(*kinds))
+            for kinds in (("param", "state"), ("batch",))
+        )
+        return held + 2 * fed
+
+    @property
+    def needed_bytes(self) -> int:
+        """All that a rank takes of its device's memory."""
+        return self.memory_bytes + self.aside_bytes
+
     def kind(self, *kinds: str) -> tuple[str, ...]:
         """Names of the leaves of these kinds, in order."""
         return tuple(name for name, leaf in self.starts.items() if leaf.kind in kinds)
@@ -117,14 +136,9 @@ class Program:
         steps = (*self.steps, *(self.gradients.steps if self.gradients else ()))
         return tuple(dict.fromkeys((s.request, s.choice) for s in steps if isinstance(s, Call)))
 
-    def check_memory(
-        self, limit_bytes: int, rank: int = 0, *, where: str = "in this process", more_bytes: int = 0
-    ) -> None:
-        """Raise TooLittleMemory, with what would help and what takes it, if the arena is larger than the limit.
-
-        ``more_bytes``: what the rank's device needs beside it.
-        """
-        needed = self.memory_bytes + more_bytes
+    def check_memory(self, limit_bytes: int, rank: int = 0, *, where: str = "in this process") -> None:
+        """Raise TooLittleMemory, with what would help and what takes it, if a rank needs more than the limit."""
+        needed = self.needed_bytes
         if needed <= limit_bytes:
             return
         held = sum(self.leaves[name].spec.size_bytes for name in self.kind("param", "state"))
@@ -214,6 +228,7 @@ class _Planner:
             arena_bytes=self.arena.size_bytes,
             donated=self.donated,
             copied=copied,
+            device=self.tuning.device,
             largest=tuple(largest),
             lent=self.lent,
         )

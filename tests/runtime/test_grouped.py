@@ -342,15 +342,15 @@ def test_the_first_number_that_is_not_finite_is_found_call_by_call():
 
 def test_one_kernel_is_compiled_for_all_groups_of_a_kind(monkeypatch):
     program = program_of(make_step(), HERE)
-    needed = kernels_of(program, HERE)
+    needed = kernels_of(program)
     single = [(s.request, s.choice) for n in in_groups(program) if len(n) == 1 for s in [program.steps[n[0]]]]
     assert [pair for pair in needed if pair[1] != MANY] == list(dict.fromkeys(single))
     assert [r.title for r, choice in needed if choice == MANY].count("momentum") == 1
-    assert kernels_of(program, device_of("cpu")) == program.requests
+    here = program_of(make_step(), device_of("cpu"))
+    assert kernels_of(here) == here.requests
     other = program_of(make_step(optim.sgd(0.3, momentum=0.9)), HERE)  # the rate is an operand
     keys = [
-        {card_request(*pair, HERE).key for pair in kernels_of(each, HERE) if pair[1] == MANY}
-        for each in (program, other)
+        {card_request(*pair, HERE).key for pair in kernels_of(each) if pair[1] == MANY} for each in (program, other)
     ]
     assert keys[0] == keys[1]
     compiled = []

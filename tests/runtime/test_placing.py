@@ -23,8 +23,6 @@ from rapydli_flow.runtime import links
 from rapydli_flow.runtime.workers import ready_workers
 from rapydli_flow.scheduler import Links, make_plan
 
-PORT = 8796
-
 
 def deep(x):
     """Three layers for three stages."""
@@ -45,6 +43,9 @@ def hosts(hidden):
     allowed = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False)
     if allowed.returncode:
         pytest.skip("namespaces need root")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with ExitStack() as running:
 
         def start(words, host, hide=""):
@@ -53,12 +54,12 @@ def hosts(hidden):
             running.callback(process.wait, 30)
             running.callback(process.terminate)
 
-        start(["scheduler", "--host", "127.0.0.1", "--port", str(PORT), "--no-dashboard"], "b")
+        start(["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], "b")
         plain = ["--nthreads", "1", "--memory-limit", "0", "--no-nanny", "--no-dashboard"]
         for host, hide in (("a", f"mount -t tmpfs none {hidden};"), ("b", "")):
             for _ in range(2):
-                start(["worker", f"tcp://127.0.0.1:{PORT}", *plain], host, hide)
-        with Client(f"tcp://127.0.0.1:{PORT}", timeout=60) as client:
+                start(["worker", f"tcp://127.0.0.1:{port}", *plain], host, hide)
+        with Client(f"tcp://127.0.0.1:{port}", timeout=60) as client:
             client.wait_for_workers(4, timeout=60)
             yield client
 

@@ -112,7 +112,7 @@ def test_what_cannot_be_compiled_fails_as_before(empty, broken, compilers):
         done.check()
     assert str(found.value) == str(expected.value)
     with pytest.raises(TemplateError):
-        on_worker([wrong], Tuning(host()))
+        on_worker([wrong], host())
 
 
 def test_runs_warm_up_by_themselves(empty, monkeypatch):

@@ -1,6 +1,5 @@
 """Which worker each rank is placed on, beside all placements that there are."""
 
-import time
 from itertools import combinations, pairwise, permutations
 
 import numpy as np
@@ -143,20 +142,25 @@ def test_too_little_memory_names_the_rank_and_its_arrays():
         check_room(made, room)
 
 
-def test_other_devices_and_fewer_threads_come_last():
-    slots = [Slot("tcp://0", "a", device="old"), Slot("tcp://1", "a", threads=1), Slot("tcp://2", "b", threads=4)]
-    how = {"threads": 2, "device": ""}
-    assert place([[0]], slots, Links(), **how).addresses == ("tcp://2",)
-    assert place([[0]], slots, Links(), device="old").addresses == ("tcp://0",)
-    assert place([[0, 0], [0, 0]], slots, Links(), **how).addresses == ("tcp://0", "tcp://1")
+def test_fewer_threads_come_last():
+    slots = [Slot("tcp://0", "a"), Slot("tcp://1", "a", threads=1), Slot("tcp://2", "b", threads=4)]
+    assert place([[0]], slots, Links(), threads=2).addresses == ("tcp://2",)
+    assert place([[0, 0], [0, 0]], slots, Links(), threads=2).addresses == ("tcp://0", "tcp://1")
+
+
+def test_ranks_go_where_their_device_is():
+    slots = [Slot("tcp://0", "a", device="cpu-x"), Slot("tcp://1", "a", device="cuda-y"), Slot("tcp://2", "b")]
+    assert place([[0]], slots, Links(), devices=["cuda-y"]).addresses == ("tcp://1",)
+    both = place([[0, 0], [0, 0]], slots[:2], Links(), devices=["cuda-y", "cpu-x"])
+    assert both.addresses == ("tcp://1", "tcp://0")
+    with pytest.raises(NoWorkers, match=r"of 2, 2 have the 0 bytes free that it needs, and 1 have its device \(cuda-y"):
+        place([[0, 0], [0, 0]], slots[:2], Links(), devices=["cuda-y", "cuda-y"])
 
 
 def test_many_ranks():
     rng = np.random.default_rng(0)
     slots = slots_on(*(f"host-{i % 32:02}" for i in range(256)))
-    begin = time.perf_counter()
     found = place(chain(rng.permutation(256).tolist()), slots, Links())
-    assert time.perf_counter() - begin < 30  # seconds; two where nothing else runs
     assert found.moved.between_bytes < 0.25 * found.others[0][1].between_bytes
     assert place(chain(range(256)), sorted(slots, key=lambda s: s.host), Links()).moved.between_bytes == 31 * 2_000_000
 
