@@ -272,9 +272,9 @@ class Cluster(Backend):
                 return f"rank {number} is lost: its worker {address} left the cluster"
         return ""
 
-    def kept(self) -> dict[str, dict[int, dict[int, list[tuple[str, Block]]]]]:
-        """What ranks on workers that answer have copies of: by address, rank and step."""
-        return answers(self.client, self._there(), ANSWER_S, tasks.kept, self.job.run)
+    def offered(self) -> dict[str, dict[int, dict[int, list[tuple[str, Block]]]]]:
+        """What ranks on workers that answer have copies of: by address, rank and step; they keep that."""
+        return answers(self.client, self._there(), ANSWER_S, tasks.offered, self.job.run)
 
     def offers(self, known: Mapping[str, Mapping[int, Mapping[int, Any]]], step: int) -> Offers:
         """Have the copies of a step made ready on the workers that have them."""

@@ -6,16 +6,19 @@
 
 Every rank keeps the state that its last segment began with, and gives what only it holds, a part of a sharded state or
 of its own layers, to the rank behind it. The copies before those are let go as soon as a step of the segment is done,
-for then all ranks have their new ones.
+for then all ranks have their new ones; unless somebody has asked what there is, to go on from it. A rank may not know
+yet by then that another one is lost, and goes on for a while.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import RunLost
 from ..scheduler import Program
 from ..spec import Array, Block
 from .participant import Participant
@@ -45,19 +48,22 @@ def only_here(programs: Sequence[Program]) -> tuple[tuple[str, ...], ...]:
 
 
 class Copies:
-    """What one rank keeps of its run, by step."""
+    """What one rank keeps of its run, by step. `offered` and `handed_out` are called by other threads than its own."""
 
     def __init__(self, rank: Participant, programs: Sequence[Program], number: int) -> None:
         self.rank, self.programs, self.number = rank, programs, number
         self.alone = only_here(programs)
-        self.steps: dict[int, list[Piece]] = {}
+        self._steps: dict[int, list[Piece]] = {}
+        self._lock = threading.Lock()
+        self._offered = False
 
     def keep(self, step: int, state: Mapping[str, Array]) -> None:
         """Keep this rank's state at a step, and what the rank before it gives; all ranks come here together."""
         layout = self.rank.program.layout
         pieces = [Piece(name, layout[name], array) for name, array in state.items()]
         pieces += self._given(state)
-        self.steps[step] = pieces
+        with self._lock:
+            self._steps[step] = pieces
 
     def _given(self, state: Mapping[str, Array]) -> list[Piece]:
         """What only the rank before this one holds; in turn the next one gets what only this one does."""
@@ -73,12 +79,24 @@ class Copies:
         return [Piece(name, layout[name], array) for name, array in zip(theirs, got, strict=True)]
 
     def settle(self, step: int) -> None:
-        """All ranks have their copies of a step: those before it are not needed any more."""
-        self.steps = {at: pieces for at, pieces in self.steps.items() if at >= step}
+        """All ranks have their copies of a step: those before it are not needed any more, unless they were offered."""
+        with self._lock:
+            if not self._offered:
+                self._steps = {at: pieces for at, pieces in self._steps.items() if at >= step}
 
-    def known(self) -> dict[int, list[NamedBlock]]:
-        """What is kept, by step."""
-        return {step: [(piece.name, piece.block) for piece in pieces] for step, pieces in list(self.steps.items())}
+    def offered(self) -> dict[int, list[NamedBlock]]:
+        """What is kept, by step; from now on nothing is let go."""
+        with self._lock:
+            self._offered = True
+            return {step: [(piece.name, piece.block) for piece in pieces] for step, pieces in self._steps.items()}
+
+    def handed_out(self, step: int) -> list[Piece]:
+        """The copies of a step that was offered; RunLost if there are none."""
+        with self._lock:
+            if step not in self._steps:
+                has = ", ".join(map(str, self._steps)) or "none"
+                raise RunLost(f"rank {self.number} has no copy of step {step}, but of {has}; resume from the last one.")
+            return self._steps[step]
 
 
 def common_step(kept: Iterable[Mapping[int, Sequence[NamedBlock]]], programs: Sequence[Program]) -> int | None:

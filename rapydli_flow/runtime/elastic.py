@@ -152,7 +152,7 @@ class Elastic(Recovering):
     def _gone_back(self, old: Cluster, error: RunLost, pending: Sequence[Callable[[], Any]]) -> tuple[int, Begin]:
         """The step to go back to, and its state: copies on workers, the beginning, or the last snapshot."""
         old.give_up()
-        known = old.kept()
+        known = old.offered()
         step = common_step((steps for ranks in known.values() for steps in ranks.values()), old.job.programs)
         if step is not None:
             return step, old.offers(known, step)

@@ -223,17 +223,17 @@ def begin(run: str, number: int, state: Mapping[str, Array] | None, *others: Any
     return number
 
 
-def kept(run: str) -> dict[int, dict[int, list[tuple[str, Block]]]]:
-    """What ranks of a run on this worker have copies of, by rank and step."""
+def offered(run: str) -> dict[int, dict[int, list[tuple[str, Block]]]]:
+    """What ranks of a run on this worker have copies of, by rank and step; they keep it."""
     found = [(number, held) for (name, number), held in list(_held.items()) if name == run]
-    return {number: held.copies.known() for number, held in found if held.copies is not None}
+    return {number: held.copies.offered() for number, held in found if held.copies is not None}
 
 
 def handed_out(run: str, number: int, step: int) -> list[Piece]:
     """The copies of a rank at a step."""
     copies = _find(run, number).copies
     assert copies is not None
-    return copies.steps[step]
+    return copies.handed_out(step)
 
 
 @dataclass(frozen=True)

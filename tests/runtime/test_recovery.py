@@ -15,12 +15,14 @@ from distributed import Client
 from small_runs import Once, many, same_bits
 
 import rapydli_flow as rf
+from cpu_kernels.compile import host
 from rapydli_flow import nn
 from rapydli_flow.data import list_snapshots, read_snapshot
-from rapydli_flow.errors import NoWorkers, SettingError
+from rapydli_flow.errors import NoWorkers, RunLost, SettingError
 from rapydli_flow.runtime import worker as tasks
-from rapydli_flow.runtime.copies import common_step, only_here, sources
+from rapydli_flow.runtime.copies import Copies, common_step, only_here, sources
 from rapydli_flow.runtime.events import Recovered, read_log
+from rapydli_flow.runtime.rank import Rank
 from rapydli_flow.runtime.workers import ready_workers
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.testing.chaos import survive
@@ -262,3 +264,22 @@ def test_the_last_common_step(plain_step):
     assert sources(made[1], offers, "c") == [2, 1]
     whole = programs(plain_step, make_plan(plain_step, 1))[0]
     assert set(sources(whole, offers[:2], "d")) == {0, 1}
+
+
+def test_what_was_offered_is_not_let_go(plain_step):
+    """A survivor that does not know of the loss yet may finish a step after it was asked what it has."""
+    program = programs(plain_step, make_plan(plain_step, 1))[0]
+    rank = Rank(program, host())
+    rank.start(0)
+    copies = Copies(rank, [program], 0)
+    for step in (0, 10):
+        rank.set_aside()
+        copies.keep(step, rank.aside())
+        copies.settle(step)
+    assert set(copies.offered()) == {10}
+    rank.set_aside()
+    copies.keep(20, rank.aside())
+    copies.settle(20)
+    assert {piece.name for piece in copies.handed_out(10)} == set(rank.aside())
+    with pytest.raises(RunLost, match="rank 0 has no copy of step 0, but of 10, 20; resume"):
+        copies.handed_out(0)
