@@ -59,6 +59,9 @@ def test_workers_with_the_device_that_is_named_tune(loose, tmp_path, monkeypatch
         assert sorted(kinds) == [False, True]
         with pytest.raises(DeviceMismatch, match=r"^autotune needs 1 worker.s. with device 'cuda' but 0 of 2 have one"):
             rf.autotune(step, client, device="cuda", **how)
+        network, x = step.network, np.ones((8, 16), np.float32)
+        with pytest.raises(DeviceMismatch, match=r"^predict needs 1 worker.s. with device 'cuda' but 0 of 2 have one"):
+            rf.predict(network, rf.init(network), x, device="cuda")  # asks them, not this process
         with pytest.raises(SettingError, match=r"^autotune: device='gpu' is not 'cpu', 'cuda'"):
             rf.autotune(step, client, device="gpu", **how)
     finally:
