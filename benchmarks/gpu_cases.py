@@ -45,7 +45,7 @@ class Case:
         for _ in range(300 if others else 0):
             if len(found) > others:
                 break
-            config = {name: draw.choice(values) for name, values in template.space.items()}
+            config = {name: draw.choice(values) for name, values in template.values(card).items()}
             if config not in found and template.fits(op, ins, outs, card, **config):
                 found.append(config)
         return [self.request(card, config) for config in found]

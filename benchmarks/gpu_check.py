@@ -143,7 +143,8 @@ def check(card: Card, case: Case, request: Request, code: tuple[Cubin, ...]) -> 
     at = np.asarray([*[0] * len(shape), *shape] or [0], np.int64)
     memory = [card.array(v) for v in (*values, *poison, *extras, at)]
     try:
-        card.load(code).bind([m.address for m in memory[:-1]], at=memory[-1].address)()
+        launch = card.load(code).bind([m.address for m in memory[:-1]], at=memory[-1].address)
+        launch()
         got = [m.read() for m in memory[len(values) : len(values) + len(case.outs)]]
     finally:
         for m in memory:

@@ -26,7 +26,7 @@ from .grid import Grid, TensorMap, blocks_of
 from .hopper import LINES, copy, depth_of
 from .ptx import unroll
 from .tensor_core import kind_of
-from .wgmma import SPACE, SPLIT_SPACE, Operand, Rows, Tile, box_operand, cut, products
+from .wgmma import SPACE, SPLIT_SPACE, SPLITS, Operand, Rows, Tile, box_operand, cut, products
 
 CORNERS = {1: 2**15, 2: 2**7, 3: 2**4}  # of a box of pixels, by the number of spatial axes
 TAPS = {1: 2**16, 2: 2**8, 3: 2**5}
@@ -275,7 +275,7 @@ FILTERS = _rules(filter_walk, filter_size, across=True)
     "cuda",
     space=SPLIT_SPACE,
     fits=FILTERS,
-    prefer=machinery.preferring(FILTERS, filter_size, splits=SPLIT_SPACE["splits"]),
+    prefer=machinery.preferring(FILTERS, filter_size, splits=SPLITS),
     cost=machinery.costing(filter_size),
     workspace=filter_workspace,
 )

@@ -50,6 +50,7 @@ _FACTS = {  # CU_DEVICE_ATTRIBUTE_..., for people
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 ALIGNMENT = 16  # of every array that a kernel gets
 _MAP_BYTES = 128
+_MAPS_AT_ONCE = 512  # of which memory is reserved
 _MAP_DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
 
@@ -125,7 +126,7 @@ class Card(Accelerator):
         self.call("cuCtxSetCurrent", context)
         self.call("cuStreamCreate", ctypes.byref(stream), _Unsigned(_NON_BLOCKING))
         self._device, self._context, self.stream = device, context, int(stream.value or 0)
-        self._number, self._pinned = number, list[int]()
+        self._number, self._pinned, self.places = number, list[int](), Places()
 
     def describe(self) -> Device:
         """What templates are told of this card."""
@@ -262,6 +263,7 @@ class Card(Accelerator):
 
     def close(self) -> None:
         self.wait()
+        self.places.close(self)
         while self._pinned:
             self.call("cuMemFreeHost", _Pointer(self._pinned.pop()))
         if self.stream:
@@ -310,7 +312,7 @@ class Event(Mark):
 
 
 class Memory:
-    """An array on the card, freed with this object."""
+    """An array on the card, until `free` or the end of a ``with``."""
 
     def __init__(self, card: Card, data: Array) -> None:
         self._card, self._shape, self._dtype = card, data.shape, data.dtype
@@ -369,6 +371,38 @@ def described(call: Driver, m: TensorMap, address: int) -> bytes:
     return memory.raw[start : start + _MAP_BYTES]
 
 
+class Places:
+    """Memory of a card for the descriptors of its launches, which take places and give them back; freed with the card.
+
+    A place stays with its stream: what the next launch copies there comes after the kernels that read what was there.
+    """
+
+    def __init__(self) -> None:
+        self._reserved: list[int] = []
+        self._free: dict[int, list[int]] = {}  # by stream
+
+    def take(self, card: Card, stream: int) -> int:
+        """An address for one descriptor of a launch on this stream."""
+        free = self._free.setdefault(stream, [])
+        if not free:
+            size_bytes = _MAPS_AT_ONCE * _MAP_BYTES
+            first = card.reserve(size_bytes)
+            self._reserved.append(first)
+            free.extend(range(first, first + size_bytes, _MAP_BYTES))
+        return free.pop()
+
+    def give_back(self, place: int, stream: int) -> None:
+        """Calls no driver, so that it may happen at any time: in a capture, or when the card is closed."""
+        if stream in self._free:
+            self._free[stream].append(place)
+
+    def close(self, card: Card) -> None:
+        """Free it all; nothing on the card may read it any more."""
+        self._free.clear()
+        while self._reserved:
+            card.free(self._reserved.pop())
+
+
 class Kernel:
     """The cubins of a call, on the card; keep it as long as launches of it."""
 
@@ -402,22 +436,35 @@ class Kernel:
 
 
 class Launch:
-    """Kernels with their arguments packed: call it as often as you like."""
+    """Kernels with their arguments packed: call it as often as you like, and keep it until the card has done it."""
 
     def __init__(self, kernel: Kernel, addresses: Sequence[int], stream: int) -> None:
-        self._kernel = kernel
+        self._kernel, self._stream = kernel, stream
         self._args: list[Any] = []
-        self._kept: list[Any] = []  # what the arguments point to; descriptors stay on the card, as code does
+        self._kept: list[Any] = []  # what the arguments point to, and what is copied to the card
+        self._places: list[int] = []  # of descriptors
         for cubin, function in zip(kernel.cubins, kernel.functions, strict=True):
-            codes = b"".join(described(kernel.card.call, m, addresses[m.array]) for m in cubin.maps)
-            maps = kernel.card.array(np.frombuffer(codes, np.uint8)) if codes else None
-            places = [maps.address + i * _MAP_BYTES for i in range(len(cubin.maps))] if maps else []
+            places = [self._put(described(kernel.card.call, m, addresses[m.array])) for m in cubin.maps]
             values = [ctypes.c_uint64(address) for address in (*addresses, *places)]
             packed = (_Pointer * len(values))(*[ctypes.addressof(value) for value in values])
-            self._kept += [values, maps]
+            self._kept.append(values)
             sizes = [_Unsigned(size) for size in (cubin.grid, 1, 1, cubin.block, 1, 1, cubin.dynamic_bytes)]
             self._args.append((function, *sizes, _Pointer(stream), packed, _Pointer(0)))
+
+    def _put(self, descriptor: bytes) -> int:
+        """Where it will be on the card: it is copied there before the launch, on the same stream."""
+        card, data = self._kernel.card, ctypes.create_string_buffer(descriptor, len(descriptor))
+        place = card.places.take(card, self._stream)
+        self._places.append(place)
+        self._kept.append(data)
+        what = ctypes.c_uint64(place), _Pointer(ctypes.addressof(data)), ctypes.c_size_t(len(descriptor))
+        card.call("cuMemcpyHtoDAsync_v2", *what, _Pointer(self._stream))
+        return place
 
     def __call__(self) -> None:
         for args in self._args:
             self._kernel.card.call("cuLaunchKernel", *args)
+
+    def __del__(self) -> None:
+        for place in self._places:
+            self._kernel.card.places.give_back(place, self._stream)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Config, Device, Epilogue, broken
+from rapydli_flow.template import Config, Device, Epilogue, Values, broken, values_on
 
 from . import cost as costs
 from .grid import INDEX_LIMIT, WARPGROUP, Grid, TensorMap, blocks_of
@@ -54,17 +54,18 @@ from .tensor_core import SPLIT, kind_of
 from .warpgroup import columns, multiply, multiply_split, settle
 from .wgmma_passes import lanes_of
 
-SPACE: Mapping[str, tuple[Any, ...]] = {
+SPACE: Mapping[str, Values] = {
     "bm": (128, 256, 64),
     "bn": (256, 128, 64, 192),
     "stages": (4, 3, 5, 6, 8),
     # tiles of rows that follow each other before the next column: they share b in the second cache
     "group": (16, 8, 1),
     "ahead": (1, 0),  # products of stages that may be under way while the next are issued
-    # of the grid, at most; 0: one for each tile. Multiprocessors of an H100 SXM or H200, and of an H100 PCIe
-    "blocks": (132, 0, 114),
+    # of the grid, at most: one for each multiprocessor (132 of an H200), or, 0, one for each tile
+    "blocks": lambda device: (device.cores, 0),
 }
-SPLIT_SPACE: Mapping[str, tuple[Any, ...]] = {**SPACE, "splits": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)}
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+SPLIT_SPACE: Mapping[str, Values] = {**SPACE, "splits": SPLITS}
 SHARED_BYTES = 227 * 1024 - 256  # of a block on sm_90, but for the barriers
 SUMS = 128  # of a thread
 FEWER, MORE = 40, 232  # registers of a thread that asks for copies, and of one that multiplies, when there are three
@@ -370,7 +371,8 @@ def preferring(rules: Rules, size: Size, splits: tuple[int, ...] = ()) -> Callab
     """The config that is foretold to be fastest, of those that keep the rules; or one that does not."""
 
     def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-        none = {name: values[0] for name, values in (SPLIT_SPACE if splits else SPACE).items()}
+        space = values_on(device, SPLIT_SPACE if splits else SPACE)
+        none = {name: values[0] for name, values in space.items()}
         alone = {name: rule for name, rule in rules.items() if name not in _OF_TILES}
         if broken(alone, op, ins, outs, device, none) is not None:
             return none
@@ -392,12 +394,12 @@ def costing(size: Size) -> Callable[..., float]:
 
 def _tried(kind: str, dtype: str, device: Device, splits: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """For each shape of a tile as many stages as there is room for."""
-    blocks = device.cores if device.cores in SPACE["blocks"] else 0
-    for bm, bn, ahead in product(SPACE["bm"], SPACE["bn"], (1, 0)):
-        config = {"bm": bm, "bn": bn, "stages": 1, "group": 16, "ahead": ahead, "blocks": blocks}
+    space = values_on(device, SPACE)
+    for bm, bn, ahead in product(space["bm"], space["bn"], (1, 0)):
+        config = {"bm": bm, "bn": bn, "stages": 1, "group": 16, "ahead": ahead, "blocks": device.cores}
         t = Tile(kind, dtype, 1, 1, 1, **config)
         room = (SHARED_BYTES - ALIGNMENT) // (t.lines * LINE_BYTES)
-        config["stages"] = max((s for s in SPACE["stages"] if s <= room), default=0)
+        config["stages"] = max((s for s in space["stages"] if s <= room), default=0)
         if config["stages"] and t.sums <= SUMS:
             yield from ({**config, "splits": s} for s in splits) if splits else (config,)
 

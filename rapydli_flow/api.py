@@ -131,7 +131,7 @@ def plan(
     """
     if device is not None:
         checked_device(device, "plan: device=")
-    usual = Usual.of(workers_for(client, ranks, 30.0, device) if client is not None else {})
+    usual = Usual.of(workers_for(client, ranks, 30.0, device, "plan") if client is not None else {})
     return make_plan(
         step,
         ranks or usual.ranks,
@@ -210,9 +210,12 @@ def autotune(
     ``trials``: at most so many configs of a kernel. ``strategy``: 'guided' (by a model), 'greedy',
     'evolutionary', 'random', 'transfer' (from similar shapes) or 'exhaustive'. ``soft``: constraints of your own over
     the parameters of templates, by name or as a list: ``["rows >= 6", "lanes != 4"]``; each applies to the templates
-    that have all its names. ``watch`` is told how it goes. With a client one worker of each kind of device is tuned for
-    all of its kind; else ``device`` says what, as of `fit`. Ctrl-C ends it and keeps what was learnt. Later runs use
-    what was found; see `rapydli tune`.
+    that have all its names. ``watch`` is told how it goes. With a client one worker of each kind of device tunes for
+    all of its kind. ``device``: what to tune for, as of `fit`; with a client only workers that have one tune. Ctrl-C
+    ends it and keeps what was learnt. Later runs use what was found; see `rapydli tune`.
+
+    Raises SettingError for settings or a device that mean nothing, MissingDependency for a device that is not there,
+    DeviceMismatch where no worker has one, NoWorkers where there are none, RunLost where all disappear.
     """
     plan = plan or data_parallel(step, 1, threads=settings().threads)
     return tuner.autotune(

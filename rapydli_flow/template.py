@@ -12,6 +12,8 @@ What a config must keep to is said by named rules, each a function of op, specs,
 it names, or an expression over parameters and the limits of the device:
 
     fits={"registers": "rows * vectors + vectors < vector_registers", "columns": no_empty_column}
+
+Values of a parameter that depend on the device are given by a function of it: ``lambda device: (device.cores, 0)``.
 """
 
 from __future__ import annotations
@@ -158,6 +160,7 @@ def _no_workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: 
 
 
 Rule = str | Callable[..., bool]
+Values = tuple[Any, ...] | Callable[[Device], tuple[Any, ...]]  # of a parameter
 
 
 _read = cache(parse)  # rules are asked again and again
@@ -177,6 +180,11 @@ def broken(
     return None
 
 
+def values_on(device: Device, space: Mapping[str, Values]) -> dict[str, tuple[Any, ...]]:
+    """What each parameter of a template may be on a device."""
+    return {name: values(device) if callable(values) else values for name, values in space.items()}
+
+
 @dataclass(frozen=True)
 class Template:
     """How ops of one family run fast on one kind of device."""
@@ -184,7 +192,7 @@ class Template:
     family: str
     kind: str
     build: Callable[..., Any]
-    space: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    space: Mapping[str, Values] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace
     prefer: Callable[..., Config] | None = None
@@ -194,6 +202,10 @@ class Template:
     @property
     def name(self) -> str:
         return self.build.__name__
+
+    def values(self, device: Device) -> dict[str, tuple[Any, ...]]:
+        """What each parameter may be on a device."""
+        return values_on(device, self.space)
 
     def space_of(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Space:
         """The configs that this op on these specs allows on a device; the template's rules are the hard constraints.
@@ -207,7 +219,7 @@ class Template:
             else:
                 hard[name] = rule
         limits = {name: value for name, value in device.limits.items() if name not in self.space}
-        return Space(self.space, hard=hard, given=limits)
+        return Space(self.values(device), hard=hard, given=limits)
 
     def broken(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> str | None:
         """The first rule that a config breaks."""
@@ -232,7 +244,7 @@ class Template:
                 return config
         if not self.space_of(op, ins, outs, device):
             return None
-        configs = (dict(zip(self.space, values, strict=True)) for values in product(*self.space.values()))
+        configs = (dict(zip(self.space, values, strict=True)) for values in product(*self.values(device).values()))
         return next(config for config in configs if self.fits(op, ins, outs, device, **config))
 
     def check(self, op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> None:
@@ -281,7 +293,7 @@ def template(
     family: str,
     kind: str,
     *,
-    space: Mapping[str, tuple[Any, ...]] | None = None,
+    space: Mapping[str, Values] | None = None,
     fits: Mapping[str, Rule] | Callable[..., bool] | None = None,
     workspace: Callable[..., tuple[Spec, ...]] = _no_workspace,
     prefer: Callable[..., Config] | None = None,

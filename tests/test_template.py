@@ -101,6 +101,19 @@ def test_templates_register_under_a_family_and_a_later_one_replaces_its_name() -
     assert "test_templates_register_under" in known[0].source()
 
 
+def test_values_may_depend_on_the_device() -> None:
+    space = {"blocks": lambda device: (device.cores, 0), "rows": (1, 2)}
+    one = Template("test_family", "cpu", build, space, {"few": "blocks < 8 or rows == 2"})
+    few, many = replace(DEVICE, cores=4), replace(DEVICE, cores=64)
+    assert one.values(few) == {"blocks": (4, 0), "rows": (1, 2)}
+    assert one.default(Relu(), (X,), (X,), few) == {"blocks": 4, "rows": 1}
+    assert one.default(Relu(), (X,), (X,), many) == {"blocks": 64, "rows": 2}
+    spaces = [one.space_of(Relu(), (X,), (X,), device) for device in (few, many)]
+    assert [space.count() for space in spaces] == [4, 3]
+    assert {"blocks": 64, "rows": 2} in spaces[1]
+    assert {"blocks": 64, "rows": 2} not in spaces[0]
+
+
 def test_families_without_templates_and_unknown_kinds() -> None:
     assert templates("no_such_family", "cpu") == ()
     with pytest.raises(TemplateError, match="no kernels for devices of kind 'tpu'; kinds are cpu, cuda"):

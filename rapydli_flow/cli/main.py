@@ -110,11 +110,12 @@ def train(
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items())
             click.echo(f"test: {numbers}")
             if report:
-                click.echo(f"report: {_report(run, data['test'])}")
+                here = device if client is None else None  # workers predict on what they have
+                click.echo(f"report: {_report(run, data['test'], here)}")
         click.echo(f"run: {folder}")
 
 
-def _report(run: api.Run, test: Dataset) -> Path:
+def _report(run: api.Run, test: Dataset, device: str | None) -> Path:
     """Write the report; of a classifier with what it says of the test set."""
     from ..dashboard.report import Predictions, report
 
@@ -122,7 +123,7 @@ def _report(run: api.Run, test: Dataset) -> Path:
     label, classes = _labels(run.graph)
     if label is None:
         return report(run.path)
-    said = api.predict(run.graph, run.state, test).argmax(-1).compute()
+    said = api.predict(run.graph, run.state, test, device=device).argmax(-1).compute()
     labels = test.read(fields=[label])[label]
     shown, fields = None, [leaf.name for leaf in run.graph.leaves("batch") if leaf.name != label]
     if labels.ndim == 1 and len(fields) == 1 and len(test.specs[fields[0]].shape) == 3:

@@ -27,9 +27,14 @@ from ..template import Device
 LEAST = (8, 0)  # the oldest capability that kernels are written for
 
 
-def device_of(name: str | None = None) -> Device:
-    """The device with a name, or that of this process. MissingDependency where it is not there."""
-    return _named(checked_device(name, "device=") if name is not None else settings().device)
+def device_of(name: str | None = None, where: str = "") -> Device:
+    """The device with a name, or that of this process; ``where``: the function that was given the name.
+
+    MissingDependency where it is not there, SettingError for what is no name of one.
+    """
+    if name is None:
+        return _named(settings().device)
+    return _named(checked_device(name, f"{where}: device=" if where else "device="))
 
 
 @cache

@@ -13,16 +13,21 @@ import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
+from distributed import Client, default_client, get_worker
 
-from ..config import settings
+from ..config import checked_device, settings
 from ..data import Dataset
-from ..errors import SettingError
+from ..errors import DeviceMismatch, SettingError
 from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
+from ..template import Device
 from ..tuner import Tuning
 from .devices import device_of
 from .evaluate import Predictor, batches, check_state
-from .remembered import known, tuning_on
+from .remembered import known, tuning_of, tuning_on
+from .workers import workers_for
+
+LOOK_S = 30.0  # for workers to come, and to say what they are
 
 
 def predict(
@@ -38,7 +43,12 @@ def predict(
 
     Chunks are equal batches, at most as large as the network was traced with; nothing runs before ``compute``.
     ``tuning``: by default what is known here; a worker with another processor uses what is known there. ``device``:
-    'cpu', 'cuda', 'cuda:1', 'emulated'; by default each process uses its own (RAPYDLI_DEVICE).
+    'cpu', 'cuda', 'cuda:1', 'emulated'; by default each process uses its own (RAPYDLI_DEVICE). With a Dask client
+    'cuda' is a GPU of its workers, and this process needs none; where only some have one, say which of them compute:
+    ``rf.predict(...).compute(workers=addresses)``.
+
+    Raises SettingError for an output, a state, data or a device that do not fit, MissingDependency for a device that
+    is not there, DeviceMismatch where no worker has it.
     """
     if graph.network is not None:
         raise SettingError("predict: this graph is a training step; give its network, step.network or run.graph.")
@@ -54,7 +64,7 @@ def predict(
     spec = network.spec(network.outputs[output])
     text = to_json(network)
     given = tuning is not None
-    tuning = tuning_on("predict", device, tuning)
+    tuning = _tuning(device, tuning)
     fed = records if isinstance(records, dict) else records.__getstate__()
     token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given, device)
     held, chosen = f"state-{token}", f"tuning-{token}"
@@ -90,13 +100,53 @@ def predict_batch(
     with shared.lock:  # tasks of several threads meet here; kernels use the cores themselves
         if shared.predictor is None:
             tuning, given, name = chosen
-            if not given:
-                device = device_of(name)
-                same = tuning.device.key == device.key
-                tuning = replace(tuning, device=device) if same else known(device)
+            if not given or _on_worker():
+                device = _own(name)
+                if tuning.device.key == device.key:
+                    tuning = replace(tuning, device=device)
+                elif not given:
+                    tuning = known(device)
             shared.predictor = Predictor(from_json(text), state, tuning, threads=settings().threads)
         feeds = part.read(np.arange(lo, hi), shared.predictor.inputs) if isinstance(part, Dataset) else part
         return shared.predictor(feeds)[output]
+
+
+def _tuning(device: str | None, tuning: Tuning | None) -> Tuning:
+    """What the tasks begin with: of a GPU of the workers, where it is asked for and there are workers."""
+    client = _client()
+    if client is None or device is None or checked_device(device, "predict: device=").partition(":")[0] != "cuda":
+        return tuning_on("predict", device, tuning)
+    workers = workers_for(client, None, LOOK_S, device, "predict")
+    return tuning_of("predict", next(iter(workers.values()))["device"], tuning)
+
+
+def _client() -> Client | None:
+    """The client whose workers compute, unless it is said otherwise."""
+    try:
+        return default_client()  # type: ignore[no-any-return]
+    except ValueError:
+        return None
+
+
+def _own(name: str | None) -> Device:
+    """The device with a name in this process. A worker's GPU is the one that it was started with."""
+    if name != "cuda" or not _on_worker():
+        return device_of(name, "predict")
+    own = device_of()
+    if own.kind == "cuda" and not own.emulated:
+        return own
+    raise DeviceMismatch(
+        f"predict: worker {get_worker().address} has device {own.name}, not {name!r}. Say which workers compute: "
+        "rf.predict(...).compute(workers=addresses)."
+    )
+
+
+def _on_worker() -> bool:
+    try:
+        get_worker()
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass

@@ -128,7 +128,7 @@ def stepper(
         )
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
-    asked = (plan.ranks if plan else None, timeout_s, device)
+    asked = (plan.ranks if plan else None, timeout_s, device, "stepper")
     workers = workers_for(client, *asked) if client is not None else {}
     plan = plan or Usual.of(workers).plan(graph)
     if workers:

@@ -32,7 +32,7 @@ from .publish import TUNING, show_page
 from .remembered import cache, check_allowed, known
 from .session import Job, Options, Progress, Session, Sitting
 from .tuning_report import TuningReport
-from .workers import ready_workers
+from .workers import having, ready_workers
 
 START_S, POLL_S, GONE_S = 30.0, 0.2, 3.0
 EXHAUSTED = "nothing left to try"
@@ -115,7 +115,10 @@ def autotune(
     known_too: bool = True,
     device: str | None = None,
 ) -> TuningReport:
-    """Tune every distinct kernel of rank graphs and keep the results; those that are ``known_too``, or only others."""
+    """Tune every distinct kernel of rank graphs and keep the results; those that are ``known_too``, or only others.
+
+    With a client ``device`` says which workers tune; DeviceMismatch where none has one.
+    """
     check_allowed()
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
@@ -126,7 +129,7 @@ def autotune(
         keep = partial(remember, cache(), there)
         sessions, lost = [Sitting(jobs, there, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
     else:
-        sessions, lost = _on_workers(graphs, client, options, tell, known_too)
+        sessions, lost = _on_workers(graphs, client, options, tell, known_too, device)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)
 
 
@@ -157,10 +160,17 @@ def tune_one(
 
 
 def _on_workers(
-    graphs: Sequence[Graph], client: Client, options: Options, tell: Callable[[Progress], None], known_too: bool
+    graphs: Sequence[Graph],
+    client: Client,
+    options: Options,
+    tell: Callable[[Progress], None],
+    known_too: bool,
+    named: str | None,
 ) -> tuple[list[Session], tuple[str, ...]]:
-    """The sessions of all kinds of device, and the kinds whose worker was lost."""
+    """The sessions of all kinds of device, or of those with this name, and the kinds whose worker was lost."""
     workers = ready_workers(client, None, START_S)
+    if named is not None:
+        workers = having(named, workers, 1, "autotune")
     kinds: dict[str, tuple[Device, str]] = {}  # devices with equal keys run the same kernels equally fast
     for address in sorted(workers):
         device = workers[address]["device"]

@@ -60,16 +60,16 @@ def mismatch(address: str, worker: Mapping[str, Any]) -> str:
 
 
 def workers_for(
-    client: Client, ranks: int | None, timeout_s: float, device: str | None = None
+    client: Client, ranks: int | None, timeout_s: float, device: str | None = None, where: str = "fit"
 ) -> dict[str, dict[str, Any]]:
     """`ready_workers` of one kind of processor, of that which most have: enough for the ranks, or all that there are.
-    With a ``device`` ('cpu', 'cuda', 'emulated'), of those that have one.
+    With a ``device`` ('cpu', 'cuda', 'emulated'), of those that have one. ``where``: the function that asks.
 
     Raises DeviceMismatch where those of one kind are too few.
     """
     known = ready_workers(client, ranks, timeout_s)
     if device is not None:
-        known = _with(device, known, ranks or 1)
+        known = having(device, known, ranks or 1, where)
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for address, worker in sorted(known.items()):
         kinds.setdefault(worker["device"].key, {})[address] = worker
@@ -84,18 +84,19 @@ def workers_for(
     return most
 
 
-def _with(device: str, workers: Mapping[str, dict[str, Any]], least: int) -> dict[str, dict[str, Any]]:
-    """The workers with such a device; DeviceMismatch where they are too few."""
-    kind = checked_device(device, "device=").partition(":")[0]
+def having(device: str, workers: Mapping[str, dict[str, Any]], least: int, where: str) -> dict[str, dict[str, Any]]:
+    """The workers with such a device; DeviceMismatch where they are fewer than ``least``, SettingError for the name of
+    one GPU of several."""
+    kind = checked_device(device, f"{where}: device=").partition(":")[0]
     if device.partition(":")[1]:
         raise SettingError(
-            f"device={device!r}: which GPU a worker has is said where it is started, by CUDA_VISIBLE_DEVICES or "
-            "RAPYDLI_DEVICE. Use device='cuda' with a client."
+            f"{where}: device={device!r}: which GPU a worker has is said where it is started, by CUDA_VISIBLE_DEVICES "
+            "or RAPYDLI_DEVICE. Use device='cuda' with a client."
         )
     found = {a: w for a, w in workers.items() if ("emulated" if w["device"].emulated else w["device"].kind) == kind}
     if len(found) < least:
         raise DeviceMismatch(
-            f"the plan needs {least} worker(s) with device {device!r} but {len(found)} of {len(workers)} have one "
+            f"{where} needs {least} worker(s) with device {device!r} but {len(found)} of {len(workers)} have one "
             f"({_first(workers)}). Start workers with RAPYDLI_DEVICE={device}."
         )
     return found

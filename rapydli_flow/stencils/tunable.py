@@ -163,7 +163,8 @@ class Stencil:
         template = template_of(self.Op)
         default = template.default(self.op(), specs, self.definition.outs(specs), host())
         if default is None:
-            points = [dict(zip(template.space, values, strict=True)) for values in product(*template.space.values())]
+            space = template.values(host())
+            points = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
             raise TemplateError(refusal(self.definition, specs, host(), points))
         return default
 

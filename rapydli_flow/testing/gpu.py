@@ -40,12 +40,12 @@ def chosen(template: Template, sample: Sample, *, seed: int, count: int = RANDOM
     """The default, for each parameter both ends of its values, and a few at random: all that fit."""
     outs = sample.op.out_specs(*sample.ins)
     draw = random.Random(seed)
-    drawn = [{name: draw.choice(values) for name, values in template.space.items()} for _ in range(600)]
+    drawn = [{name: draw.choice(values) for name, values in template.values(CARD).items()} for _ in range(600)]
     pool = [config for config in drawn if template.fits(sample.op, sample.ins, outs, CARD, **config)]
     default = template.default(sample.op, sample.ins, outs, CARD)
     assert default is not None, f"{template.family}/{template.name} has no config for {sample}"
     found = [default, *pool[:count]]
-    for name, values in template.space.items():
+    for name, values in template.values(CARD).items():
         for value in (values[0], values[-1]):
             if all(config[name] != value for config in found):
                 found += [config for config in pool if config[name] == value][:1]

@@ -154,14 +154,14 @@ def chosen_configs(
 ) -> list[Config]:
     """The default, the last values that fit, and up to ``count`` random ones, each once."""
     seen: list[Config] = [dict(default)]
-    names = list(template.space)
+    space = template.values(host())
     if corner:
-        points = product(*(reversed(values) for values in template.space.values()))
-        last = next(filter(fits, (dict(zip(names, point, strict=True)) for point in points)), seen[0])
+        points = product(*(reversed(values) for values in space.values()))
+        last = next(filter(fits, (dict(zip(space, point, strict=True)) for point in points)), seen[0])
         seen += [last] if last not in seen else []
     wanted = len(seen) + count
     for _ in range(20 * count):
-        config = {name: values[int(rng.integers(len(values)))] for name, values in template.space.items()}
+        config = {name: values[int(rng.integers(len(values)))] for name, values in space.items()}
         if len(seen) < wanted and config not in seen and fits(config):
             seen.append(config)
     return seen

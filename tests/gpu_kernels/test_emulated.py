@@ -181,7 +181,7 @@ def test_the_space_has_what_fits(family):
         space = template.space_of(sample.op, sample.ins, outs, CARD)
         assert 0 < len(space) <= space.cartesian
         for _ in range(200):
-            config = {name: draw.choice(values) for name, values in template.space.items()}
+            config = {name: draw.choice(values) for name, values in template.values(CARD).items()}
             assert (config in space) == template.fits(sample.op, sample.ins, outs, CARD, **config)
 
 

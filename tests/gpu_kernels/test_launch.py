@@ -291,5 +291,77 @@ def test_descriptors_are_encoded_and_passed_by_address():
     ((*_, packed, _),) = library.named("cuLaunchKernel")
     given = [ctypes.cast(packed[i], ctypes.POINTER(ctypes.c_uint64)).contents.value for i in range(5)]
     assert given[:3] == [0x10000, 0x20000, 0]
-    assert given[3] in library.memory
-    assert given[4] == given[3] + 128
+    ((_, size),) = library.named("cuMemAlloc_v2")
+    (memory,) = library.memory
+    assert all(memory <= place <= memory + size.value - 128 and (place - memory) % 128 == 0 for place in given[3:])
+    assert given[3] != given[4]
+
+
+def descriptors(library):
+    """Where they were copied to, on which streams."""
+    return [(target.value, stream.value) for target, _, _, stream in library.named("cuMemcpyHtoDAsync_v2")]
+
+
+def test_descriptors_come_to_the_card_before_the_launch_and_nobody_waits():
+    gpu, library = card()
+    launched = gpu.load([replace(CODE, pointers=2, maps=(PIXELS, PIXELS))]).bind([0x10000])
+    assert [stream for _, stream in descriptors(library)] == [0x5000, 0x5000]
+    assert library.named("cuStreamSynchronize") == []
+    launched()
+    assert library.calls[-1][0] == "cuLaunchKernel"
+
+
+def test_what_is_copied_to_the_card_is_the_descriptor():
+    def encode(self, place, *rest):
+        ctypes.memset(place.value, 0x5A, 128)
+
+    gpu, library = card()
+    type(library)._cuTensorMapEncodeTiled = encode
+    try:
+        launched = gpu.load([replace(CODE, pointers=3, maps=(TILED,))]).bind([0x10000, 0x20000])
+    finally:
+        del type(library)._cuTensorMapEncodeTiled
+    ((place, _),) = descriptors(library)
+    assert ctypes.string_at(place, 128) == b"\x5a" * 128
+    del launched
+
+
+def test_launches_that_are_no_more_leave_their_places_to_others_of_the_stream():
+    gpu, library = card()
+    kernel = gpu.load([replace(CODE, pointers=3, maps=(TILED, TILED))])
+    for _ in range(1000):
+        kernel.bind([0x10000, 0x20000])()
+    assert len(library.named("cuMemAlloc_v2")) == 1
+    assert len({place for place, _ in descriptors(library)}) == 2
+    library.calls.clear()
+    kept = [kernel.bind([0x10000, 0x20000], stream=stream) for stream in (0x77, 0x77, 0x5000)]
+    places = descriptors(library)
+    assert [stream for _, stream in places] == [0x77] * 4 + [0x5000] * 2
+    assert len({place for place, _ in places}) == 6
+    assert len(library.named("cuMemAlloc_v2")) == 1  # for the other stream
+    del kept
+
+
+def test_many_launches_take_more_memory_and_a_closed_card_has_freed_it():
+    gpu, library = card()
+    kernel = gpu.load([replace(CODE, pointers=3, maps=(TILED,))])
+    kept = [kernel.bind([0x10000, 0x20000]) for _ in range(1000)]
+    assert len({place for place, _ in descriptors(library)}) == 1000
+    assert len(library.named("cuMemAlloc_v2")) == 2
+    gpu.close()
+    names = [name for name, _ in library.calls]
+    assert names.index("cuStreamSynchronize") < names.index("cuMemFree_v2")  # kernels have read them
+    assert {args[0].value for args in library.named("cuMemFree_v2")} == set(library.memory)
+    library.calls.clear()
+    kept.clear()
+    assert library.calls == []
+
+
+def test_a_bind_that_fails_keeps_no_place():
+    gpu, library = card()
+    kernel = gpu.load([replace(CODE, pointers=3, maps=(TILED,))])
+    library.refuse = "cuMemcpyHtoDAsync_v2"
+    for _ in range(3):
+        with pytest.raises(DeviceFault, match="cuMemcpyHtoDAsync_v2"):
+            kernel.bind([0x10000, 0x20000])
+    assert len({place for place, _ in descriptors(library)}) == 1

@@ -118,7 +118,7 @@ def test_an_epilogue_follows_the_sum_of_all_parts(sample):
     values = sample.draw(rng)
     want = np.maximum(wanted(sample.op, values)[0] + extras[0] + extras[1], 0) * extras[2]
     default = template.default(sample.op, sample.ins, outs, CARD)
-    tried = [{**default, "splits": splits} for splits in template.space["splits"]]
+    tried = [{**default, "splits": splits} for splits in template.values(CARD)["splits"]]
     fitting = [config for config in tried if template.fits(sample.op, sample.ins, outs, CARD, **config)]
     assert {1, 3} < {config["splits"] for config in fitting}
     for config in fitting[:9]:

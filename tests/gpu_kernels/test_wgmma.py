@@ -115,6 +115,20 @@ def test_a_persistent_block_computes_several_tiles():
     )
 
 
+@pytest.mark.parametrize("cores", [20, 78, 114, 132, 144])
+def test_a_persistent_grid_has_a_block_for_each_multiprocessor_of_the_card(cores):
+    """Of a part of an H100, an H20, an H100 PCIe, an H200, and of what may come."""
+    one = replace(CARD, cores=cores)
+    for sample in (matmul(64 * 150, 72, 64), conv((150, 8, 8, 64), (3, 3, 64, 64), padding=1)[-1]):
+        template, outs = of(sample.op.family), sample.op.out_specs(*sample.ins)
+        config = template.default(sample.op, sample.ins, outs, one)
+        assert config["blocks"] == cores
+        assert config in template.space_of(sample.op, sample.ins, outs, one)
+        config |= {"bm": 64, "bn": 64, "stages": 3} | ({"splits": 24} if "splits" in config else {})
+        first, *_ = template.build(sample.op, sample.ins, outs, gpu.Epilogue.none(outs[0]), **config)
+        assert first.grid == cores
+
+
 @pytest.mark.parametrize(
     ("sample", "rule"),
     [
@@ -131,7 +145,7 @@ def test_what_does_not_fit(sample, rule):
     template, outs = of(sample.op.family), sample.op.out_specs(*sample.ins)
     config = template.default(sample.op, sample.ins, outs, CARD)
     assert config is None
-    first = {name: values[0] for name, values in template.space.items()}
+    first = {name: values[0] for name, values in template.values(CARD).items()}
     assert template.broken(sample.op, sample.ins, outs, CARD, first) == rule
 
 

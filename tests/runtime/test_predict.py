@@ -9,10 +9,12 @@ from small_runs import BATCH, CLASSES, make_step, records
 
 import rapydli_flow as rf
 from cpu_kernels.compile import host
-from rapydli_flow.errors import SettingError
+from rapydli_flow.errors import DeviceMismatch, SettingError
 from rapydli_flow.graph import predicting, with_batch
+from rapydli_flow.runtime import predict as tasks
 from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.remembered import known
+from rapydli_flow.template import Device
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -112,3 +114,27 @@ def test_parameters_are_read_where_they_are(run):
         np.testing.assert_allclose(predictor(fed)["y"], wanted, rtol=rtol)
     predictor.load({name: 2 * value for name, value in run.state.items()})
     assert not np.allclose(predictor(fed)["y"], wanted)
+
+
+GPU = Device("cuda", "a card", target="sm_90a", cores=132, vector_bytes=16, number=1)
+
+
+def test_a_gpu_is_one_of_the_workers(client, run, data, monkeypatch):
+    """The process of the client has none."""
+    asked = []
+    monkeypatch.setattr(tasks, "workers_for", lambda *how: asked.append(how[3:]) or {"a": {"device": GPU}})
+    lazy = rf.predict(run.graph, run.state, data["test"], device="cuda")
+    assert asked == [("cuda", "predict")]
+    (told,) = [node.value for key, node in dict(lazy.dask).items() if str(key).startswith("tuning-")]
+    assert (told[0].device, told[1:]) == (GPU, (False, "cuda"))
+    with pytest.raises(DeviceMismatch, match=r"^predict: worker tcp://\S+ has device .*, not 'cuda'\. Say which"):
+        lazy.compute()
+
+
+def test_a_worker_predicts_on_the_gpu_that_it_has(monkeypatch):
+    named = []
+    monkeypatch.setattr(tasks, "device_of", lambda *how: named.append(how) or GPU)
+    assert tasks._own("cuda") == GPU
+    monkeypatch.setattr(tasks, "_on_worker", lambda: True)
+    assert tasks._own("cuda").number == 1
+    assert named == [("cuda", "predict"), ()]
