@@ -24,6 +24,7 @@ from .runtime.collection import compile_graph as compile
 from .runtime.evaluate import Predictor, check_state, mean_scores, score, scored
 from .runtime.events import Callback
 from .runtime.feeding import check_fields
+from .runtime.kinds import devices_for, names_of, tunings_for
 from .runtime.links import known_links, measured_links
 from .runtime.placing import placed
 from .runtime.predict import predict
@@ -106,7 +107,8 @@ def plan(
     staleness: int | None = None,
     overlap: bool | None = None,
     wire: str | None = None,
-    device: str | None = None,
+    device: str | Sequence[str] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Plan:
     """How a training step is divided: over all workers of the client, or over ``ranks`` in this process.
 
@@ -124,13 +126,17 @@ def plan(
 
     ``overlap``: gradients are summed while the backward pass goes on; by default where workers are on several hosts.
     ``wire='bfloat16'``: float32 gradients are rounded to that on their way, half the bytes; no longer the run of one
-    worker. ``device``: of a client the workers that have one, 'cpu', 'cuda' or 'emulated', by default those of the kind
-    that most have.
+    worker. ``device``: what ranks are on, 'cpu', 'cuda' or 'emulated', or one for each, ``["cuda", "cuda", "cpu"]``; of
+    a client the workers that have one, by default those of the kind that most have. What ranks on several kinds hold
+    must be computed on one of them: with shard='state', or in a pipeline. ``shares``: how many records each rank has,
+    to each other, where some are faster: ``[8, 8, 1]``; for strategy 'data', by default evenly.
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
-    if device is not None:
-        checked_device(device, "plan: device=")
+    if device is not None and not isinstance(device, str):
+        ranks = ranks or len(device)
+    for name in (device,) if isinstance(device, str) else device or ():
+        checked_device(name, "plan: device=")
     usual = Usual.of(workers_for(client, ranks, 30.0, device, "plan") if client is not None else {})
     return make_plan(
         step,
@@ -146,6 +152,8 @@ def plan(
         staleness=staleness,
         overlap=usual.overlap if overlap is None else overlap,
         wire=wire,
+        device=device if device is not None else usual.device,
+        shares=shares,
     )
 
 
@@ -166,11 +174,10 @@ def placement(
 
     Raises NoWorkers, TooLittleMemory or VersionMismatch as `fit` does.
     """
-    workers = workers_for(client, plan.ranks if plan else None, timeout_s)
+    names = names_of("placement", None, plan)
+    workers = workers_for(client, plan.ranks if plan else None, timeout_s, names, "placement")
     plan = plan or Usual.of(workers).plan(step)
-    device = next(iter(workers.values()))["device"]
-    tuning = tuner.known(device) if tuning is None else tuning
-    programs = plan.programs(step, tuning)
+    programs = plan.programs(step, *tunings_for("placement", devices_for("placement", names, workers), tuning))
     links = known_links(client, workers, plan.ranks, timeout_s)
     return placed(client, programs, plan, workers, links=links, data=data)
 

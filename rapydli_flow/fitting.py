@@ -28,7 +28,6 @@ from .errors import SettingError, SnapshotError
 from .graph import Graph, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
-from .runtime.devices import device_of
 from .runtime.elastic import Elastic, Policy
 from .runtime.evaluate import complete_state
 from .runtime.events import (
@@ -46,13 +45,13 @@ from .runtime.events import (
 from .runtime.feeding import check_fields
 from .runtime.flow import Flow
 from .runtime.job import Job
+from .runtime.kinds import devices_for, names_of, tunings_for
 from .runtime.leaving import Leaving
 from .runtime.local import Local
 from .runtime.own import bring, defined_outside
 from .runtime.participant import CLOCKS
 from .runtime.process import this_process
 from .runtime.publish import publishing
-from .runtime.remembered import tuning_of
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
 from .runtime.workers import Usual, workers_for
@@ -213,15 +212,14 @@ class Fitting:
         self._refuse_to_replace()
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
-        device = next(iter(workers.values()))["device"] if workers else device_of(options.device)
-        tuning = self._on(device, tuning)
+        devices = devices_for("fit", names_of("fit", options.device, plan), workers)
+        self._check_granularity(devices)
         if options.tune_s and tuning is None and before is None:
-            ranks, budget = plan.rank_graphs(self.step), {"budget_s": options.tune_s, "known_too": False}
-            tuner.autotune(ranks, plan.threads, self.client, device=options.device, **budget)
-        tuning = frozen(tuner.known(device) if tuning is None else tuning, before, plan)
-        programs = plan.programs(self.step, tuning)
-        backend = self._backend(plan, programs, tuning, workers)
-        started = self._started(plan, tuning, backend.placement if isinstance(backend, Elastic) else None)
+            self._tune(plan)
+        tunings = tuple(frozen(each, before, plan) for each in tunings_for("fit", devices, tuning))
+        programs = plan.programs(self.step, *tunings)
+        backend = self._backend(plan, programs, tunings, workers)
+        started = self._started(plan, programs, backend.placement if isinstance(backend, Elastic) else None)
         for callback in callbacks:
             callback.check(started)
         folder = self._folder()  # last: an older run is only replaced by one that can begin
@@ -239,14 +237,14 @@ class Fitting:
         watching = [_Collect(run), *([log] if log else []), *told, *callbacks]
         try:
             with Leaving(options.walltime_s) as leave:
-                loop = Loop(backend, self._schedule(plan), watching, self._meta(plan, programs, tuning), leave)
+                loop = Loop(backend, self._schedule(plan), watching, self._meta(plan, programs), leave)
                 run.state = loop.run(self.first, started, past)
         finally:
             if log is not None:
                 log.close()
         return run
 
-    def _started(self, plan: Plan, tuning: Tuning, placement: Placement | None) -> Started:
+    def _started(self, plan: Plan, programs: Sequence[Program], placement: Placement | None) -> Started:
         """What a run says of itself when it begins."""
         options, names = self.options, self._network.outputs
         clocks = {name: value for name, value in CLOCKS.items() if name in self.step}
@@ -260,7 +258,7 @@ class Fitting:
             ranks=plan.ranks,
             threads=plan.threads,
             granularity=options.granularity,
-            explanation=plan.explain(self.step, placement),
+            explanation=_on_cards(plan, programs).explain(self.step, placement),
             seed=options.seed,
             metrics=tuple(k for k, v in names.items() if self._network.spec(v).shape == ()) if self.validation else (),
             clocks=clocks,
@@ -268,7 +266,7 @@ class Fitting:
             settings={
                 "shuffle": options.shuffle,
                 "records": len(self.train),
-                "device": tuning.device.key,
+                "device": _keys(programs),
                 "parameters": self._network.parameters,
                 "network": f"{zlib.crc32(to_json(self._network).encode()):08x}",
                 "optimizer": optimizer_words(self.step),
@@ -344,18 +342,26 @@ class Fitting:
         """What the workers of the client are, by address."""
         if self.client is None:
             return {}
-        ranks = plan.ranks if plan else self.before.meta["plan"]["ranks"] if self.before else None
-        return workers_for(self.client, ranks, self.options.timeout_s, self.options.device)
+        plan = plan or (self._plan({}) if self.before else None)
+        names = names_of("fit", self.options.device, plan)
+        return workers_for(self.client, plan.ranks if plan else None, self.options.timeout_s, names)
 
-    def _on(self, device: Device, tuning: Tuning | None) -> Tuning | None:
-        """The tuning, if it is of this device and the device can do what is asked for."""
-        tuning = tuning_of("fit", device, tuning) if tuning is not None else None
-        if device.kind != "cpu" and self.options.granularity != "segment":
+    def _check_granularity(self, devices: Sequence[Device]) -> None:
+        """SettingError where a device cannot do what is asked for."""
+        card = next((device for device in devices if device.kind != "cpu"), None)
+        if card is not None and self.options.granularity != "segment":
             raise SettingError(
-                f"fit: granularity={self.options.granularity!r} is for processors, not for {device.name}. "
-                "Use 'segment'."
+                f"fit: granularity={self.options.granularity!r} is for processors, not for {card.name}. Use 'segment'."
             )
-        return tuning
+
+    def _tune(self, plan: Plan) -> None:
+        """Tune what ranks run, for each kind of device in turn."""
+        names = plan.devices or (self.options.device,) * plan.ranks
+        graphs, kinds = plan.rank_graphs(self.step), dict.fromkeys(names)
+        how: dict[str, Any] = {"budget_s": self.options.tune_s / len(kinds), "known_too": False}
+        for name in kinds:
+            those = [graph for graph, its in zip(graphs, names, strict=True) if its == name]
+            tuner.autotune(those, plan.threads, self.client, device=name, **how)
 
     def _plan(self, workers: Mapping[str, Any]) -> Plan:
         """As the snapshot says, else samples over all workers, else one rank here."""
@@ -367,7 +373,7 @@ class Fitting:
         self,
         plan: Plan,
         programs: tuple[Program, ...],
-        tuning: Tuning,
+        tunings: Sequence[Tuning],
         workers: Mapping[str, Any],
     ) -> Backend:
         """Where the run happens."""
@@ -379,7 +385,7 @@ class Fitting:
             "keep": options.keep,
         }
         data = (self.train, self.validation)
-        loose = replace(tuning, strict=False)  # validation has kernels of its own, which nobody tunes
+        loose = [replace(tuning, strict=False) for tuning in tunings]  # nobody tunes the kernels of validation
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs))
         if options.granularity != "segment" and plan.apart:
@@ -389,20 +395,20 @@ class Fitting:
             )
         if options.granularity != "segment":
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
-            return Flow(self.step, plan, loose, *data, **flow, **where)
+            return Flow(self.step, plan, loose[0], *data, **flow, **where)
         if self.client is None:
-            return Local(self.step, plan, programs, loose, *data, timeout_s=options.timeout_s, **where)
+            return Local(self.step, plan, programs, loose[0], *data, timeout_s=options.timeout_s, **where)
 
         def job_of(ranks: int) -> tuple[Job, dict[str, Any]]:
             """The job for so many ranks, and what its snapshots say of it."""
             use = remade(plan, self.step, ranks)
-            made = programs if use is plan else use.programs(self.step, tuning)
+            made = programs if use is plan else use.programs(self.step, *tunings)
             job = Job(
                 run="run",
                 step=self.step,
                 programs=made,
                 plan=replace(use, graph=None, recipe=None),
-                tuning=loose,
+                tunings=tuple(loose),
                 threads=use.threads,
                 data=self.train,
                 validation=self.validation,
@@ -411,15 +417,15 @@ class Fitting:
                 keeps_copies=options.retries > 0,
                 **where,
             )
-            return job, self._meta(use, made, tuning)
+            return job, self._meta(use, made)
 
         policy = Policy(options.retries, options.min_workers or plan.ranks, options.patience_s)
         return Elastic(self.client, job_of, plan.ranks, policy, workers)
 
-    def _meta(self, plan: Plan, programs: Sequence[Program], tuning: Tuning) -> dict[str, Any]:
+    def _meta(self, plan: Plan, programs: Sequence[Program]) -> dict[str, Any]:
         """What a snapshot says of its run: enough to go on with the same bits."""
         choices = {
-            request.key(tuning.device): [choice.template, [list(pair) for pair in choice.config]]
+            request.key(program.device): [choice.template, [list(pair) for pair in choice.config]]
             for program in programs
             for request, choice in program.requests
         }
@@ -427,7 +433,7 @@ class Fitting:
             "graph": to_json(self.step),
             "network": to_json(self._network),
             "plan": plan.to_json(),
-            "device": tuning.device.key,
+            "device": _keys(programs),
             "choices": choices,
             "seed": self.options.seed,
             "shuffle": self.options.shuffle,
@@ -446,6 +452,17 @@ def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> 
             "{'x': ..., 'label': ...}."
         )
     return ingest(dict(data), os.path.join(scratch, f"{name}.zarr"))
+
+
+def _on_cards(plan: Plan, programs: Sequence[Program]) -> Plan:
+    """A plan that says no device, for what it turned out to be: memory is counted with the kernels of cards."""
+    names = ["cpu" if p.device.kind == "cpu" else "emulated" if p.device.emulated else p.device.kind for p in programs]
+    return plan if plan.devices or set(names) == {"cpu"} else replace(plan, devices=tuple(names))
+
+
+def _keys(programs: Sequence[Program]) -> str:
+    """The kinds of device that ranks are on."""
+    return ", ".join(dict.fromkeys(program.device.key for program in programs))
 
 
 def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from math import prod
+from math import fsum, prod
 from typing import Any
 
 import ml_dtypes
@@ -154,6 +154,12 @@ class Block:
 
     def __str__(self) -> str:
         return "[" + ",".join(f"{lo}:{hi}" for lo, hi in zip(self.lo, self.hi, strict=True)) + "]"
+
+
+def bounds_by(shares: Sequence[float], size: int) -> tuple[int, ...]:
+    """Boundaries that cut ``size`` into intervals that are to each other as ``shares``, as near as can be."""
+    total = fsum(shares)
+    return (*(round(size * fsum(shares[:i]) / total) for i in range(len(shares))), size)
 
 
 def even_bounds(size: int, parts: int) -> tuple[int, ...]:

@@ -106,7 +106,7 @@ class Cluster(Backend):
         self.heard = dict.fromkeys(self.addresses, self.looked)
         self.asked: dict[str, Any] = {}  # beats that are on their way
         own = device_of()  # of this process: the state is brought here where no rank holds all of it
-        tuning = job.tuning if own.key == job.tuning.device.key else known(own)
+        tuning = job.tuning(own) or known(own)
         self.scorer = Scorer(job.step, job.validation, tuning, threads=job.threads, ranks=job.ranks)
         self.writers = Writers(job.run_dir, job.keep)  # of a state that is held in parts
         self.written: set[str] = set()
@@ -322,10 +322,13 @@ class Cluster(Backend):
         """The programs of validation: one for each size of batch that a rank will meet."""
         if job.validation is None:
             return []
-        predictor = Predictor(scored(job.step), {}, job.tuning, threads=job.threads)
-        shares = pairwise(even_bounds(len(job.validation), job.ranks))
-        sizes = {hi - lo for a, b in shares for lo, hi in batches(a, b, predictor.batch_size)}
-        return [predictor.program(size) for size in sorted(sizes)]
+        shares = list(pairwise(even_bounds(len(job.validation), job.ranks)))
+        programs = []
+        for tuning in job.tunings:
+            predictor = Predictor(scored(job.step), {}, tuning, threads=job.threads)
+            sizes = {hi - lo for a, b in shares for lo, hi in batches(a, b, predictor.batch_size)}
+            programs += [predictor.program(size) for size in sorted(sizes)]
+        return programs
 
     # orders -----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ bit if the ranks are as many as before.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,6 @@ from ..data import latest, read_snapshot
 from ..errors import NoWorkers, RunLost, SettingError, ShapeError
 from ..scheduler import Links
 from ..spec import Array
-from ..template import Device
 from .backend import Recovering, Recovery
 from .cluster import ANSWER_S, Cluster, Offers, PendingSegment
 from .copies import common_step
@@ -65,7 +65,7 @@ class Elastic(Recovering):
         self.client, self.job_of, self.ranks, self.policy = client, job_of, ranks, policy
         job, self.meta = job_of(ranks)
         self.cluster = self._placed(job, workers, known_links(client, workers, ranks, job.timeout_s))
-        self.device: Device = workers[self.addresses[0]]["device"]
+        self.devices = Counter(program.device.key for program in job.programs)  # how many ranks each kind has
         self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
         self.initial: Mapping[str, Array] | None = None
         self.first: int | None = None  # the first step of all
@@ -191,8 +191,8 @@ class Elastic(Recovering):
         """Workers that answer: enough for all ranks, or after some patience enough for the fewest."""
         limit = time.monotonic() + self.policy.patience_s
         while True:
-            workers = answering(self.client, ANSWER_S, self.device)
-            if len(workers) >= self.ranks:
+            workers = answering(self.client, ANSWER_S, self.devices)
+            if Counter(worker["device"].key for worker in workers.values()) >= self.devices:
                 return workers
             if time.monotonic() > limit:
                 break
@@ -212,13 +212,13 @@ class Elastic(Recovering):
         if self.cluster.job.ranks >= self.ranks or time.monotonic() - self.looked < GROW_S:
             return False
         self.looked = time.monotonic()
-        return len(answering(self.client, ANSWER_S, self.device)) > self.cluster.job.ranks
+        return len(answering(self.client, ANSWER_S, self.devices)) > self.cluster.job.ranks
 
     def grow(self, step: int) -> Recovery:
         """More ranks, from this step on; nothing is in the queue."""
         begin, old = time.monotonic(), self.cluster
         state = old.state()
-        workers = answering(self.client, ANSWER_S, self.device)
+        workers = answering(self.client, ANSWER_S, self.devices)
         self._make(old, min(self.ranks, len(workers)), workers, RunLost("the workers that came are gone again"))
         self.cluster.start(state)
         old.let_go()

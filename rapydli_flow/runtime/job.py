@@ -9,6 +9,7 @@ from ..data import Dataset
 from ..graph import Graph
 from ..scheduler import Plan, Program
 from ..scheduler.topology import NOWHERE, Topology
+from ..template import Device
 from ..tuner import Tuning
 
 
@@ -24,7 +25,7 @@ class Job:
     step: Graph
     programs: tuple[Program, ...]
     plan: Plan
-    tuning: Tuning
+    tunings: tuple[Tuning, ...]  # of each kind of device that ranks are on
     threads: int
     seed: int
     data: Dataset | None
@@ -41,3 +42,7 @@ class Job:
     @property
     def ranks(self) -> int:
         return len(self.programs)
+
+    def tuning(self, device: Device) -> Tuning | None:
+        """That of a kind of device, if ranks are on it."""
+        return next((tuning for tuning in self.tunings if tuning.device.key == device.key), None)

@@ -33,7 +33,7 @@ def tuning_of(where: str, device: Device, tuning: Tuning | None) -> Tuning:
             f"{where}: the tuning is of {tuning.device.name} ({tuning.device.key}) but the run is on {device.name} "
             f"({device.key}). Give one of that device, or none."
         )
-    return tuning
+    return replace(tuning, device=device)
 
 
 def tuning_on(where: str, device: str | None, tuning: Tuning | None) -> Tuning:

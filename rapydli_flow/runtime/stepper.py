@@ -33,11 +33,11 @@ from .cluster import Cluster
 from .evaluate import complete_state
 from .feeding import fed_arrays
 from .job import Job
+from .kinds import devices_for, names_of, tunings_for
 from .links import known_links
 from .local import Local
 from .own import bring, defined_outside
 from .placing import placed
-from .remembered import tuning_of, tuning_on
 from .segment import KEPT
 from .stepping import Advance, Here, Ranks, There
 from .transport import TIMEOUT_S
@@ -128,17 +128,18 @@ def stepper(
         )
     if transport not in TRANSPORTS:
         raise SettingError(f"stepper: transport={transport!r} is not one of {', '.join(TRANSPORTS)}.")
-    asked = (plan.ranks if plan else None, timeout_s, device, "stepper")
+    names = names_of("stepper", device, plan)
+    asked = (plan.ranks if plan else None, timeout_s, names, "stepper")
     workers = workers_for(client, *asked) if client is not None else {}
     plan = plan or Usual.of(workers).plan(graph)
-    if workers:
-        tuning = tuning_of("stepper", next(iter(workers.values()))["device"], tuning)
+    if names is None and not workers and tuning is not None:
+        tunings: tuple[Tuning, ...] = (tuning,)
     else:
-        tuning = tuning_on("stepper", device, tuning)
-    programs = plan.programs(graph, tuning)
+        tunings = tunings_for("stepper", devices_for("stepper", names, workers), tuning)
+    programs = plan.programs(graph, *tunings)
     ranks: Ranks
     if client is None:
-        ranks = Here(Local(graph, plan, programs, tuning, None, None, seed=seed, timeout_s=timeout_s), timeout_s)
+        ranks = Here(Local(graph, plan, programs, tunings[0], None, None, seed=seed, timeout_s=timeout_s), timeout_s)
     else:
         bring(client, tuple(workers), defined_outside(graph, programs))
         job = Job(
@@ -146,7 +147,7 @@ def stepper(
             step=graph,
             programs=programs,
             plan=replace(plan, graph=None, recipe=None),
-            tuning=tuning,
+            tunings=tunings,
             threads=plan.threads,
             seed=seed,
             data=None,

@@ -266,7 +266,10 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     job = held.job
     assert job.validation is not None
     if held.scorer is None:
-        tuning = replace(job.tuning, device=here(job.tuning.device))
+        device = here(job.programs[number].device)
+        tuning = job.tuning(device)
+        assert tuning is not None
+        tuning = replace(tuning, device=device)
         held.scorer = Scorer(job.step, job.validation, tuning, threads=job.threads)
     bounds = even_bounds(len(job.validation), job.ranks)
     return held.scorer.part(held.trainer.rank.state(), bounds[number], bounds[number + 1])

@@ -8,7 +8,8 @@ must have the same bits on all of them. For the same reason the workers of a run
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distributed import Client
@@ -17,10 +18,11 @@ from ..config import checked_device, settings
 from ..errors import DeviceMismatch, MissingDependency, NoWorkers, SettingError, VersionMismatch
 from ..graph import Graph
 from ..scheduler import Plan, make_plan
-from ..template import Device
 from ..version import __version__
 from . import worker as tasks
 from .worker import Resident
+
+CARDS = ("cuda", "emulated")
 
 
 def answers(
@@ -36,12 +38,13 @@ def answers(
     return dict(client.sync(ask))
 
 
-def answering(client: Client, timeout_s: float, device: Device | None = None) -> dict[str, dict[str, Any]]:
-    """What each worker is that answers in time, by address; only those of this version, and of this kind of device."""
+def answering(client: Client, timeout_s: float, devices: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What each worker is that answers in time, by address; only those of this version, and of a device with one of
+    these keys."""
     addresses = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     found = answers(client, addresses, timeout_s, tasks.who)
     same = {address: worker for address, worker in found.items() if not mismatch(address, worker)}
-    return {a: worker for a, worker in same.items() if device is None or worker["device"].key == device.key}
+    return {a: worker for a, worker in same.items() if devices is None or worker["device"].key in devices}
 
 
 def mismatch(address: str, worker: Mapping[str, Any]) -> str:
@@ -60,21 +63,37 @@ def mismatch(address: str, worker: Mapping[str, Any]) -> str:
 
 
 def workers_for(
-    client: Client, ranks: int | None, timeout_s: float, device: str | None = None, where: str = "fit"
+    client: Client,
+    ranks: int | None,
+    timeout_s: float,
+    device: str | Sequence[str] | None = None,
+    where: str = "fit",
 ) -> dict[str, dict[str, Any]]:
     """`ready_workers` of one kind of processor, of that which most have: enough for the ranks, or all that there are.
-    With a ``device`` ('cpu', 'cuda', 'emulated'), of those that have one. ``where``: the function that asks.
+    With a ``device`` ('cpu', 'cuda', 'emulated'), of those that have one; with one for each rank, of each kind.
+    ``where``: the function that asks.
 
     Raises DeviceMismatch where those of one kind are too few.
     """
     known = ready_workers(client, ranks, timeout_s)
-    if device is not None:
+    if device is None:
+        return _alike(known, ranks or len(known))
+    if isinstance(device, str):
         known = having(device, known, ranks or 1, where)
+        return _alike(known, ranks or len(known))
+    found: dict[str, dict[str, Any]] = {}
+    for name, count in Counter(device).items():
+        found |= _alike(having(name, known, count, where), count)
+    return found
+
+
+def _alike(known: Mapping[str, dict[str, Any]], least: int) -> dict[str, dict[str, Any]]:
+    """The workers of the kind of device that most have; DeviceMismatch where they are fewer than ``least``."""
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
     for address, worker in sorted(known.items()):
         kinds.setdefault(worker["device"].key, {})[address] = worker
     most = max(kinds.values(), key=len)
-    if len(most) < (ranks or len(known)):
+    if len(most) < least:
         other = next(kind for kind in kinds.values() if kind is not most)
         raise DeviceMismatch(
             f"{_first(most)} but {_first(other)}. Kernels are compiled for the processor of each, and what several "
@@ -93,7 +112,7 @@ def having(device: str, workers: Mapping[str, dict[str, Any]], least: int, where
             f"{where}: device={device!r}: which GPU a worker has is said where it is started, by CUDA_VISIBLE_DEVICES "
             "or RAPYDLI_DEVICE. Use device='cuda' with a client."
         )
-    found = {a: w for a, w in workers.items() if ("emulated" if w["device"].emulated else w["device"].kind) == kind}
+    found = {a: w for a, w in workers.items() if w["device"].is_a(kind)}
     if len(found) < least:
         raise DeviceMismatch(
             f"{where} needs {least} worker(s) with device {device!r} but {len(found)} of {len(workers)} have one "
@@ -153,13 +172,17 @@ class Usual(NamedTuple):
     ranks: int
     threads: int
     overlap: bool
+    device: str | None  # the name of a card; None for processors
 
     @classmethod
     def of(cls, workers: Mapping[str, Mapping[str, Any]]) -> Usual:
         """A rank for each, with as many threads as the least of them; sums behind the backward pass where they are on
         several hosts. Without workers one rank, in this process."""
         threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
-        return cls(len(workers) or 1, threads, len({worker["host"] for worker in workers.values()}) > 1)
+        hosts = {worker["host"] for worker in workers.values()}
+        own = {name for worker in workers.values() for name in CARDS if worker["device"].is_a(name)}
+        named = next(iter(own), None) if workers else settings().device.partition(":")[0]
+        return cls(len(workers) or 1, threads, len(hosts) > 1, named if named in CARDS else None)
 
     def plan(self, graph: Graph) -> Plan:
         """The plan that divides records so."""

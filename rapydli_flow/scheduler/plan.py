@@ -8,14 +8,16 @@ from functools import cached_property
 from typing import Any
 
 from .. import markup
+from ..errors import SettingError
 from ..graph import Graph, checked, hoist
 from ..spec import Block
-from ..tuner import ANY_CPU, Tuning
+from ..tuner import ANY_CARD, ANY_CPU, Tuning
 from .alike import fuse_alike
 from .border import borders
 from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .cost import Machine
+from .devices import check_replicas
 from .early import update_early
 from .independent import independent
 from .layout import Layout, Split
@@ -37,9 +39,10 @@ class Plan:
     are computed one after the other. ``average_every``: ranks train by themselves for so many steps, and then average
     (local SGD); 0: they are one. ``staleness``: steps that a rank may be ahead of the updates of parameters, which are
     divided over ranks (asynchronous); None: it waits for them in each step. ``overlap``: gradients are summed while the
-    backward pass goes on. ``wire``: what gradients are rounded to on their way, 'bfloat16' or ''. ``graph`` is what the
-    plan was made for, if it is known; a notebook then shows bytes, too. ``recipe``: what `make_plan` was asked for, so
-    that the like can be made for other ranks.
+    backward pass goes on. ``wire``: what gradients are rounded to on their way, 'bfloat16' or ''. ``devices``: what
+    each rank is on, 'cpu', 'cuda' (in one process also 'cuda:1') or 'emulated'; without them all are on one kind, which
+    the run has. ``graph`` is what the plan was made for, if it is known; a notebook then shows bytes, too. ``recipe``:
+    what `make_plan` was asked for, so that the like can be made for other ranks.
     """
 
     ranks: int = 1
@@ -51,6 +54,7 @@ class Plan:
     staleness: int | None = None
     overlap: bool = False
     wire: str = ""
+    devices: tuple[str, ...] = ()
     graph: Graph | None = field(default=None, repr=False, compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -87,6 +91,8 @@ class Plan:
         named = divided_nodes(graph, self.splits)
         if not self.one:
             parts = split(graph, self.ranks, self.layouts, named, micro_batches=self.micro_batches)
+            if not self.average_every:
+                check_replicas(graph, parts, self.devices)
         if self.micro_batches > 1:
             parts = in_turns(parts, self.depths(graph, named), Machine())
         if self.average_every and self.ranks > 1:
@@ -98,13 +104,24 @@ class Plan:
         parts = fuse_alike(bucket(parts, behind=self.overlap, wire=self.wire))
         return tuple(checked(update_early)(part) for part in parts)
 
-    def programs(self, graph: Graph, tuning: Tuning) -> tuple[Program, ...]:
-        """What each rank runs for one step."""
-        made, updates = (tuple(compile_program(part, tuning) for part in parts) for parts in self.rank_halves(graph))
+    def programs(self, graph: Graph, *tunings: Tuning) -> tuple[Program, ...]:
+        """What each rank runs for one step; ``tunings``: of each kind of device that ranks are on."""
+        each = [self._tuning(rank, tunings) for rank in range(self.ranks)]
+        made, updates = (tuple(map(compile_program, parts, each)) for parts in self.rank_halves(graph))
         if not updates:
             return made
         ahead = self.staleness or 0
         return tuple(replace(u, gradients=p, ahead=ahead) for p, u in zip(made, updates, strict=True))
+
+    def _tuning(self, rank: int, tunings: Sequence[Tuning]) -> Tuning:
+        """That of a rank's device."""
+        if not self.devices:
+            return tunings[0]
+        found = next((tuning for tuning in tunings if tuning.device.is_a(self.devices[rank])), None)
+        if found is None:
+            given, wanted = ", ".join(tuning.device.name for tuning in tunings), self.devices[rank]
+            raise SettingError(f"plan: rank {rank} is on {wanted!r}, but the tuning is of {given}.")
+        return found
 
     def depths(self, graph: Graph, named: Mapping[str, Split]) -> list[int]:
         """For each rank, the number of stages from its own to the last: micro-batches that are in flight there.
@@ -136,7 +153,7 @@ class Plan:
             lines.append(f"  gradients are rounded to {self.wire} on their way: another run than that of one worker")
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(self._needs(graph)):
-            lines.append(f"  rank {rank}: {needs}")
+            lines.append(f"  rank {rank}{f' on {self.devices[rank]}' if self.devices else ''}: {needs}")
         return "\n".join([*lines, placement.explain()] if placement is not None else lines)
 
     def _repr_html_(self) -> str:
@@ -144,14 +161,15 @@ class Plan:
         many = f"{self.ranks} ranks" if self.ranks > 1 else "1 rank"
         head = markup.title(f"Plan: {many}", f"{self.threads} thread{'s' * (self.threads > 1)} each")
         blocks = ["  ".join(f"{name} {layout[r]}" for name, layout in self.layouts.items()) for r in range(self.ranks)]
-        rows = [(f"rank {rank}", held or "everything") for rank, held in enumerate(blocks)]
+        names = [f"rank {rank}" + (f" on {self.devices[rank]}" if self.devices else "") for rank in range(self.ranks)]
+        rows = [(name, held or "everything") for name, held in zip(names, blocks, strict=True)]
         if self.splits:
-            rows = [(f"rank {rank}", "its part of layers") for rank in range(self.ranks)]
+            rows = [(name, "its part of layers") for name in names]
         if self.graph is None:
             return head + markup.table(("", "holds"), rows)
-        names = ("", "holds", "inputs", "parameters", "state", "sent a step", "memory")
+        head_row = ("", "holds", "inputs", "parameters", "state", "sent a step", "memory")
         sizes = [tuple(map(markup.size, needs.sizes)) for needs in self._known]
-        table = markup.table(names, [(*a, *b) for a, b in zip(rows, sizes, strict=True)], right=5)
+        table = markup.table(head_row, [(*a, *b) for a, b in zip(rows, sizes, strict=True)], right=5)
         return (
             head
             + table
@@ -181,10 +199,12 @@ class Plan:
             meetings = [(n.op, [half.spec(v) for v in n.inputs]) for half in both for n in half if n.op.collective]
             sent = sum(op.sent_bytes(*ins) for op, ins in meetings if isinstance(op, AllReduce | Exchange))
             arena = 0
+            card = bool(self.devices) and self.devices[rank] != "cpu"
             for half in both:
-                key = (*(str(node.specs) for node in half), *borders(half).items())
+                key = (card, *(str(node.specs) for node in half), *borders(half).items())
                 if key not in planned:
-                    planned[key] = compile_program(half, Tuning(ANY_CPU)).arena_bytes
+                    program = compile_program(half, Tuning(ANY_CARD if card else ANY_CPU))
+                    planned[key] = program.arena_bytes + program.aside_bytes
                 arena += planned[key]
             sent += sum(sends(handed, owned, rank).values())
             out.append(Needs((inputs, parameters, state, sent, arena), len(meetings) + 2 * bool(updates)))
@@ -208,6 +228,7 @@ class Plan:
             "staleness": self.staleness,
             "overlap": self.overlap,
             "wire": self.wire,
+            "devices": self.devices,
         }
 
     @classmethod
@@ -222,7 +243,7 @@ class Plan:
             for name, split in form["splits"].items()
         }
         rest = {name: form[name] for name in ("micro_batches", "average_every", "staleness", "overlap", "wire")}
-        return cls(form["ranks"], form["threads"], layouts, splits, **rest)
+        return cls(form["ranks"], form["threads"], layouts, splits, devices=tuple(form.get("devices", ())), **rest)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from math import prod
+from itertools import accumulate, pairwise
+from math import inf, prod
+from typing import Any
 
+from ..config import checked_device
 from ..errors import SettingError, ShapeError
 from ..graph import Graph, hoist
 from ..ops import Conv, Matmul, Pointwise
-from ..spec import Block, even_bounds
+from ..spec import Block, bounds_by, even_bounds
 from .cost import Machine, node_s
+from .devices import several
 from .layout import Layout, Split, along_longest, bounds_of
 from .naming import batched, divided_nodes, forward
 from .plan import Plan
@@ -36,6 +39,8 @@ def make_plan(
     staleness: int | None = None,
     overlap: bool = False,
     wire: str | None = None,
+    device: str | Sequence[str] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Plan:
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
     kind = strategy or ("data" if not splits else "splits")
@@ -46,6 +51,11 @@ def make_plan(
     for name, value, of in (("grid", grid, ("spatial",)), ("stages", stages, ("pipeline",))):
         if value is not None and kind not in of:
             raise SettingError(f"plan: {name} is for strategy {of[0]!r}, not {kind!r}.")
+    devices = _devices(device, ranks)
+    if shares is not None and (kind != "data" or len(shares) != ranks or not all(0 < s < inf for s in shares)):
+        raise SettingError(
+            f"plan: shares={list(shares)} is not a number above 0 for each of {ranks} rank(s), for strategy 'data'."
+        )
     if micro_batches is not None and kind not in ("pipeline", "splits"):
         raise SettingError(f"plan: micro_batches is for pipelines and splits, not for strategy {kind!r}.")
     if grid is not None and prod(grid) != ranks:
@@ -62,8 +72,10 @@ def make_plan(
         made = model_parallel(graph, ranks, kind, threads=threads)
     elif kind == "splits":
         made = Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
+    elif kind == "hybrid":
+        made = hybrid(graph, ranks, threads=threads)
     else:
-        made = (hybrid if kind == "hybrid" else data_parallel)(graph, ranks, threads=threads)
+        made = data_parallel(graph, ranks, threads=threads, shares=shares)
     apart = {"average_every": (average_every, 1), "staleness": (staleness, 0)}
     for name, (value, least) in apart.items():
         if value is not None and (kind != "data" or splits or shard or value < least):
@@ -82,11 +94,25 @@ def make_plan(
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
+    made = replace(made, devices=devices)
     made = sharded(made, graph, parameters=shard == "parameters") if shard else made
-    recipe = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
+    recipe: dict[str, Any] = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
     recipe |= {"average_every": average_every, "staleness": staleness, "overlap": overlap, "wire": wire}
+    recipe |= {"device": device, "shares": shares}
     made = replace(made, average_every=average_every or 0, staleness=staleness, overlap=overlap, wire=wire or "")
     return replace(made, recipe=recipe)
+
+
+def _devices(device: str | Sequence[str] | None, ranks: int) -> tuple[str, ...]:
+    """The name of a device for each rank."""
+    if device is None:
+        return ()
+    names = (device,) * ranks if isinstance(device, str) else tuple(device)
+    for name in names:
+        checked_device(name, "plan: device=")
+    if len(names) != ranks:
+        raise SettingError(f"plan: device={list(names)} has {len(names)} names for {ranks} rank(s).")
+    return names
 
 
 def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:
@@ -99,9 +125,9 @@ def remade(plan: Plan, graph: Graph, ranks: int) -> Plan:
     return make_plan(graph, ranks, threads=plan.threads, **plan.recipe)
 
 
-def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
-    """Every rank has its records of the batch: what is fed is divided along its first axis; the first ranks get the
-    larger parts."""
+def data_parallel(graph: Graph, ranks: int, *, threads: int = 1, shares: Sequence[float] | None = None) -> Plan:
+    """Every rank has its records of the batch: what is fed is divided along its first axis, evenly, where the first
+    ranks get the larger parts, or by ``shares``."""
     layouts: dict[str, Layout] = {}
     for leaf in graph.leaves("batch"):
         shape = leaf.spec.shape
@@ -110,7 +136,13 @@ def data_parallel(graph: Graph, ranks: int, *, threads: int = 1) -> Plan:
                 f"plan: {leaf.name} has {shape[0] if shape else 1} records for {ranks} ranks. "
                 "Use a larger batch or fewer ranks."
             )
-        layouts[leaf.name] = Block.along(shape, 0, even_bounds(shape[0], ranks))
+        bounds = even_bounds(shape[0], ranks) if shares is None else bounds_by(shares, shape[0])
+        if any(lo == hi for lo, hi in pairwise(bounds)):
+            raise ShapeError(
+                f"plan: with shares={list(shares or ())} a rank has none of the {shape[0]} records of {leaf.name}. "
+                "Use a larger batch, or other shares."
+            )
+        layouts[leaf.name] = Block.along(shape, 0, bounds)
     return Plan(ranks, threads, layouts if ranks > 1 else {}, graph=graph, recipe={})
 
 
@@ -186,7 +218,9 @@ def pipeline(graph: Graph, stages: int, micro_batches: int, *, data: int = 1, th
 
 def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
     """The plan with optimizer state, and ``parameters`` too if wanted, divided over all ranks. State of the network
-    itself, as the running statistics of batch norm, stays whole: all ranks can predict.
+    itself, as the running statistics of batch norm, stays whole: all ranks can predict. What is too small to be divided
+    stays whole, too. Where ranks are on devices of several kinds all of it is divided, or the first one's: see
+    `rapydli_flow.scheduler.devices`.
 
     Gradients are then summed where they are needed (reduce-scatter), each rank updates its part, and parameters are
     gathered. Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020).
@@ -194,11 +228,14 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
     if plan.splits:
         raise SettingError("plan: state is sharded over ranks that all hold it; plans with splits place it by layers.")
     layouts = dict(plan.layouts)
+    mixed = several(plan.devices)
     own = {leaf.name for leaf in graph.network.leaves("state")} if graph.network is not None else set()
     for leaf in graph.leaves(*(("state", "param") if parameters else ("state",))):
-        if leaf.name in own:
+        if leaf.name in own and not mixed:
             continue
         layout = along_longest(leaf.shape, plan.ranks)
+        if layout is None and mixed and leaf.shape:
+            layout = (Block.all(leaf.shape), *(None,) * (plan.ranks - 1))
         if layout is not None:
             layouts[leaf.name] = layout
     return replace(plan, layouts=layouts)

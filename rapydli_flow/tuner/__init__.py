@@ -4,7 +4,7 @@ May import floors 0 to 3. It is given a `Measure` and never runs a kernel itself
 """
 
 from .cache import Known, Merged, TuningCache, Winner
-from .choice import ANY_CPU, REFERENCE, Choice, Request, Tuning
+from .choice import ANY_CARD, ANY_CPU, REFERENCE, Choice, Request, Tuning
 from .exchange import Difference
 from .funnel import Funnel
 from .search import Budget, Found, Measure, Tuner
@@ -14,6 +14,7 @@ from .strategies import STRATEGIES
 from .trial import Trial, time_text
 
 __all__ = [
+    "ANY_CARD",
     "ANY_CPU",
     "REFERENCE",
     "STRATEGIES",

@@ -103,7 +103,9 @@ class Choice:
 
 
 REFERENCE = Choice("reference")
-ANY_CPU = Device("cpu", "any")  # nothing runs on it: a plan's memory is counted with its untuned kernels
+# nothing runs on them: a plan's memory is counted with their untuned kernels
+ANY_CPU = Device("cpu", "any")
+ANY_CARD = Device("cuda", "any", target="sm_90a", cores=132, vector_bytes=16)
 
 
 @cache
