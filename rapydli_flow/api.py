@@ -260,6 +260,8 @@ def time(
     threads = threads or settings().threads
     if not 0 <= tune_s < float("inf"):
         raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
+    if device is not None:
+        checked_device(device, "time: device=")
     if tune_s:
         autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads), device=device)
     tuning = tuning_on("time", device, tuning)

@@ -80,7 +80,7 @@ def train(
         if workers is None:
             workers = 2 if device is None else 0
         if device is not None:
-            checked_device(device, "device=")
+            checked_device(device, "train: device=")
         if scheduler is None and workers == 0:
             device_of(device)  # is it there? Before a dataset is made
         chosen = Recipe(recipe)

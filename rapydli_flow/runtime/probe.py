@@ -87,7 +87,7 @@ def _values(
     """Run the part of a graph that leads to some values."""
     small = only_needed(Graph(graph.nodes, dict(found)))
     arrays = fed_arrays(what, graph, feeds, {leaf.name for leaf in small.leaves("batch")})
-    where = device_of(device)
+    where = device_of(device, what)
     rank = rank_on(compile_program(small, tuning.known(where)), where, threads=settings().threads)
     if state is None:
         rank.start(seed)
