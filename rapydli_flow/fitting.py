@@ -132,6 +132,10 @@ class _Collect(Callback):
             self.run.steps, self.run.outcome = event.step, event.outcome
 
 
+NUMBERS = ("epochs", "steps", "seed", "snapshot_every", "keep", "timeout_s", "tune_s", "retries", "min_workers")
+NUMBERS += ("patience_s", "walltime_s")
+
+
 @dataclass(frozen=True)
 class Options:
     """What `rapydli_flow.fit` was asked for; see there."""
@@ -158,6 +162,9 @@ class Options:
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
+        for name in NUMBERS:
+            if isinstance(getattr(self, name), bool):  # Python counts with them
+                raise SettingError(f"fit: {name}={getattr(self, name)} is not a number.")
         for name, allowed in (("granularity", GRANULARITIES), ("transport", TRANSPORTS)):
             if getattr(self, name) not in allowed:
                 raise SettingError(f"fit: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
