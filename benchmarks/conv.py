@@ -26,9 +26,9 @@ from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
-import torch
 from common import interleaved, ms, table, write
 from conv_shape import DIRECTIONS, SHAPES, Shape
+from pytorch import torch
 
 from cpu_kernels.compile import host
 from cpu_kernels.driver import CallList, address_of

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, geometric_mean, write
 from conv_shape import DIRECTIONS, SHAPES
 from gpu_asked import FUSED, Row, chosen, compile_all
 from gpu_timing import COLD_BYTES, ceilings, medians
+from pytorch import torch
 
 from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card

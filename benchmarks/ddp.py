@@ -18,11 +18,11 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
 from common import beside_torch
 from networks import batches, traced
 from ours import SEED, Part, Step, halves, programs, training
 from pair import End, on_both, slower
+from pytorch import torch
 from theirs import LAYOUTS, DistributedStep, with_state
 from torch import distributed, nn
 from train_step import APART

@@ -19,8 +19,8 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # read when NumPy is imported; of 4 to 30, a power of 2 cycles
 
 import numpy as np
-import torch
 from common import geometric_mean, interleaved, ms, table, write
+from pytorch import torch
 
 from rapydli_flow import kernels
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, geometric_mean, write
 from conv_cuda import ARITHMETIC, LIMIT
 from gpu_asked import LAYERS, STORED, compile_all, products, requests
 from gpu_timing import COLD_BYTES, ceilings, medians
+from pytorch import torch
 
 from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card

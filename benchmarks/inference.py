@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from common import RESULTS, beside_torch, geometric_mean, interleaved, shown, table, write
 from memory import peaks
 from networks import batches, chosen, options
 from ours import Prediction
+from pytorch import torch
 from theirs import Prediction as TorchPrediction
 from theirs import sides, with_state, without_compile
 

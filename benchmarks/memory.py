@@ -68,7 +68,7 @@ def main(what: str, side: str, network: str, batch: str, threads: str) -> None:
         one = (ours.Step if what == "train" else ours.Prediction)(case, int(batch), int(threads))
     else:
         import theirs
-        import torch
+        from pytorch import torch
 
         torch.set_num_threads(int(threads))
         before = in_memory("VmRSS")

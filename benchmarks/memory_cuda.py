@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, geometric_mean, write
 from gpu_asked import FLOAT32, cases, compile_all, request_of, stored
 from gpu_timing import COLD_BYTES, ceilings, medians
+from pytorch import torch
 
 from gpu_kernels.compile import Request, cubins
 from gpu_kernels.launch import Card

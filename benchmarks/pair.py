@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from threading import BrokenBarrierError
 from typing import Any
 
-import torch
 from common import LEAST, SETTLE_S, TURN_S
+from pytorch import torch
 from torch import distributed
 
 from rapydli_flow.runtime.shared import SharedMemory

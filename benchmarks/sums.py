@@ -9,9 +9,9 @@ from argparse import Namespace
 from typing import Any
 
 import numpy as np
-import torch
 from common import beside_torch
 from pair import End, on_both, slower
+from pytorch import torch
 from torch import distributed
 
 from rapydli_flow.runtime.transport import CHUNK_BYTES

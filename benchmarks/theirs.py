@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from memory import peak
 from networks import MOMENTUM, RATE, dropout_of
+from pytorch import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from twins import published, twin

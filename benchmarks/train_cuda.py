@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from common import RESULTS, geometric_mean, write
 from gpu_asked import NETWORKS, PRECISION, networks, training
 from networks import MOMENTUM, RATE, batches, dropout_of, traced
+from pytorch import torch
 from theirs import LAYOUTS
 from torch import nn as torch_nn
 from twins import twin

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, beside_torch, geometric_mean, interleaved, shown, table, write
 from memory import peaks
 from networks import MOMENTUM, RATE, batches, chosen, has_dropout, options
 from ours import Step
+from pytorch import torch
 from theirs import Step as TorchStep
 from theirs import sides as torch_sides
 from theirs import with_state, without_compile

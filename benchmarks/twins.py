@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import torch
+from pytorch import torch
 from torch import nn
 
 from rapydli_flow.graph import Graph

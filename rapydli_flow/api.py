@@ -267,6 +267,8 @@ def time(
     threads = threads or settings().threads
     if not 0 <= tune_s < float("inf"):
         raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
+    if device is not None:
+        checked_device(device, "time: device=")
     if tune_s:
         autotune(graph, budget_s=tune_s, plan=data_parallel(graph, 1, threads=threads), device=device)
     tuning = tuning_on("time", device, tuning)
@@ -285,6 +287,9 @@ def evaluate(
 
     A number for each, by name: means over all records. ``device``: where, as of `fit`; a ``tuning`` that is given
     is of that device.
+
+    Raises SettingError for a state, a device or a tuning that does not fit, DatasetError for data that does not,
+    MissingDependency for a device that is not there.
     """
     with tempfile.TemporaryDirectory(prefix="rapydli-") as scratch:
         records = as_dataset(data, scratch, "data")
@@ -344,6 +349,11 @@ def fit(
     come; then, if ``min_workers`` allows it, the run goes on with fewer ranks, and with more when they are back.
 
     On SIGTERM, or after ``walltime_s`` seconds, it writes a last snapshot, if it writes any, and returns.
+
+    Raises, before anything is trained, SettingError for options that mean nothing, DatasetError for data that does not
+    fit, SnapshotError for a run that cannot be resumed, MissingDependency for a device that is not there,
+    TooLittleMemory; with a client NoWorkers, DeviceMismatch and VersionMismatch. While it trains NonFinite, DeviceFault
+    where a card fails, RunLost where too many workers do.
     """
     options = Options(
         epochs=epochs,

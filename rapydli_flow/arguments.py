@@ -1,4 +1,5 @@
-"""Misspelt arguments: an error that names the function, what was given, and the nearest name that there is."""
+"""What arguments are: numbers or not; and misspelt ones, an error that names the function, what was given, and the
+nearest name that there is."""
 
 from __future__ import annotations
 
@@ -7,11 +8,21 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from .errors import ArgumentError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """An int or a float; True and False are none, though Python counts with them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """An int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from math import isnan
 
+from .arguments import is_whole
 from .errors import SettingError
 from .runtime.events import (
     RATE_FACTOR,
@@ -162,6 +163,6 @@ class PlateauRate(_Best):
 
 
 def _patience(callback: Callback, patience: int) -> int:
-    if not isinstance(patience, int) or patience < 1:
+    if not is_whole(patience) or patience < 1:
         raise SettingError(f"{type(callback).__name__}: patience={patience!r} is not 1 or more validations.")
     return patience

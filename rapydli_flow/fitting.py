@@ -24,8 +24,8 @@ from .comparison import (
 )
 from .config import checked_device
 from .data import Dataset, Feed, Snapshot, ingest, latest, read_snapshot
-from .errors import SettingError, SnapshotError
-from .graph import Graph, to_json
+from .errors import GraphError, SettingError, SnapshotError, UnknownOp
+from .graph import Graph, from_json, precision_of, to_json
 from .runtime import tuning as tuner
 from .runtime.backend import Backend
 from .runtime.elastic import Elastic, Policy
@@ -131,6 +131,10 @@ class _Collect(Callback):
             self.run.steps, self.run.outcome = event.step, event.outcome
 
 
+NUMBERS = ("epochs", "steps", "seed", "snapshot_every", "keep", "timeout_s", "tune_s", "retries", "min_workers")
+NUMBERS += ("patience_s", "walltime_s")
+
+
 @dataclass(frozen=True)
 class Options:
     """What `rapydli_flow.fit` was asked for; see there."""
@@ -157,6 +161,9 @@ class Options:
 
     def check(self, step: Graph) -> None:
         """Raise SettingError for options that mean nothing, before anything is done."""
+        for name in NUMBERS:
+            if isinstance(getattr(self, name), bool):  # Python counts with them
+                raise SettingError(f"fit: {name}={getattr(self, name)} is not a number.")
         for name, allowed in (("granularity", GRANULARITIES), ("transport", TRANSPORTS)):
             if getattr(self, name) not in allowed:
                 raise SettingError(f"fit: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
@@ -302,6 +309,12 @@ class Fitting:
             )
         snapshot = read_snapshot(newest)
         if snapshot.meta.get("graph") != to_json(self.step):
+            had, asked = _precision(snapshot), precision_of(self.step)
+            if had and had != asked:
+                raise SnapshotError(
+                    f"fit: {newest} is of a training step with precision={had!r} but this one has precision={asked!r}; "
+                    "resume with the precision that the run was begun with."
+                )
             raise SnapshotError(
                 f"fit: {newest} is of another training step; resume with the graph that it was made with."
             )
@@ -440,6 +453,14 @@ class Fitting:
             "batch": self.batch,
             "version": __version__,
         }
+
+
+def _precision(snapshot: Snapshot) -> str:
+    """Of the training step that a snapshot is of; '' where that cannot be read."""
+    try:
+        return precision_of(from_json(snapshot.meta["graph"]))
+    except (KeyError, GraphError, UnknownOp):
+        return ""
 
 
 def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> Dataset:

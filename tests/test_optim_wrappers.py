@@ -140,13 +140,17 @@ def test_patterns_that_mean_nothing(optimizer: Any, message: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"clip_norm: max_norm=0\.0 is not positive"):
+    with pytest.raises(SettingError, match=r"clip_norm: max_norm=0\.0 is not a positive, finite number"):
         optim.clip_norm(optim.sgd(0.1), 0.0)
     with pytest.raises(SettingError, match=r"accumulate: every=2.5 is not a whole number"):
         optim.accumulate(optim.sgd(0.1), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="clip_value: limit=True is not a positive"):
+        optim.clip_value(optim.sgd(0.1), True)
+    with pytest.raises(SettingError, match="accumulate: every=True is not a whole number"):
+        optim.accumulate(optim.sgd(0.1), True)
     with pytest.raises(SettingError, match="freeze: name what is to be frozen"):
         optim.freeze(optim.sgd(0.1))
-    with pytest.raises(SettingError, match=r"average: decay=1.0 is not in \[0, 1\)"):
+    with pytest.raises(SettingError, match=r"average: decay=1.0 is not a number in \[0, 1\)"):
         optim.average(optim.sgd(0.1), 1.0)
     with pytest.raises(SettingError, match="averaged: the state has no averages"):
         optim.averaged({"dense_1/w": np.zeros(3)})

@@ -239,8 +239,12 @@ def test_graphs_that_cannot_be_mixed_are_refused() -> None:
         rf.precision(step_of("float32"), "bfloat16")
     with pytest.raises(GraphError, match=r"train_step: this graph is a training step already.*step\.network"):
         rf.train_step(step_of("float32"), loss=nn.cross_entropy, optimizer=optim.sgd(0.1))
-    with pytest.raises(SettingError, match=r"loss_scale: -1\.0 is not positive"):
+    with pytest.raises(SettingError, match=r"train_step: loss_scale=-1\.0 is not a positive, finite number"):
         step_of("float16", loss_scale=-1.0)
-    for wrong in ({"start": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"every": 0}):  # a scale must be able to fall
+    for wrong in (True, "1024", float("nan")):  # Python counts with True
+        with pytest.raises(SettingError, match=rf"train_step: loss_scale={wrong!r} is not a positive, finite number"):
+            step_of("float16", loss_scale=wrong)
+    fall = ({"start": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"every": 0})  # a scale must be able to
+    for wrong in (*fall, {"start": True}, {"growth": True}, {"every": True}, {"every": 2.5}, {"backoff": "0.5"}):
         with pytest.raises(SettingError, match=r"start is in .*, backoff between 0 and 1"):
             rf.LossScale(**wrong)

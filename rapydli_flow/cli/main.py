@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import api
-from ..config import checked_device
+from ..config import checked_device, settings
 from ..data import Dataset
 from ..graph import Graph
 from ..runtime.devices import device_of
@@ -79,8 +79,9 @@ def train(
 
         if workers is None:
             workers = 2 if device is None else 0
+        settings()  # does the environment mean something? Before anything is made
         if device is not None:
-            checked_device(device, "device=")
+            checked_device(device, "train: device=")
         if scheduler is None and workers == 0:
             device_of(device)  # is it there? Before a dataset is made
         chosen = Recipe(recipe)

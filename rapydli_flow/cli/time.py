@@ -83,7 +83,7 @@ def warm(network: str, batch: int | None, threads: int | None, inference: bool, 
         if threads is not None and threads < 1:
             raise SettingError(f"--threads {threads} is not 1 or more.")
         step = resolve(network, batch).step
-        tuning = known(device_of(device))
+        tuning = known(device_of(device, "warm"))
         programs = programs_of(network_of(step) if inference else step, tuning, settings().threads)
         pairs = [pair for program in programs for pair in kernels_of(program)]
         done = warm_kernels(pairs, tuning.device, compilers=threads, watch=_progress())

@@ -155,7 +155,7 @@ def simulate(file: Path, chosen: Sequence[str], repeats: int, svg: Path | None, 
 def show(what: str, top: int, as_json: bool, named: str | None) -> None:
     """Show what is known for this machine: of one kernel, a family of ops, or all."""
     with plain_errors():
-        results, device = cache(), device_of(named)
+        results, device = cache(), device_of(named, "tune")
         known = results.known(device)
         if what and not any(one.family == what for one in known):
             what = found(what, {one.key: one.request for one in known})
@@ -202,7 +202,7 @@ def import_(file: Path) -> None:
 def pin(key: str, template: str, values: Sequence[str], named: str | None) -> None:
     """Use one TEMPLATE with one config for the kernel KEY from now on, whatever is measured."""
     with plain_errors():
-        results, device = cache(), device_of(named)
+        results, device = cache(), device_of(named, "tune")
         key = found(key, results.requests(device))
         choice = Choice(template, tuple(sorted(map(_parameter, values))))
         results.pin(device, key, choice)
@@ -215,7 +215,7 @@ def pin(key: str, template: str, values: Sequence[str], named: str | None) -> No
 def unpin(key: str, named: str | None) -> None:
     """Let measurements choose for the kernel KEY again."""
     with plain_errors():
-        results, device = cache(), device_of(named)
+        results, device = cache(), device_of(named, "tune")
         key = found(key, {one.key: one.request for one in _pinned(results, device)})
         results.unpin(device, key)
         click.echo(f"{key} is no longer pinned")

@@ -6,7 +6,7 @@ May import floors 0 to 2 only. A pass is a function Graph -> Graph, printable an
 from .fuse import Fused, fuse, parts
 from .gradients import gradients
 from .graph import Graph, Node, Tensor, Value
-from .mixed import precision
+from .mixed import precision, precision_of
 from .remat import remat
 from .rewrite import clean, exact, hoist, merge_equal, predicting, rewrite, tf32, training, with_batch
 from .scaling import LossScale, broken, finds_scale
@@ -35,6 +35,7 @@ __all__ = [
     "merge_equal",
     "parts",
     "precision",
+    "precision_of",
     "predicting",
     "remat",
     "rewrite",

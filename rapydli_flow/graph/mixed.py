@@ -63,6 +63,17 @@ def check_precision(dtype: str) -> None:
         raise SettingError(f"precision: {dtype!r} is not one of {', '.join(PRECISIONS)}.{hint}")
 
 
+def precision_of(graph: Graph) -> str:
+    """The precision that a network or training step computes in: one of `PRECISIONS`, or its parameters' dtype."""
+    dtypes = {spec.dtype for node in graph.nodes for spec in node.specs if spec.floating}
+    halves = [dtype for dtype in HALVES if dtype in dtypes]
+    if halves:
+        return halves[0]
+    if any(getattr(node.op, "tf32", False) for node in graph.nodes):
+        return "tf32"
+    return next((leaf.dtype for leaf in graph.leaves("param") if leaf.spec.floating), "float32")
+
+
 class _Mixed:
     def __init__(self, graph: Graph, half: str) -> None:
         self.graph, self.half = graph, half

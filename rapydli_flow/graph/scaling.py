@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import reduce
 from math import isfinite
 
+from ..arguments import is_number, is_whole
 from ..errors import GraphError, SettingError
 from ..ops import CountOnTurn, Fill, Finite, LossScaleRule, Multiply, OnTurn, Power, Scale, Sum
 from ..spec import Spec
@@ -35,7 +36,14 @@ class LossScale:
     every: int = 2000
 
     def __post_init__(self) -> None:
-        if not (LEAST <= self.start <= MOST and self.growth >= 1.0 and 0.0 < self.backoff < 1.0 and self.every >= 1):
+        numbers = all(map(is_number, (self.start, self.growth, self.backoff))) and is_whole(self.every)
+        if not (
+            numbers
+            and LEAST <= self.start <= MOST
+            and self.growth >= 1.0
+            and 0.0 < self.backoff < 1.0
+            and self.every >= 1
+        ):
             raise SettingError(
                 f"{self}: start is in [1, 2^24], growth 1 or more, backoff between 0 and 1, every a number of steps."
             )
@@ -43,8 +51,8 @@ class LossScale:
 
 def fixed(scale: float) -> float:
     """A scale that never changes, if it can be one."""
-    if not isinstance(scale, int | float) or not isfinite(scale) or not scale > 0.0:
-        raise SettingError(f"loss_scale: {scale!r} is not positive and finite, nor rf.LossScale(...).")
+    if not is_number(scale) or not isfinite(scale) or not scale > 0.0:
+        raise SettingError(f"train_step: loss_scale={scale!r} is not a positive, finite number, nor rf.LossScale(...).")
     return float(scale)
 
 

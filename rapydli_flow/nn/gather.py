@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..arguments import is_whole
 from ..errors import SettingError
 from ..graph import Tensor
 from ..ops import Embedding, Gather
@@ -29,7 +30,7 @@ def embedding(
     Ids are 0 to ``vocabulary - 1``; others give NaN. Rows start from a normal distribution of deviation 1.
     """
     for what, given in (("vocabulary", vocabulary), ("features", features)):
-        if not isinstance(given, int) or given < 1:
+        if not is_whole(given) or given < 1:
             raise SettingError(f"embedding: {what}={given!r} is not a whole number of 1 or more.")
     shape = (vocabulary, features)
     return Embedding()(weights(ids.graph, "w", shape, dtype, fans=shape, init=init or normal(1.0)), ids)

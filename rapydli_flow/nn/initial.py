@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..arguments import is_number
 from ..errors import SettingError
 from ..ops import Fill, Normal, Op, Orthogonal, TruncatedNormal, Uniform
 
@@ -86,6 +87,6 @@ def _scaled(name: str, gain: float, fan: str, distribution: str) -> Initial:
 
 
 def _positive(name: str, what: str, value: float) -> float:
-    if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+    if not is_number(value) or not 0.0 < value < float("inf"):
         raise SettingError(f"{name}: {what}={value!r} is not a positive, finite number.")
     return float(value)

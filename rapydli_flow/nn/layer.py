@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from ..arguments import spelled
+from ..arguments import is_whole, spelled
 from ..errors import GraphError, RapydliError, SettingError
 from ..graph import Graph, Tensor, located
 from ..ops import Fill
@@ -65,7 +65,7 @@ def constant(graph: Graph, kind: str, label: str, shape: Sequence[int], value: f
 def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:
     """One number for each spatial axis."""
     out = tuple(value) if isinstance(value, Sequence) else (value,) * space
-    if len(out) != space or any(not isinstance(v, int) or v < 1 for v in out):
+    if len(out) != space or any(not is_whole(v) or v < 1 for v in out):
         raise SettingError(f"{layer}: {what}={value} is not a positive number, or one for each of {space} axes.")
     return out
 
@@ -73,10 +73,10 @@ def sizes(layer: str, what: str, value: Sizes, space: int) -> tuple[int, ...]:
 def pairs(layer: str, value: Padding, space: int) -> tuple[tuple[int, int], ...]:
     """A (low, high) pair for each spatial axis; along one axis a pair may stand alone."""
     each: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * space
-    if space == 1 and len(each) == 2 and all(isinstance(v, int) for v in each):
+    if space == 1 and len(each) == 2 and all(map(is_whole, each)):
         each = (each,)
     out = tuple((v[0], v[1]) if isinstance(v, Sequence) and len(v) == 2 else (v, v) for v in each)
-    if len(out) != space or any(not isinstance(v, int) or v < 0 for pair in out for v in pair):
+    if len(out) != space or any(not is_whole(v) or v < 0 for pair in out for v in pair):
         raise SettingError(
             f"{layer}: padding={value} is not 0 or more, or a (low, high) pair for each of {space} axes, such as "
             f"{((1, 2),) * space}."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from ..arguments import is_whole
 from ..errors import GraphError, SettingError
 from ..graph import Tensor
 from ..ops import Conv, ConvInputGrad, Dropout, LocalConv, Matmul, Phase
@@ -152,7 +153,7 @@ def _space(name: str, x: Tensor) -> int:
 def _output_padding(value: Sizes, stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     most = [max(each) for each in zip(stride, dilation, strict=True)]
     out = tuple(value) if isinstance(value, Sequence) else (value,) * len(most)
-    if len(out) != len(most) or any(not isinstance(v, int) or not 0 <= v < m for v, m in zip(out, most, strict=True)):
+    if len(out) != len(most) or any(not is_whole(v) or not 0 <= v < m for v, m in zip(out, most, strict=True)):
         raise SettingError(
             f"conv_transpose: output_padding={value} is not 0 or more and below stride {tuple(stride)} or dilation "
             f"{tuple(dilation)}, or such a number for each axis."

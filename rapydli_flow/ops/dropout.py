@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import is_number
 from ..errors import SettingError
 from ..random import indices
 from ..spec import Array, Block, Spec
@@ -26,7 +27,7 @@ class Dropout(Pointwise):
     indexed = True
 
     def infer(self, x: Spec, seed: Spec, step: Spec) -> Spec:  # type: ignore[override]
-        if not 0.0 <= self.rate < 1.0:
+        if not is_number(self.rate) or not 0.0 <= self.rate < 1.0:
             raise SettingError(f"dropout: rate {self.rate} is not in [0, 1). It is the share that is dropped.")
         return x
 

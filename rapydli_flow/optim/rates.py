@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..arguments import is_number, is_whole
 from ..errors import GraphError, SettingError
 from ..graph import Tensor
 from ..ops import (
@@ -69,14 +70,14 @@ def polynomial(rate: float, *, steps: int, power: float = 1.0) -> Rate:
 
 def sigmoid(rate: float, *, gamma: float, middle: int) -> Rate:
     """``rate / (1 + exp(-gamma * (step - middle)))``: half of the rate at ``middle``; it falls where gamma < 0."""
-    if not isinstance(gamma, int | float) or gamma == 0.0 or not abs(gamma) < float("inf"):
+    if not is_number(gamma) or gamma == 0.0 or not abs(gamma) < float("inf"):
         raise SettingError(f"learning rate: gamma={gamma!r} is not a finite number other than 0.")
     return _rule(SigmoidDecay, rate=positive("rate", rate), gamma=float(gamma), middle=_count("middle", middle))
 
 
 def cosine(rate: float, *, steps: int, warmup: int = 0) -> Rate:
     """Rise over ``warmup`` steps, then half a cosine down to 0 at ``steps``."""
-    if not isinstance(warmup, int) or warmup < 0:
+    if not is_whole(warmup) or warmup < 0:
         raise SettingError(f"learning rate: warmup={warmup!r} is not a whole number of steps, 0 or more.")
     return _rule(CosineDecay, rate=positive("rate", rate), steps=_count("steps", steps), warmup=warmup)
 
@@ -84,8 +85,8 @@ def cosine(rate: float, *, steps: int, warmup: int = 0) -> Rate:
 def warmup(rate: float | Rate, steps: int, start: float = 0.0) -> Rate:
     """Any rate, times a factor that rises from ``start`` at step 0 to 1 at ``steps`` in a line (Goyal et al. 2017)."""
     rule, steps = rate_of(rate), _count("steps", steps)
-    if not 0.0 <= start < 1.0:
-        raise SettingError(f"warmup: start={start} is not in [0, 1). It is the share of the rate at step 0.")
+    if not is_number(start) or not 0.0 <= start < 1.0:
+        raise SettingError(f"warmup: start={start!r} is not a number in [0, 1). It is the share of the rate at step 0.")
 
     def risen(step: Tensor, dtype: str) -> Any:
         return LinearRise(steps=steps, start=float(start), to=dtype)(step) * rule(step, dtype)
@@ -114,7 +115,7 @@ def _factor(step: Tensor) -> Tensor:
 
 def rate_of(rate: float | Rate) -> Rate:
     """A number or a rule, as a rule whose result is checked."""
-    if isinstance(rate, int | float):
+    if is_number(rate):
         return constant(rate)
     if not callable(rate):
         raise SettingError(f"learning rate: {rate!r} is not a number, or a rule such as optim.cosine(0.1, steps=1000).")
@@ -138,8 +139,8 @@ def rate_of(rate: float | Rate) -> Rate:
 
 def positive(name: str, value: float) -> float:
     """The value, or SettingError where it is not a positive, finite number."""
-    if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise SettingError(f"learning rate: {name}={value!r} is not positive and finite.")
+    if not is_number(value) or not 0.0 < value < float("inf"):
+        raise SettingError(f"learning rate: {name}={value!r} is not a positive, finite number.")
     return float(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..arguments import is_number
 from ..errors import SettingError
 from ..graph import Graph, Tensor
 from ..ops import Fill, Leaf
@@ -32,12 +33,12 @@ def rates_now(rate: Rate, pairs: Sequence[tuple[Tensor, Tensor]], step: Tensor) 
 def share(rule: str, **values: float) -> None:
     """Raise SettingError unless each value is in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
-            raise SettingError(f"{rule}: {name}={value} is not in [0, 1).")
+        if not is_number(value) or not 0.0 <= value < 1.0:
+            raise SettingError(f"{rule}: {name}={value!r} is not a number in [0, 1).")
 
 
 def size(rule: str, **values: float) -> None:
     """Raise SettingError unless each value is 0 or more, and finite."""
     for name, value in values.items():
-        if not 0.0 <= value < float("inf"):
-            raise SettingError(f"{rule}: {name}={value} is not 0 or more and finite.")
+        if not is_number(value) or not 0.0 <= value < float("inf"):
+            raise SettingError(f"{rule}: {name}={value!r} is not a finite number, 0 or more.")

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any
 
-from ..arguments import nearest
+from ..arguments import is_number, is_whole, nearest
 from ..errors import GraphError, SettingError
 from ..graph import Graph, Tensor
 from ..graph.tracing import Optimizer, Pairs
@@ -55,7 +55,7 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
     So a batch of ``every`` times the records costs the memory of one, but for batch norm, whose statistics
     are those of each training step. Gradients of an incomplete turn at the end of a run are not used.
     """
-    if not isinstance(every, int) or every < 1:
+    if not is_whole(every) or every < 1:
         raise SettingError(f"accumulate: every={every!r} is not a whole number of training steps, 1 or more.")
 
     def update(graph: Graph, pairs: Pairs, step: Tensor) -> None:
@@ -155,6 +155,6 @@ def _like(w: Tensor, g: Any) -> Any:
 
 
 def _over_zero(title: str, name: str, value: float) -> float:
-    if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise SettingError(f"{title}: {name}={value!r} is not positive and finite.")
+    if not is_number(value) or not 0.0 < value < float("inf"):
+        raise SettingError(f"{title}: {name}={value!r} is not a positive, finite number.")
     return float(value)

@@ -48,7 +48,8 @@ def probe(
     an output for its value. ``feeds``: arrays for the inputs that are read on the way there. ``state``: by
     default the initial one for ``seed``. ``step`` is the counter that rates and dropout depend on. ``device``: where
     it is computed, by default where RAPYDLI_DEVICE says.
-    Raises GraphError for a name that is not there, with the nearest.
+    Raises GraphError for a name that is not there, with the nearest; SettingError, ShapeError or DTypeError for a
+    state, feeds or a device that do not fit; MissingDependency for a device that is not there.
     """
     wanted = [nodes] if isinstance(nodes, str) else list(nodes)
     inside = _resolved(graph)
@@ -87,7 +88,7 @@ def _values(
     """Run the part of a graph that leads to some values."""
     small = only_needed(Graph(graph.nodes, dict(found)))
     arrays = fed_arrays(what, graph, feeds, {leaf.name for leaf in small.leaves("batch")})
-    where = device_of(device)
+    where = device_of(device, what)
     rank = rank_on(compile_program(small, tuning.known(where)), where, threads=settings().threads)
     if state is None:
         rank.start(seed)

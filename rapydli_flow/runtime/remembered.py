@@ -38,7 +38,7 @@ def tuning_of(where: str, device: Device, tuning: Tuning | None) -> Tuning:
 
 def tuning_on(where: str, device: str | None, tuning: Tuning | None) -> Tuning:
     """The same for the name of a device; without one the device is the tuning's, or that of this process."""
-    return tuning if tuning is not None and device is None else tuning_of(where, device_of(device), tuning)
+    return tuning if tuning is not None and device is None else tuning_of(where, device_of(device, where), tuning)
 
 
 def check_allowed() -> None:

@@ -119,6 +119,9 @@ def stepper(
             state = step.init()
             for batch in batches:
                 state, metrics = step(state, batch)
+
+    Raises SettingError for a graph, a plan, a device or a tuning that does not fit, MissingDependency for a device that
+    is not there; with a client NoWorkers, DeviceMismatch and VersionMismatch as `fit` does.
     """
     if graph.network is None:
         raise SettingError("stepper: this graph is not a training step; make one with rf.train_step.")

@@ -123,7 +123,7 @@ def autotune(
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
     if client is None:
-        there = device_of(device)
+        there = device_of(device, "autotune")
         jobs = jobs_of(graphs, there, options.threads, known_too)
         check_soft(soft, [job.request for job in jobs], there)
         keep = partial(remember, cache(), there)

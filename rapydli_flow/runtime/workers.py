@@ -142,7 +142,7 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             "or plan for fewer ranks."
         ) from None
     try:
-        known: dict[str, Any] = client.sync(client._run, tasks.who, on_error="return", callback_timeout=timeout_s)
+        known: dict[str, Any] = client.sync(client._run, _who, on_error="return", callback_timeout=timeout_s)
     except TimeoutError:
         raise NoWorkers(f"a worker of the cluster does not answer in {timeout_s:g} s. Is it stopped?") from None
     for address, worker in sorted(known.items()):
@@ -164,6 +164,14 @@ def ready_workers(client: Client, ranks: int | None, timeout_s: float) -> dict[s
             raise VersionMismatch(wrong)
     client.register_plugin(Resident())
     return known
+
+
+def _who(dask_worker: Any) -> Any:
+    """On a worker: what it is, or why it cannot be that; an error that is raised there would be logged there, too."""
+    try:
+        return tasks.who(dask_worker)
+    except (MissingDependency, SettingError) as error:
+        return error
 
 
 class Usual(NamedTuple):

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from distributed import Client, LocalCluster, Security, get_worker
@@ -14,8 +15,16 @@ from small_runs import many, same_bits
 
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
-from rapydli_flow.errors import DeviceMismatch, NoWorkers, SettingError, TooLittleMemory, VersionMismatch
+from rapydli_flow.errors import (
+    DeviceMismatch,
+    MissingDependency,
+    NoWorkers,
+    SettingError,
+    TooLittleMemory,
+    VersionMismatch,
+)
 from rapydli_flow.runtime import worker as tasks
+from rapydli_flow.runtime import workers
 from rapydli_flow.runtime.peers import Peers
 from rapydli_flow.runtime.workers import answering, ready_workers, workers_for
 from rapydli_flow.tuner import compilers
@@ -80,6 +89,21 @@ def test_a_worker_without_the_device_that_it_is_to_use(loose, step, data, device
         rf.fit(step, data["train"], steps=1, client=client)
 
 
+def test_what_a_worker_cannot_be_is_told_not_raised_there(monkeypatch):
+    """Dask would log a traceback on the worker beside the one line of the client."""
+    for error in (MissingDependency("no card"), SettingError("no name")):
+        monkeypatch.setattr(tasks, "device_of", raising(error))
+        worker = SimpleNamespace(memory_manager=None, state=SimpleNamespace(nthreads=1))
+        assert workers._who(worker) is error
+
+
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
 def test_workers_with_different_processors(loose, step, data):
     client, start = loose
     old = started(client, start, **OLD_CPU)
@@ -99,7 +123,7 @@ def test_workers_with_different_processors(loose, step, data):
     two = rf.fit(step, data["train"], steps=5, client=client, plan=many(step, 2))
     assert same_bits(two.state, rf.fit(step, data["train"], steps=5, plan=many(step, 2)).state)
     device = ready_workers(client, 3, 60.0)[new[0]]["device"]
-    assert sorted(answering(client, 10.0, device)) == sorted(new)
+    assert sorted(answering(client, 10.0, [device.key])) == sorted(new)
 
 
 @pytest.mark.slow

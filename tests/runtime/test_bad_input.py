@@ -319,6 +319,9 @@ def test_an_interrupt(step, data, where, tmp_path):
         ({"steps": 1, "transport": "pigeon"}, "transport='pigeon' is not one of auto, shared, comm"),
         ({"steps": 1, "resume": True}, "resume needs the run_dir"),
         ({"steps": 1, "keep": 0, "run_dir": "unused"}, "keep=0"),
+        ({"steps": True}, "steps=True is not a number"),
+        ({"epochs": True}, "epochs=True is not a number"),
+        ({"steps": 1, "keep": True, "run_dir": "unused"}, "keep=True is not a number"),
     ],
 )
 def test_options_that_mean_nothing(step, data, options, text, tmp_path):

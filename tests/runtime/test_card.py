@@ -1,11 +1,16 @@
 """Training, evaluating and predicting on a card that NumPy plays: all of the runtime's way to a GPU, without one."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small_runs import make_step, many, records
 
 import rapydli_flow as rf
 from gpu_kernels.emulated import Emulated
+from rapydli_flow.cli import main
+from rapydli_flow.config import Settings
 from rapydli_flow.errors import NonFinite, SettingError, TooLittleMemory
 from rapydli_flow.runtime import card_rank, devices
 from rapydli_flow.runtime.card_rank import CardRank
@@ -282,8 +287,34 @@ def test_what_cards_do_not_do_is_said(step, data):
     for name, call in others.items():
         with pytest.raises(SettingError, match=rf"^{name}: the tuning is of .* but the run is on emulated"):
             call(device=CARD, tuning=Tuning(device_of("cpu")))
-    with pytest.raises(SettingError, match="fit: device='tpu' is not 'cpu', 'cuda'"):
-        rf.fit(step, data, steps=1, device="tpu")
+
+
+def test_a_device_that_means_nothing_is_said_by_what_was_given_it(step, data):
+    state, batch = rf.init(step), {name: values[:8] for name, values in data.items()}
+    asked = {
+        "fit": lambda **how: rf.fit(step, data, steps=1, **how),
+        "plan": lambda **how: rf.plan(step, **how),
+        "time": lambda **how: rf.time(step, tune_s=1.0, **how),
+        "autotune": lambda **how: rf.autotune(step, budget_s=1.0, **how),
+        "evaluate": lambda **how: rf.evaluate(step, state, data, **how),
+        "predict": lambda **how: rf.predict(step.network, state, data["x"], **how),
+        "stepper": lambda **how: rf.stepper(step, **how),
+        "probe": lambda **how: rf.probe(step, "loss", batch, **how),
+        "gradients": lambda **how: rf.gradients(step, batch, **how),
+        "LocalCluster": lambda **how: rf.LocalCluster(1, **how),
+    }
+    words = "is not 'cpu', 'cuda', 'cuda:1' and so on, or 'emulated'"
+    for name, call in asked.items():
+        with pytest.raises(SettingError, match=rf"^{name}: device='tpu' {words}\.$"):
+            call(device="tpu")
+    recipe = str(Path(__file__).parents[2] / "examples" / "digits.py")
+    for command in (["train", recipe], ["time", "lenet"], ["warm", "lenet"], ["tune", recipe], ["tune", "show"]):
+        done = CliRunner().invoke(main, [*command, "--device", "tpu"])
+        where = "autotune" if command == ["tune", recipe] else command[0]
+        assert done.output.startswith(f"Error: {where}: device='tpu' {words}.")
+        assert done.exit_code == 1
+    with pytest.raises(SettingError, match=rf"^RAPYDLI_DEVICE='tpu' {words}\.$"):
+        Settings.read({"RAPYDLI_DEVICE": "tpu"})
 
 
 def test_time(step):

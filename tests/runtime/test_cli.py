@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import rapydli_flow as rf
 from rapydli_flow.cli import main
 from rapydli_flow.cli.cluster import cluster
+from rapydli_flow.config import settings
 from rapydli_flow.data import latest
 from rapydli_flow.runtime.events import read_log
 from rapydli_flow.runtime.workers import ready_workers
@@ -99,11 +100,16 @@ def test_train_on_a_cluster_of_its_own(recipe, tmp_path):
     assert "dashboard: http://" in result.output
 
 
-def test_workers_of_a_device_and_devices_that_are_not_there(recipe, tmp_path):
+def test_workers_of_a_device_and_devices_that_are_not_there(recipe, tmp_path, monkeypatch):
     how = ("train", recipe, "--no-report", "--run-dir", tmp_path / "run", "--data", tmp_path / "d.zarr", "--steps", 1)
     for device, text in (("gpu", "device='gpu' is not 'cpu', 'cuda'"), ("cuda:99", "no CUDA driver|no such device")):
         assert re.search(text, error_of(*how, "--device", device))
         assert not (tmp_path / "d.zarr").exists()  # it was said before a dataset was made
+    monkeypatch.setenv("RAPYDLI_DEVICE", "gpu")
+    settings.cache_clear()
+    assert call(*how).output.startswith("Error: RAPYDLI_DEVICE='gpu' is not 'cpu', 'cuda'")  # before anything is shown
+    monkeypatch.undo()
+    settings.cache_clear()
     with cluster(2, None, "emulated") as client:
         kinds = [worker["device"].emulated for worker in ready_workers(client, 2, 60.0).values()]
     assert kinds == [True, True]

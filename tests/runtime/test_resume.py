@@ -7,13 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_runs
 from small_runs import SNAPSHOT_EVERY, Once, deviation, make_step, many, same_bits
 
 import rapydli_flow as rf
+from rapydli_flow import nn, optim
 from rapydli_flow.data import latest, list_snapshots, read_snapshot
 from rapydli_flow.errors import RunLost, SettingError, SnapshotError
+from rapydli_flow.graph import precision_of
 from rapydli_flow.runtime.events import read_log
 from rapydli_flow.runtime.workers import ready_workers
 
@@ -138,6 +141,22 @@ def test_what_cannot_be_resumed(data, step, tmp_path):
     second = rf.fit(step, train, steps=2, seed=9, run_dir=run_dir, overwrite=True)
     assert [path.name for path in list_snapshots(run_dir / "snapshots")] == ["step-00000002"]
     assert logged_steps(run_dir) == second.scalars["loss"]
+
+
+@pytest.mark.filterwarnings("ignore:NumPy computes with")
+@pytest.mark.parametrize(("had", "asked"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("tf32", "float32")])
+def test_a_run_of_another_precision_cannot_be_resumed(tmp_path, had, asked):
+    graph = rf.trace(lambda x: nn.dense(nn.relu(nn.dense(x, 8)), 3), rf.Spec((4, 6)))
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(8, 6)).astype(np.float32), "label": rng.integers(0, 3, 8)}
+    how = {"loss": nn.cross_entropy, "optimizer": optim.sgd(0.1)}
+    steps = {name: rf.train_step(graph, precision=name, **how) for name in (had, asked)}
+    assert [precision_of(step) for step in steps.values()] == [had, asked]
+    rf.fit(steps[had], data, steps=2, run_dir=tmp_path)
+    words = rf"step-00000002 is of a training step with precision='{had}' but this one has precision='{asked}'; resume"
+    with pytest.raises(SnapshotError, match=words):
+        rf.fit(steps[asked], data, steps=4, run_dir=tmp_path, resume=True)
+    assert rf.fit(steps[had], data, steps=4, run_dir=tmp_path, resume=True).steps == 4
 
 
 def test_snapshots_may_be_left_out(data, step, tmp_path):

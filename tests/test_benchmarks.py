@@ -1,0 +1,38 @@
+"""Benchmarks say what they need where it is not there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+IMPORTS = (ast.Import, ast.ImportFrom)
+BESIDE = sorted(p.stem for p in FOLDER.glob("*.py") if "from pytorch import torch" in p.read_text())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "pytorch"))
+def test_pytorch_is_imported_by_the_module_that_says_where_to_get_it(name):
+    statements = sorted(
+        (node for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())) if isinstance(node, IMPORTS)),
+        key=lambda node: node.lineno,
+    )
+    plain = [alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names]
+    assert "torch" not in {name.partition(".")[0] for name in plain}
+    origins = [node.module.partition(".")[0] for node in statements if isinstance(node, ast.ImportFrom)]
+    assert "torch" not in origins or origins.index("pytorch") < origins.index("torch")
+
+
+@pytest.mark.parametrize("name", ["dense", "train_cuda"])
+def test_a_benchmark_without_pytorch_says_so_in_a_line(name):
+    assert name in BESIDE
+    hidden = f"import runpy, sys; sys.modules['torch'] = None; sys.path.insert(0, {str(FOLDER)!r}); "
+    code = hidden + f"runpy.run_path({str(FOLDER / name)!r} + '.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "measures beside PyTorch, which" in line
+    assert "`make .peers/.installed` makes an environment with it" in line
+    assert line.endswith("on a machine with a GPU, install torch there.")
