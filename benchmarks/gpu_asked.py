@@ -136,7 +136,7 @@ def cases() -> list[Case]:
         ("add", ops.Add(), (map56, map56)),
         ("add a channel's bias", ops.Add(), (map56, channel)),
         ("relu gradient", ops.ReluGrad(), (map56, map56)),
-        ("normalize", ops.Normalize(eps=1e-5), (map56, *[channel] * 4)),
+        ("normalize", ops.NormalizeBy(), (map56, *[channel] * 3)),  # as plans have it: roots once a channel
         ("momentum", ops.Momentum(beta=0.9), (*[flat] * 3, scalar)),
         ("dropout", ops.Dropout(rate=0.5, stream=1), (map28, Spec((), "int64"), Spec((), "int64"))),
         ("cast to bf16", ops.Cast(to="bfloat16"), (flat,)),
