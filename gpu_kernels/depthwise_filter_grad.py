@@ -18,10 +18,11 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import cost as guess
+from .access import pick, plus
 from .depthwise import RULES, cost, lines, multiply_add, one_each, preferring, rows_of, together
 from .grid import Grid, blocks_of
 from .pair import held
-from .parts import add_parts, add_up, get
+from .parts import add_parts
 from .ptx import clear, cuda, hold, inside, load, put, store, take, unroll
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
@@ -115,7 +116,8 @@ def depthwise(
     steps = blocks_of(tiles, walkers)
     pixels = d.pixels * h.pixels * w.pixels
     read, keep = load(dtype, vector, constant=True), hold(vector)
-    sums, write, add, store_sum, gather = clear(taps * vector), put(1), add_up(1), store(held(dtype), 1), take(1)
+    sums, store_sum = clear(taps * vector), store(held(dtype), 1)
+    write, fetch, add, first_of, gather = put(1), pick(1, 1), plus(1), hold(1), take(1)
     of_rows = len(source)
     all_taps = tuple(multiply_add(vector, tuple((t, x, y) for y, x, t in row.sums(vector))) for row in source)
     kind = getattr(np, held(dtype))
@@ -126,7 +128,7 @@ def depthwise(
         acc = cuda.local.array(taps * vector, kind)
         line = cuda.local.array(places * vector, kind)
         near = cuda.local.array(pixels * vector, kind)
-        one = cuda.local.array(2, kind)
+        one = cuda.local.array(1, kind)
         shared = cuda.shared.array(room, kind, alignment=16)
         thread = cuda.threadIdx.x
         part = cuda.blockIdx.x // across_blocks
@@ -166,10 +168,9 @@ def depthwise(
             cuda.syncthreads()
             for j in unroll(columns):
                 column = thread + j * threads
-                get(shared, column % wide, one, 0)
+                first_of(one, 0, fetch(shared, column % wide))
                 for lane in unroll(lanes - 1):
-                    get(shared, column % wide + (lane + 1) * wide, one, 1)
-                    add(one, 0, one, 1)
+                    add(one, 0, fetch(shared, column % wide + (lane + 1) * wide))
                 place = part * size + tap * channels + cuda.blockIdx.x % across_blocks * wide + column
                 store_sum(column < wide, work[0], place, gather(one, 0))
             cuda.syncthreads()
