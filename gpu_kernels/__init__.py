@@ -17,7 +17,7 @@ Further intrinsics:
 
     arithmetic      index arithmetic that is written once for both halves of a pair
     access          of pools and copies          chosen      of ids and tables of addresses
-    warp            of reductions                halves      of two halves in a word
+    formulas, warp  of reductions                halves      of two halves in a word
     tensor_core     mma.sync, sm_80 on           hopper      barriers and the copy engine, sm_90a
                                                  warpgroup   wgmma, sm_90a
 

@@ -13,11 +13,13 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import rows, slabs
+from .access import affine
 from .cost import COPY_BYTES_S, LAUNCH_S
+from .formulas import Formula, lanewise
 from .grid import Grid, blocks_of
 from .ptx import cuda, load
 from .tail import tail
-from .warp import FIRST_LARGEST, FIRST_SMALLEST, LARGEST, SMALLEST, Formula, lanewise, start, strided, sums
+from .warp import FIRST_LARGEST, FIRST_SMALLEST, LARGEST, SMALLEST, start, sums
 
 
 def _axes(op: Any, x: Spec) -> Sequence[int]:
@@ -90,7 +92,7 @@ def of_columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epi
     p, layout = _shares(op, ins, outs, True), slabs.Layout.of(ins[1].shape, op.axes)
     sizes, steps = zip(*layout.reduced, (layout.rows, layout.inner), strict=True)
     kept_sizes, kept_steps = zip(*layout.kept, (layout.inner, 1), strict=True)
-    locate, base_of = strided(sizes, steps), strided(kept_sizes, kept_steps)
+    locate, base_of = affine(sizes, steps), affine(kept_sizes, kept_steps)
     count, kept = layout.rows * layout.repeats, layout.outer * layout.inner
     best, ties = p.phases
     begin_best, begin_ties = start(best.merge, 1), start(ties.merge, 1)

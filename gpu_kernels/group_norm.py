@@ -30,12 +30,13 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, broken, template
 
 from .cost import COPY_BYTES_S, LAUNCH_S
+from .formulas import Formula, lanewise
 from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of
 from .layer_norm import standardize, standardize_grad
 from .ptx import append, cuda, float32, hold, load, select, store, take, unroll
 from .rows import FLOATS, HELD, REREAD, SECTOR_BYTES, Program, Programs, reached
 from .tail import tail
-from .warp import Formula, either, fold, get, give, lanewise, merged, piece, start
+from .warp import either, fold, get, give, merged, piece, start
 
 SPACE = {
     "vector": (4, 8, 2, 1),

@@ -12,8 +12,9 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
+from .formulas import Formula
 from .rows import Phase, Program, Runs, serve
-from .warp import Formula, sums
+from .warp import sums
 
 
 def members(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
+from .formulas import Formula
 from .rows import Phase, Program, exponentials, serve
-from .warp import FIRST_LARGEST, Formula, sums
+from .warp import FIRST_LARGEST, sums
 
 SCORE = Formula(("(picked if label >= 0 else T(math.nan))",))
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
+from .formulas import Formula
 from .slabs import Program, serve
-from .warp import Formula, sums
+from .warp import sums
 
 
 def _but_channels(op: Any, x: Spec) -> tuple[int, ...]:

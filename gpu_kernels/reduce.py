@@ -10,8 +10,9 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Scalar, template
 
 from . import pointwise, rows, slabs
+from .formulas import Formula
 from .grid import Grid
-from .warp import Formula, sums
+from .warp import sums
 
 COPY = SimpleNamespace(scalar=lambda names: Scalar(tuple(names), (), tuple(names)))
 

@@ -28,25 +28,13 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, broken, template
 
+from .access import affine
 from .cost import COPY_BYTES_S, LAUNCH_S
+from .formulas import Formula, lanewise
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .ptx import append, cuda, float32, hold, load, take, unroll
 from .tail import tail
-from .warp import (
-    EXPONENTIALS,
-    MAXIMUM,
-    WARP,
-    Formula,
-    Merge,
-    across_block,
-    across_warp,
-    either,
-    fold,
-    lanewise,
-    start,
-    strided,
-    sums,
-)
+from .warp import EXPONENTIALS, MAXIMUM, WARP, Merge, across_block, across_warp, either, fold, start, sums
 
 SPACE = {
     "threads": (128, 256, 512, 1024),
@@ -249,10 +237,10 @@ def build(
     together, out = threads // group, outs[0]
     channels = out.shape[-1] if out.shape else 1
     one_row, pieces = channels == size, runs is not None
-    base_of, place = strided((rows,), (size,)), strided((size,), (1,))
+    base_of, place = affine((rows,), (size,)), affine((size,), (1,))
     if runs is not None:
-        base_of = strided((rows // runs.beside, runs.beside), (size * runs.beside, runs.run))
-        place = strided((size // runs.run, runs.run), (runs.step, 1))
+        base_of = affine((rows // runs.beside, runs.beside), (size * runs.beside, runs.run))
+        place = affine((size // runs.run, runs.run), (runs.step, 1))
 
     # numbers of a row, and what they are called
     label, picked, first = p.label or 0, p.picked or 0, p.first or 0

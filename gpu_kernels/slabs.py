@@ -27,11 +27,13 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Spec
 from rapydli_flow.template import Config, Device, Epilogue, broken, template
 
+from .access import affine
 from .cost import COPY_BYTES_S, LAUNCH_S
+from .formulas import Formula, lanewise
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .ptx import append, cuda, float32, load, select, store, unroll
 from .tail import tail
-from .warp import Formula, Merge, either, get, give, lanewise, merged, piece, start, strided
+from .warp import Merge, either, get, give, merged, piece, start
 
 SPACE = {
     "vector": (4, 8, 2, 1),
@@ -170,9 +172,9 @@ def build(
     one_run = not layout.reduced
     row_sizes = (*(size for size, _ in layout.reduced), row_size)
     row_steps = (*(step for _, step in layout.reduced), width)
-    locate = strided(row_sizes, row_steps)
+    locate = affine(row_sizes, row_steps)
     kept_sizes, kept_steps = zip(*(layout.kept or ((1, 0),)), strict=True)
-    base_of = strided(tuple(kept_sizes), tuple(kept_steps))
+    base_of = affine(tuple(kept_sizes), tuple(kept_steps))
     step_rows = down * items
     short = rows % each  # rows of the last slab
     ragged = bool(short % step_rows)

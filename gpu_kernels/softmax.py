@@ -7,8 +7,9 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
+from .formulas import Formula
 from .rows import Phase, Program, exponentials, serve
-from .warp import Formula, sums
+from .warp import sums
 
 
 def _softmax(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> Program:
