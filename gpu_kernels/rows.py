@@ -100,6 +100,7 @@ class Runs:
 
 Programs = Callable[[Any, Sequence[Spec], Sequence[Spec], bool], Program]
 """``(op, ins, outs, held) -> Program``"""
+Procedure = Callable[..., Any]  # of a kernel
 RunsOf = Callable[[Any, Sequence[Spec], Sequence[Spec]], Runs | None]
 
 
@@ -221,6 +222,76 @@ def _label(dtype: str, classes: int) -> Formula:
     return Formula((f"(x0 if {low}(x0 < {classes}) else -1)",), dtypes=("int32",))
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How a group of threads walks over its row: vectors of ``lanes`` elements, ``items`` of a thread under way."""
+
+    size: int
+    group: int
+    lanes: int
+    items: int
+    held: bool
+
+    @property
+    def vectors(self) -> int:
+        """Of a thread."""
+        return blocks_of(self.size, self.group * self.lanes)
+
+    @property
+    def full(self) -> int:
+        """Of all threads."""
+        return self.size // (self.group * self.lanes)
+
+    @property
+    def steps(self) -> int:
+        """Of the loop over a row that is streamed."""
+        return 0 if self.held else self.full // self.items
+
+    @property
+    def left(self) -> int:
+        """Vectors that the loop has passed."""
+        return self.steps * self.items
+
+    @property
+    def rest(self) -> int:
+        return self.vectors - self.left
+
+    @property
+    def pitch(self) -> int:
+        """Vectors of an operand that a thread has at once."""
+        return self.vectors if self.held else max(self.items, self.rest)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a thread has of its row in registers: slots of vectors, for each operand.
+
+    ``fetch(active, ins, values, slot, row_at, j)`` fills a slot with what lies at element j, and
+    ``taken(values, slot)`` has the vectors of a slot.
+    """
+
+    fetch: Callable[..., None]
+    taken: Callable[..., Any]
+
+    @classmethod
+    def of(cls, p: Program, ins: Sequence[Spec], w: Walk, place: Any) -> Operands:
+        operands, operand, lanes, pitch = len(p.operands), p.operands, w.lanes, w.pitch
+        reads = tuple(load(ins[k].dtype, lanes) for k in p.operands)
+        keep, gather = hold(lanes), take(lanes)
+
+        def fetch(active: Any, ins: Any, values: Any, slot: Any, row_at: Any, j: Any) -> None:
+            for k in unroll(operands):
+                keep(values, (k * pitch + slot) * lanes, reads[k](active, ins[operand[k]], row_at + place(j)))
+
+        def taken(values: Any, slot: Any) -> Any:
+            xs = ()
+            for k in unroll(operands):
+                xs = append(xs, gather(values, (k * pitch + slot) * lanes))
+            return xs
+
+        return cls(fetch, taken)
+
+
 def build(
     p: Program,
     columns: int,
@@ -231,83 +302,23 @@ def build(
     runs: Runs | None = None,
 ) -> Grid:
     """The kernel."""
-    threads, group, lanes, items = (config[name] for name in ("threads", "group", "vector", "items"))
-    held = bool(config["held"])
+    threads, group, lanes = (config[name] for name in ("threads", "group", "vector"))
     rows, size = extent(p, ins, outs[0], columns)
-    together, out = threads // group, outs[0]
-    channels = out.shape[-1] if out.shape else 1
-    one_row, pieces = channels == size, runs is not None
+    together = threads // group
+    w = Walk(size, group, lanes, config["items"], bool(config["held"]))
     base_of, place = affine((rows,), (size,)), affine((size,), (1,))
     if runs is not None:
         base_of = affine((rows // runs.beside, runs.beside), (size * runs.beside, runs.run))
         place = affine((size // runs.run, runs.run), (runs.step, 1))
-
-    # numbers of a row, and what they are called
-    label, picked, first = p.label or 0, p.picked or 0, p.first or 0
-    has_label, has_picked, has_first = p.label is not None, p.picked is not None, p.first is not None
-    read_label = load(ins[label].dtype, 1) if has_label else None
-    to_label = lanewise(_label(ins[label].dtype, size), 0, 1, 1) if has_label else None
-    read_each = tuple(load(ins[k].dtype, 1) for k in p.each)
-    each, count_each = p.each, len(p.each)
-    read_picked = load(ins[picked].dtype, 1)
-    read_first = load(ins[first].dtype, 1)
-    names = p.row()
-    prepares = p.prepare is not None
-    prepare = lanewise(_with(p.prepare, names), 0, 0, 1) if p.prepare is not None else None
-    prepared = len(p.names)
-    names += p.names
-
-    # phases
-    operands, phases = len(p.operands), len(p.phases)
-    operand = p.operands
-    reads = tuple(load(ins[k].dtype, lanes) for k in p.operands)
-    starts = tuple(start(phase.merge, lanes) for phase in p.phases)
-    masks = tuple(either(phase.merge, lanes) for phase in p.phases)
-    folds = tuple(fold(phase.merge, lanes) for phase in p.phases)
-    warps = tuple(across_warp(phase.merge, min(group, WARP)) for phase in p.phases)
-    blocks = tuple(across_block(phase.merge, max(threads, WARP)) for phase in p.phases)
-    absorbs, changes, finds, counts = [], [], [], []
-    slots, slot = [], 0
-    for phase in p.phases:
-        state = len(phase.merge.kinds)
-        absorbs.append(lanewise(_with(phase.absorb, names), state, operands, lanes))
-        changes.append(lanewise(_with(phase.change, names), 0, operands, lanes) if phase.change else None)
-        finds.append(lanewise(_with(phase.found, names), state, 0, 1))
-        counts.append(len(phase.names))
-        slots.append(slot)
-        slot += state * (threads // WARP)
-        names += phase.names
-    absorb, change, find, count_found, at_slot = map(tuple, (absorbs, changes, finds, counts, slots))
-    changing = tuple(phase.change is not None for phase in p.phases)
-    scratch = max(1, slot)
-    crosses = group > WARP and phases > 0
-
-    # results
-    whole = p.whole
-    result = lanewise(_with(p.out, names), 0, operands if whole else 0, lanes if whole else 1)
-    end = tail(epilogue, lanes if whole else 1)
-    keep, gather = hold(lanes), take(lanes)
-    span = group * lanes
-    vectors = blocks_of(size, span)  # of a thread
-    full = size // span  # of all threads
-    steps = 0 if held else full // items
-    left = steps * items  # vectors that the loop has passed
-    rest = vectors - left
-    stored = max(1, vectors * operands) if held else max(1, max(items, rest) * operands)
-    pitch = vectors if held else max(items, rest)
-
-    def fetch(active: Any, ins: Any, values: Any, at: Any, row_at: Any, j: Any) -> None:
-        for k in unroll(operands):
-            keep(values, k * pitch * lanes + at, reads[k](active, ins[operand[k]], row_at + place(j)))
-
-    def write(active: Any, outs: Any, values: Any, row_at: Any, j: Any, extras: Any, at: Any) -> None:
-        element = row_at + place(j)
-        if one_row and not pieces:
-            end.finish(active, outs[0], values, element, j, extras, at)
-        elif pieces:
-            end.finish(active, outs[0], values, element, element % channels, extras, at)
-        else:
-            end.finish(active, outs[0], values, element, j % channels, extras, at)
+    of = Operands.of(p, ins, w, place)
+    numbers, fetch = _numbers(p, ins, size), of.fetch
+    phases, scratch, names = _phases(p, w, of, threads)
+    count, crosses, whole, held = len(phases), group > WARP and bool(phases), p.whole, w.held
+    vectors, full, stored = w.vectors, w.full, max(1, w.pitch * len(p.operands))
+    if whole:
+        results = _results(p, w, of, names, epilogue, place, pieces=runs is not None)
+    else:
+        results = _result(p, names, epilogue)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         values = cuda.local.array(stored * lanes, float32)
@@ -316,8 +327,40 @@ def build(
         n = cuda.blockIdx.x * together + thread // group
         present = n < rows
         row_at = base_of(n)
+        shared = ()
         if crosses:
             shared = cuda.shared.array(scratch, float32)
+        row = numbers(ins, n, present, row_at)
+        if held:
+            for i in unroll(vectors):
+                j = (i * group + own) * lanes
+                if i < full:
+                    fetch(present, ins, values, i, row_at, j)
+                else:
+                    fetch(present & (j < size), ins, values, i, row_at, j)
+        for k in unroll(count):
+            row = phases[k](ins, values, shared, thread, own, present, row_at, row)
+        if whole:
+            results(ins, outs, values, own, present, row_at, row, extras, at)
+        else:
+            results(outs, n, present & (own == 0), row, extras, at)
+
+    return Grid(kernel, blocks_of(rows, together), threads, resident=1)
+
+
+def _numbers(p: Program, ins: Sequence[Spec], size: int) -> Callable[..., Any]:
+    """``(ins, n, present, row_at)``: the numbers of row n before its phases."""
+    label, picked, first = p.label or 0, p.picked or 0, p.first or 0
+    has_label, has_picked, has_first = p.label is not None, p.picked is not None, p.first is not None
+    read_label = load(ins[label].dtype, 1) if has_label else None
+    to_label = lanewise(_label(ins[label].dtype, size), 0, 1, 1) if has_label else None
+    read_each = tuple(load(ins[k].dtype, 1) for k in p.each)
+    each, count_each = p.each, len(p.each)
+    read_picked, read_first = load(ins[picked].dtype, 1), load(ins[first].dtype, 1)
+    prepare = lanewise(_with(p.prepare, p.row()), 0, 0, 1) if p.prepare is not None else None
+    prepares, prepared = p.prepare is not None, len(p.names)
+
+    def numbers(ins: Any, n: Any, present: Any, row_at: Any) -> Any:
         row = ()
         if has_label:
             known = to_label((), (read_label(present, ins[label], n),), (), 0)
@@ -332,77 +375,128 @@ def build(
             derived = prepare((), (), row, 0)
             for v in unroll(prepared):
                 row = append(row, derived[v][0])
-        if held:
-            for i in unroll(vectors):
-                j = (i * group + own) * lanes
-                if i < full:
-                    fetch(present, ins, values, i * lanes, row_at, j)
-                else:
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-        for k in unroll(phases):
-            state = starts[k]()
-            for step in range(steps):
-                for u in unroll(items):
-                    fetch(present, ins, values, u * lanes, row_at, ((step * items + u) * group + own) * lanes)
-                for u in unroll(items):
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + u) * lanes))
-                    state = absorb[k](state, xs, row, ((step * items + u) * group + own) * lanes)
-            if not held:
-                for i in unroll(rest):
-                    j = ((left + i) * group + own) * lanes
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-            for i in unroll(rest):
-                j = ((left + i) * group + own) * lanes
-                xs = ()
-                for q in unroll(operands):
-                    xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                if changing[k]:
-                    changed = change[k]((), xs, row, j)
-                    keep(values, i * lanes, changed[0])
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                fresh = absorb[k](state, xs, row, j)
-                if left + i < full:  # noqa: SIM108 - decided when the kernel is built
-                    state = fresh
-                else:
-                    state = masks[k](j < size, fresh, state)
-            if group <= WARP:
-                total = warps[k](folds[k](state))
-            else:
-                total = blocks[k](shared, at_slot[k], thread, folds[k](state))
-            found = find[k](total, (), row, 0)
-            for v in unroll(count_found[k]):
-                row = append(row, found[v][0])
-        if whole:
-            for step in range(steps):
-                for u in unroll(items):
-                    fetch(present, ins, values, u * lanes, row_at, ((step * items + u) * group + own) * lanes)
-                for u in unroll(items):
-                    j = ((step * items + u) * group + own) * lanes
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + u) * lanes))
-                    results = result((), xs, row, j)
-                    write(present, outs, results[0], row_at, j, extras, at)
-            if not held:
-                for i in unroll(rest):
-                    j = ((left + i) * group + own) * lanes
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-            for i in unroll(rest):
-                j = ((left + i) * group + own) * lanes
-                xs = ()
-                for q in unroll(operands):
-                    xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                results = result((), xs, row, j)
-                write(present & (j < size), outs, results[0], row_at, j, extras, at)
-        else:
-            results = result((), (), row, 0)
-            end.finish(present & (own == 0), outs[0], results[0], n, n % channels, extras, at)
+        return row
 
-    return Grid(kernel, blocks_of(rows, together), threads, resident=1)
+    return numbers
+
+
+def _phases(p: Program, w: Walk, of: Operands, threads: int) -> tuple[tuple[Procedure, ...], int, tuple[str, ...]]:
+    """A procedure for each phase, the shared memory of all, and the names of the numbers that a row has then."""
+    out, slot, names = [], 0, p.row() + p.names
+    for phase in p.phases:
+        out.append(_phase(phase, names, len(p.operands), w, of, threads, slot))
+        slot += len(phase.merge.kinds) * (threads // WARP)
+        names += phase.names
+    return tuple(out), max(1, slot), names
+
+
+def _phase(
+    phase: Phase, names: tuple[str, ...], operands: int, w: Walk, of: Operands, threads: int, slot: int
+) -> Callable[..., Any]:
+    """``(ins, values, shared, thread, own, present, row_at, row)``: numbers of the row, and what the phase found."""
+    group, lanes, items, size, held = w.group, w.lanes, w.items, w.size, w.held
+    steps, left, rest, full = w.steps, w.left, w.rest, w.full
+    fetch, taken, keep, state_size = of.fetch, of.taken, hold(lanes), len(phase.merge.kinds)
+    begin, mask, folded = start(phase.merge, lanes), either(phase.merge, lanes), fold(phase.merge, lanes)
+    in_warp, in_block = across_warp(phase.merge, min(group, WARP)), across_block(phase.merge, max(threads, WARP))
+    absorb = lanewise(_with(phase.absorb, names), state_size, operands, lanes)
+    changing = phase.change is not None
+    change = lanewise(_with(phase.change, names), 0, operands, lanes) if phase.change else None
+    find, count = lanewise(_with(phase.found, names), state_size, 0, 1), len(phase.names)
+
+    def run(ins: Any, values: Any, shared: Any, thread: Any, own: Any, present: Any, row_at: Any, row: Any) -> Any:
+        state = begin()
+        for step in range(steps):
+            for u in unroll(items):
+                fetch(present, ins, values, u, row_at, ((step * items + u) * group + own) * lanes)
+            for u in unroll(items):
+                xs = taken(values, u)
+                state = absorb(state, xs, row, ((step * items + u) * group + own) * lanes)
+        if not held:
+            for i in unroll(rest):
+                j = ((left + i) * group + own) * lanes
+                fetch(present & (j < size), ins, values, i, row_at, j)
+        for i in unroll(rest):
+            j = ((left + i) * group + own) * lanes
+            xs = taken(values, i)
+            if changing:
+                changed = change((), xs, row, j)
+                keep(values, i * lanes, changed[0])
+                xs = taken(values, i)
+            fresh = absorb(state, xs, row, j)
+            if left + i < full:  # noqa: SIM108 - decided when the kernel is built
+                state = fresh
+            else:
+                state = mask(j < size, fresh, state)
+        total = in_warp(folded(state)) if group <= WARP else in_block(shared, slot, thread, folded(state))
+        found = find(total, (), row, 0)
+        known = row
+        for v in unroll(count):
+            known = append(known, found[v][0])
+        return known
+
+    return run
+
+
+def channels_of(out: Spec) -> int:
+    """Elements of the last axis."""
+    return out.shape[-1] if out.shape else 1
+
+
+def _results(
+    p: Program, w: Walk, of: Operands, names: tuple[str, ...], epilogue: Epilogue, place: Any, *, pieces: bool
+) -> Callable[..., None]:
+    """``(ins, outs, values, own, present, row_at, row, extras, at)``: a result for each element of the row.
+
+    ``pieces``: rows are not in one piece.
+    """
+    group, lanes, items, size, held = w.group, w.lanes, w.items, w.size, w.held
+    steps, left, rest, fetch, taken = w.steps, w.left, w.rest, of.fetch, of.taken
+    result, end = lanewise(_with(p.out, names), 0, len(p.operands), lanes), tail(epilogue, lanes)
+    channels = channels_of(epilogue.out)
+
+    def write(active: Any, outs: Any, values: Any, row_at: Any, j: Any, extras: Any, at: Any) -> None:
+        element = row_at + place(j)
+        if pieces:
+            end.finish(active, outs[0], values, element, element % channels, extras, at)
+        elif channels == size:
+            end.finish(active, outs[0], values, element, j, extras, at)
+        else:
+            end.finish(active, outs[0], values, element, j % channels, extras, at)
+
+    def run(
+        ins: Any, outs: Any, values: Any, own: Any, present: Any, row_at: Any, row: Any, extras: Any, at: Any
+    ) -> None:
+        for step in range(steps):
+            for u in unroll(items):
+                fetch(present, ins, values, u, row_at, ((step * items + u) * group + own) * lanes)
+            for u in unroll(items):
+                j = ((step * items + u) * group + own) * lanes
+                xs = taken(values, u)
+                found = result((), xs, row, j)
+                write(present, outs, found[0], row_at, j, extras, at)
+        if not held:
+            for i in unroll(rest):
+                j = ((left + i) * group + own) * lanes
+                fetch(present & (j < size), ins, values, i, row_at, j)
+        for i in unroll(rest):
+            j = ((left + i) * group + own) * lanes
+            xs = taken(values, i)
+            found = result((), xs, row, j)
+            write(present & (j < size), outs, found[0], row_at, j, extras, at)
+
+    return run
+
+
+def _result(p: Program, names: tuple[str, ...], epilogue: Epilogue) -> Callable[..., None]:
+    """``(outs, n, active, row, extras, at)``: one result for row n."""
+    result, end, channels = lanewise(_with(p.out, names), 0, 0, 1), tail(epilogue, 1), channels_of(epilogue.out)
+
+    def run(outs: Any, n: Any, active: Any, row: Any, extras: Any, at: Any) -> None:
+        found = result((), (), row, 0)
+        end.finish(active, outs[0], found[0], n, n % channels, extras, at)
+
+    return run
 
 
 def _with(formula: Formula, names: tuple[str, ...]) -> Formula:
