@@ -34,7 +34,8 @@ from .formulas import Formula, lanewise
 from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of
 from .layer_norm import standardize, standardize_grad
 from .ptx import append, cuda, float32, hold, load, select, store, take, unroll
-from .rows import FLOATS, HELD, REREAD, SECTOR_BYTES, Program, Programs, reached
+from .row_program import Program, Programs
+from .rows import FLOATS, HELD, REREAD, SECTOR_BYTES, reached
 from .tail import tail
 from .warp import either, fold, get, give, merged, piece, start
 

@@ -13,7 +13,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 
 from .formulas import Formula
-from .rows import Phase, Program, Runs, serve
+from .row_program import Phase, Program, Runs
+from .rows import serve
 from .warp import sums
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 
 from .formulas import Formula
-from .slabs import Program, serve
+from .slab_program import Program
+from .slabs import serve
 from .warp import sums
 
 

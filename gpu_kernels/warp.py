@@ -7,13 +7,13 @@ depend on chance; butterflies leave the result in every thread.
     absorb     lanes of operands into lanes of a state: `formulas.lanewise`
     fold       the lanes of a state into one
     across_warp, across_block    the threads of a group into one
-    give, get  states that pass through shared memory, where threads are no power of two
+    give, get  states that pass through shared memory, where threads are no power of two: by `halving`
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ from rapydli_flow.spec import Array
 from .emulate import machine
 from .formulas import definition, functions
 from .pair import Pair, device_type
-from .ptx import _array, _at, _number, _vector_pointer
+from .ptx import _array, _at, _number, _vector_pointer, cuda, unroll
 
 WARP = 32
 
@@ -407,6 +407,27 @@ def merged(merge: Merge, lanes: int) -> Pair:
         return kind, (kind, kind), emit
 
     return Pair("merged", twin, rule)
+
+
+def halving(merge: Merge, lanes: int, across: int, down: int, plane: int, *, even: bool = False) -> Callable[..., Any]:
+    """A procedure ``(shared, row, column, state)`` of a kernel whose threads are across and down: the first row's are
+    merged with those of the rows below, halving. It ends with a barrier. ``even``: rows are a power of two."""
+    halves = tuple(1 << k for k in reversed(range((down - 1).bit_length())))
+    level = len(halves)
+    hand, fetch, combine = give(merge, lanes, plane), get(merge, lanes, plane), merged(merge, lanes)
+
+    def halve(shared: Any, row: Any, column: Any, state: Any) -> Any:
+        total = state
+        for h in unroll(level):
+            here = (row * across + column) * lanes
+            hand((row >= halves[h]) & (row < halves[h] * 2), shared, here - halves[h] * across * lanes, total)
+            cuda.syncthreads()
+            takes = row < halves[h] if even else (row < halves[h]) & (row + halves[h] < down)
+            total = combine(total, fetch(takes, shared, here))
+            cuda.syncthreads()
+        return total
+
+    return halve
 
 
 @cache
