@@ -31,8 +31,9 @@ What families share, and the files of their templates:
     winograd_transform, winograd_rules    winograd, winograd_filter_grad
     parts                                 the second kernel of sums that are split
     elements                              pointwise
-    row_program, row_kernels, rows        reductions along memory: softmax, loss, layer_norm, group_norm
+    row_program, row_kernels, rows        reductions along memory: softmax, loss, layer_norm
     slab_program, slab_kernels, slabs     other reductions: norm, reduce, extreme
+    group_bands, group_kernels            group_norm, of programs of layer_norm
     copies                                shape, slice
     pool_geometry                         pool, pool_grad
     by themselves                         adaptive_pool, depthwise, depthwise_filter_grad, gather, local_norm, resize,
