@@ -18,15 +18,15 @@ Further intrinsics:
     arithmetic      index arithmetic that is written once for both halves of a pair
     access          of pools and copies          chosen      of ids and tables of addresses
     formulas, warp  of reductions                halves      of two halves in a word
-    tensor_core     mma.sync, sm_80 on           hopper      barriers and the copy engine, sm_90a
-                                                 warpgroup   wgmma, sm_90a
+    async_tiles     copies to shared memory      hopper      barriers and the copy engine, sm_90a
+    tensor_core     mma.sync, sm_80 on           warpgroup   wgmma, sm_90a
 
 What families share, and the files of their templates:
 
     tiles, tile_space                     products by fused multiply-adds: dense, conv, conv_input_grad,
                                           conv_filter_grad, local_conv
-    mma, mma_rules, mma_window            products on tensor cores: dense_mma, conv_mma, conv_input_grad_mma,
-                                          conv_filter_grad_mma
+    mma, mma_loaders, mma_rules,          products on tensor cores: dense_mma, conv_mma, conv_input_grad_mma,
+    mma_window                            conv_filter_grad_mma
     wgmma, wgmma_passes                   products on Hopper: dense_wgmma, conv_wgmma
     winograd_transform, winograd_rules    winograd, winograd_filter_grad
     parts                                 the second kernel of sums that are split

@@ -28,25 +28,14 @@ import numpy as np
 from rapydli_flow.template import Config, Epilogue
 
 from .arithmetic import indexing
+from .async_tiles import commit, in_shared, layout_of, wait
 from .grid import Grid, blocks_of, widest
+from .mma_loaders import Loader, lines_loader, rows_loader
 from .pair import Pair
 from .parts import add_in_order
 from .ptx import clear, cuda, float32, inside, int32, select, store, take, unroll
 from .tail import itemsize_of, tail
-from .tensor_core import (
-    SPLIT,
-    Layout,
-    Operand,
-    commit,
-    copy_async,
-    exchange,
-    in_shared,
-    layout_of,
-    own_place,
-    place_of,
-    product,
-    wait,
-)
+from .tensor_core import SPLIT, Operand, exchange, own_place, product
 from .tiles import Share, share
 
 
@@ -174,63 +163,6 @@ def cut(p: Problem, config: Config) -> Tile:
 def vector_of(dtype: str, *extents: int) -> int:
     """The widest copy that divides all of these."""
     return widest(*extents, itemsize=int(np.dtype(dtype).itemsize))
-
-
-# ---- loaders
-
-
-@dataclass(frozen=True)
-class Loader:
-    """How one operand gets into shared memory; ``state``: registers that it keeps."""
-
-    prepare: Callable[..., None]
-    copy: Callable[..., None]
-    state: int = 1
-
-
-def nothing(state: Any, first: Any, thread: Any) -> None:
-    """A loader that has nothing to prepare."""
-
-
-def moves(layout: Layout, s: Share) -> tuple[tuple[int, int], ...]:
-    """How far each of a thread's lines is from its first."""
-    return tuple(layout.move(part * s.step, 0) for part in range(s.each))
-
-
-def rows_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int) -> Loader:
-    """An operand stored as ``[extent, inner]``: k runs along memory."""
-    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
-
-    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
-        column = thread % s.across * s.vector
-        row = first + thread // s.across
-        own = place(thread // s.across, column)
-        element = base + (row * inner + (k + column))
-        for part in unroll(s.each):
-            active = (row + part * s.step < extent) & (k + column < inner)
-            begin(
-                active, pointer, element + part * s.step * inner, shared, (own ^ move[part][0]) + (to + move[part][1])
-            )
-
-    return Loader(nothing, copy)
-
-
-def lines_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int, pitch: int = 0) -> Loader:
-    """An operand stored as ``[inner, extent]``, or as a part of longer rows: rows or columns run along memory."""
-    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
-    far = pitch or extent
-
-    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
-        column = thread % s.across * s.vector
-        line = k + thread // s.across
-        own = place(thread // s.across, column)
-        element = base + (line * far + (first + column))
-        for part in unroll(s.each):
-            active = (line + part * s.step < inner) & (first + column < extent)
-            target = (own ^ move[part][0]) + (to + move[part][1])
-            begin(active, pointer, element + part * s.step * far, shared, target)
-
-    return Loader(nothing, copy)
 
 
 def loader(t: Tile, left: bool) -> Loader:
