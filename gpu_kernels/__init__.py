@@ -17,21 +17,23 @@ Further intrinsics:
 
     arithmetic      index arithmetic that is written once for both halves of a pair
     access          of pools and copies          chosen      of ids and tables of addresses
-    warp            of reductions                halves      of two halves in a word
-    tensor_core     mma.sync, sm_80 on           hopper      barriers and the copy engine, sm_90a
-                                                 warpgroup   wgmma, sm_90a
+    formulas, warp  of reductions                halves      of two halves in a word
+    async_tiles     copies to shared memory      hopper      barriers and the copy engine, sm_90a
+    tensor_core     mma.sync, sm_80 on           warpgroup   wgmma, sm_90a
 
 What families share, and the files of their templates:
 
     tiles, tile_space                     products by fused multiply-adds: dense, conv, conv_input_grad,
                                           conv_filter_grad, local_conv
-    mma, mma_rules, mma_window            products on tensor cores: dense_mma, conv_mma, conv_input_grad_mma,
-                                          conv_filter_grad_mma
+    mma, mma_loaders, mma_rules,          products on tensor cores: dense_mma, conv_mma, conv_input_grad_mma,
+    mma_window                            conv_filter_grad_mma
     wgmma, wgmma_passes                   products on Hopper: dense_wgmma, conv_wgmma
     winograd_transform, winograd_rules    winograd, winograd_filter_grad
     parts                                 the second kernel of sums that are split
     elements                              pointwise
-    rows, slabs                           reductions: softmax, loss, layer_norm; norm, reduce, extreme; group_norm
+    row_program, row_kernels, rows        reductions along memory: softmax, loss, layer_norm
+    slab_program, slab_kernels, slabs     other reductions: norm, reduce, extreme
+    group_bands, group_kernels            group_norm, of programs of layer_norm
     copies                                shape, slice
     pool_geometry                         pool, pool_grad
     by themselves                         adaptive_pool, depthwise, depthwise_filter_grad, gather, local_norm, resize,

@@ -229,7 +229,7 @@ def _integers(name: str, twin: Callable[..., Any], emit: Callable[..., Any]) -> 
 
 
 @cache
-def affine(sizes: tuple[int, ...], steps: tuple[int, ...], base: int) -> Pair:
+def affine(sizes: tuple[int, ...], steps: tuple[int, ...], base: int = 0) -> Pair:
     """``(element) -> base + the sum of coordinate * step`` over the axes of an array of ``sizes``."""
 
     def twin(element: Any) -> Any:

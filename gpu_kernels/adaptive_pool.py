@@ -26,6 +26,7 @@ from .tail import tail
 
 SPACE = {"threads": (128, 256, 512), "vector": (4, 2, 1, 8)}
 RULES: dict[str, Rule] = {"channels in vectors": channels_fit, "32-bit indices": countable}
+Step = Callable[..., None]  # a procedure of kernels
 WRITTEN_OUT = 16  # elements of an interval of the last axis that are written out
 
 
@@ -57,15 +58,14 @@ class Pooled:
     h: Axis
     w: Axis
     channels: int
-    panels: int
-    total: int
+    lanes: int
+    total: int  # threads
 
     @classmethod
     def of(cls, source: Spec, out: Spec, vector: int) -> Pooled:
         axes = zip(three(out.shape[1:-1], 1), three(source.shape[1:-1], 1), strict=True)
         d, h, w = (Axis(*axis) for axis in axes)
-        channels = out.shape[-1]
-        return cls(d, h, w, channels, channels // vector, out.size // vector)
+        return cls(d, h, w, out.shape[-1], vector, out.size // vector)
 
     @property
     def find(self) -> Callable[..., None]:
@@ -94,52 +94,73 @@ class Pooled:
         return unroll if self.w.longest <= WRITTEN_OUT else range
 
 
-def _averages(source: Spec, out: Spec, epilogue: Epilogue, *, back: bool, threads: int, vector: int) -> Grid:
-    """Averages of bins; ``back``: their gradient, to which each bin gives its share."""
-    p, lanes, kind = Pooled.of(source, out, vector), vector, np.dtype(held(out.dtype)).type
-    read, end = load(source.dtype, lanes, constant=True), tail(epilogue, lanes)
-    start, add, add_share, result = spread(lanes, 0.0), plus(lanes), plus_times(lanes), take(lanes)
-    share, scaled = one_over(out.dtype), times(lanes)
-    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
-    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
+def _gathering(p: Pooled, threads: int, kind: Any, begin: Step, visit: Step, finish: Step) -> Grid:
+    """The kernel of anything that gathers intervals: a thread has ``best`` and, for each, a whole number ``which``.
+
+    ``begin(best, which, gathered)``; ``visit(ins, best, which, active, gathered, i, j, k, channel)`` for each element
+    of the interval, by its number along each axis; then ``finish(on, outs, best, which, gathered, thread, channel,
+    extras, at)``.
+    """
+    lanes, panels, find, inner = p.lanes, p.channels // p.lanes, p.find, p.inner
+    longest_d, longest_h, longest_w = p.d.longest, p.h.longest, p.w.longest
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
         on = thread < p.total
-        channel = thread % p.panels * lanes
+        channel = thread % panels * lanes
         gathered = cuda.local.array(8, int32)
-        find(thread // p.panels, gathered)
-        d_0 = gathered[1]
-        h_0 = gathered[2]
-        w_0 = gathered[3]
-        acc = cuda.local.array(lanes, kind)
-        start(acc)
+        find(thread // panels, gathered)
+        best = cuda.local.array(lanes, kind)
+        which = cuda.local.array(lanes, int32)
+        begin(best, which, gathered)
         for i in range(longest_d):
             for j in range(longest_h):
-                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
-                row = ((gathered[0] * d.length + d_0 + i) * h.length + h_0 + j) * w.length
-                if back:
-                    q = d_0 + i
-                    r = h_0 + j
-                    deep = (q * d.count + (d.count + d.length - 1)) // d.length - q * d.count // d.length
-                    high = (r * h.count + (h.count + h.length - 1)) // h.length - r * h.count // h.length
+                in_row = on & (gathered[1] + i < gathered[4]) & (gathered[2] + j < gathered[5])
                 for k in inner(longest_w):
-                    active = in_row & (w_0 + k < gathered[6])
-                    values = read(active, ins[0], (row + w_0 + k) * p.channels + channel)
-                    if back:
-                        s = w_0 + k
-                        wide = (s * w.count + (w.count + w.length - 1)) // w.length - s * w.count // w.length
-                        add_share(acc, 0, values, share(deep * high * wide))
-                    else:
-                        add(acc, 0, values)
-        element = thread * lanes
+                    active = in_row & (gathered[3] + k < gathered[6])
+                    visit(ins, best, which, active, gathered, i, j, k, channel)
+        finish(on, outs, best, which, gathered, thread, channel, extras, at)
+
+    return Grid(kernel, blocks_of(p.total, threads), threads)
+
+
+def _averages(source: Spec, out: Spec, epilogue: Epilogue, *, back: bool, threads: int, vector: int) -> Grid:
+    """Averages of bins; ``back``: their gradient, to which each bin gives its share."""
+    p, kind = Pooled.of(source, out, vector), np.dtype(held(out.dtype)).type
+    read, end = load(source.dtype, vector, constant=True), tail(epilogue, vector)
+    start, add, add_share, result = spread(vector, 0.0), plus(vector), plus_times(vector), take(vector)
+    share, scaled = one_over(out.dtype), times(vector)
+    d, h, w = p.d, p.h, p.w
+
+    def begin(acc: Any, which: Any, gathered: Any) -> None:
+        start(acc)
+
+    def visit(ins: Any, acc: Any, which: Any, active: Any, gathered: Any, i: Any, j: Any, k: Any, channel: Any) -> None:
+        row = ((gathered[0] * d.length + gathered[1] + i) * h.length + gathered[2] + j) * w.length
+        if back:
+            q = gathered[1] + i
+            r = gathered[2] + j
+            deep = (q * d.count + (d.count + d.length - 1)) // d.length - q * d.count // d.length
+            high = (r * h.count + (h.count + h.length - 1)) // h.length - r * h.count // h.length
+        values = read(active, ins[0], (row + gathered[3] + k) * p.channels + channel)
+        if back:
+            s = gathered[3] + k
+            wide = (s * w.count + (w.count + w.length - 1)) // w.length - s * w.count // w.length
+            add_share(acc, 0, values, share(deep * high * wide))
+        else:
+            add(acc, 0, values)
+
+    def finish(
+        on: Any, outs: Any, acc: Any, which: Any, gathered: Any, thread: Any, channel: Any, extras: Any, at: Any
+    ) -> None:
+        element = thread * vector
         if back:
             end.finish(on, outs[0], result(acc, 0), element, channel, extras, at)
         else:
-            mean = scaled(result(acc, 0), share((gathered[4] - d_0) * (gathered[5] - h_0) * (gathered[6] - w_0)))
-            end.finish(on, outs[0], mean, element, channel, extras, at)
+            size = (gathered[4] - gathered[1]) * (gathered[5] - gathered[2]) * (gathered[6] - gathered[3])
+            end.finish(on, outs[0], scaled(result(acc, 0), share(size)), element, channel, extras, at)
 
-    return Grid(kernel, blocks_of(p.total, threads), threads)
+    return _gathering(p, threads, kind, begin, visit, finish)
 
 
 @template("adaptive_avg_pool", "cuda", space=SPACE, fits=RULES, prefer=prefer)
@@ -160,39 +181,30 @@ def maxima(
 ) -> Grid:
     """Each bin by one thread; of equal values the first wins, a NaN wins over all others."""
     out = outs[0]
-    p, lanes, kind = Pooled.of(ins[0], out, vector), vector, np.dtype(held(out.dtype)).type
-    read, end = load(out.dtype, lanes, constant=True), tail(epilogue, lanes)
-    start, more, result, keep, same = spread(lanes, -np.inf), larger(lanes), take(lanes), hold(lanes), repeated(lanes)
-    mark = store("int32", lanes)
-    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
-    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
+    p, kind = Pooled.of(ins[0], out, vector), np.dtype(held(out.dtype)).type
+    read, mark, end = load(out.dtype, vector, constant=True), store("int32", vector), tail(epilogue, vector)
+    start, more, result = spread(vector, -np.inf), larger(vector), take(vector)
+    keep, same = hold(vector), repeated(vector)
+    d, h, w = p.d, p.h, p.w
 
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        on = thread < p.total
-        channel = thread % p.panels * lanes
-        gathered = cuda.local.array(8, int32)
-        find(thread // p.panels, gathered)
-        d_0 = gathered[1]
-        h_0 = gathered[2]
-        w_0 = gathered[3]
-        best = cuda.local.array(lanes, kind)
-        which = cuda.local.array(lanes, int32)
+    def begin(best: Any, which: Any, gathered: Any) -> None:
         start(best)
-        keep(which, 0, same((d_0 * h.length + h_0) * w.length + w_0))
-        for i in range(longest_d):
-            for j in range(longest_h):
-                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
-                row = ((d_0 + i) * h.length + h_0 + j) * w.length
-                for k in inner(longest_w):
-                    active = in_row & (w_0 + k < gathered[6])
-                    inside = row + w_0 + k
-                    source = (gathered[0] * (d.length * h.length * w.length) + inside) * p.channels + channel
-                    more(best, which, 0, read(active, ins[0], source), active, inside)
-        end.finish(on, outs[0], result(best, 0), thread * lanes, channel, extras, at)
-        mark(on, outs[1], thread * lanes, result(which, 0))
+        keep(which, 0, same((gathered[1] * h.length + gathered[2]) * w.length + gathered[3]))
 
-    return Grid(kernel, blocks_of(p.total, threads), threads)
+    def visit(
+        ins: Any, best: Any, which: Any, active: Any, gathered: Any, i: Any, j: Any, k: Any, channel: Any
+    ) -> None:
+        inside = ((gathered[1] + i) * h.length + gathered[2] + j) * w.length + gathered[3] + k
+        source = (gathered[0] * (d.length * h.length * w.length) + inside) * p.channels + channel
+        more(best, which, 0, read(active, ins[0], source), active, inside)
+
+    def finish(
+        on: Any, outs: Any, best: Any, which: Any, gathered: Any, thread: Any, channel: Any, extras: Any, at: Any
+    ) -> None:
+        end.finish(on, outs[0], result(best, 0), thread * vector, channel, extras, at)
+        mark(on, outs[1], thread * vector, result(which, 0))
+
+    return _gathering(p, threads, kind, begin, visit, finish)
 
 
 @template("adaptive_max_pool_grad", "cuda", space=SPACE, fits=RULES, prefer=prefer)
@@ -201,37 +213,22 @@ def winners(
 ) -> Grid:
     """Each element of dx by one thread: the dy of the bins that chose it."""
     out = outs[0]
-    p, lanes, kind = Pooled.of(ins[0], out, vector), vector, np.dtype(held(out.dtype)).type
-    read, end = load(out.dtype, lanes, constant=True), tail(epilogue, lanes)
-    marked, start, add, result = (
-        load(ins[1].dtype, lanes, constant=True),
-        spread(lanes, 0.0),
-        plus_chosen(lanes),
-        take(lanes),
-    )
-    d, h, w, find, inner = p.d, p.h, p.w, p.find, p.inner
-    longest_d, longest_h, longest_w = d.longest, h.longest, w.longest
+    p, kind = Pooled.of(ins[0], out, vector), np.dtype(held(out.dtype)).type
+    read, marked = load(out.dtype, vector, constant=True), load(ins[1].dtype, vector, constant=True)
+    start, add, result, end = spread(vector, 0.0), plus_chosen(vector), take(vector), tail(epilogue, vector)
+    d, h, w = p.d, p.h, p.w
 
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        thread = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        on = thread < p.total
-        channel = thread % p.panels * lanes
-        gathered = cuda.local.array(8, int32)
-        find(thread // p.panels, gathered)
-        d_0 = gathered[1]
-        h_0 = gathered[2]
-        w_0 = gathered[3]
-        own = gathered[7]
-        acc = cuda.local.array(lanes, kind)
+    def begin(acc: Any, which: Any, gathered: Any) -> None:
         start(acc)
-        for i in range(longest_d):
-            for j in range(longest_h):
-                in_row = on & (d_0 + i < gathered[4]) & (h_0 + j < gathered[5])
-                row = ((gathered[0] * d.length + d_0 + i) * h.length + h_0 + j) * w.length
-                for k in inner(longest_w):
-                    active = in_row & (w_0 + k < gathered[6])
-                    source = (row + w_0 + k) * p.channels + channel
-                    add(acc, 0, read(active, ins[0], source), marked(active, ins[1], source), own)
-        end.finish(on, outs[0], result(acc, 0), thread * lanes, channel, extras, at)
 
-    return Grid(kernel, blocks_of(p.total, threads), threads)
+    def visit(ins: Any, acc: Any, which: Any, active: Any, gathered: Any, i: Any, j: Any, k: Any, channel: Any) -> None:
+        row = ((gathered[0] * d.length + gathered[1] + i) * h.length + gathered[2] + j) * w.length
+        source = (row + gathered[3] + k) * p.channels + channel
+        add(acc, 0, read(active, ins[0], source), marked(active, ins[1], source), gathered[7])
+
+    def finish(
+        on: Any, outs: Any, acc: Any, which: Any, gathered: Any, thread: Any, channel: Any, extras: Any, at: Any
+    ) -> None:
+        end.finish(on, outs[0], result(acc, 0), thread * vector, channel, extras, at)
+
+    return _gathering(p, threads, kind, begin, visit, finish)

@@ -71,11 +71,6 @@ class Cubin:
         return {**described, "size_bytes": len(self.code)}
 
 
-def target_of(capability: Capability) -> str:
-    """(9, 0, 'a') -> 'sm_90a'"""
-    return "sm_" + "".join(map(str, capability))
-
-
 def capability_of(target: str) -> Capability:
     """'sm_90a' -> (9, 0, 'a')"""
     found = re.fullmatch(r"sm_(\d+)(\d)([a-z]?)", target)

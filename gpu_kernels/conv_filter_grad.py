@@ -15,11 +15,10 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import tile_space
 from .conv import Geometry, farthest, geometry, vectors
 from .grid import INDEX_LIMIT, Grid
 from .ptx import hold, inside, load, unroll
-from .tile_space import SPACE
+from .tile_space import declared
 from .tiles import MEMBER, Loader, Product, Share, columns_loader, multiply, put_straight
 
 
@@ -83,23 +82,10 @@ def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -
     return farthest(geometry(op, ins[0], outs[0], ins[1]), ins[0].shape[0], 64) < INDEX_LIMIT
 
 
-RULES = {
-    "floats": tile_space.floats,
-    "loads divide channels": vectors,
-    "taps in 32-bit indices": _reach,
-    **tile_space.rules(product),
-}
+FITS = {"loads divide channels": vectors, "taps in 32-bit indices": _reach}
 
 
-@template(
-    "conv_filter_grad",
-    "cuda",
-    space=SPACE,
-    fits=RULES,
-    prefer=tile_space.prefer(RULES, product, largest=128 * 64),
-    workspace=tile_space.workspace,
-    cost=tile_space.cost(product),
-)
+@template("conv_filter_grad", "cuda", **declared(FITS, product, largest=128 * 64))
 def implicit_gemm(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:

@@ -15,12 +15,14 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
+from .async_tiles import copy_async, place_of
 from .grid import INDEX_LIMIT, Grid
-from .mma import Loader, Part, Problem, Tile, cut, lines_loader, moves, multiply, vector_of
+from .mma import Part, Problem, Tile, cut, multiply, vector_of
+from .mma_loaders import Loader, lines_loader, moves
 from .mma_rules import SPACE, settings
 from .mma_window import Slide, reach, slide
 from .ptx import inside, unroll
-from .tensor_core import copy_async, kind_of, place_of
+from .tensor_core import kind_of
 
 
 def slide_of(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Slide:

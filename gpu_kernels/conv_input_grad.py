@@ -23,11 +23,10 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import tile_space
 from .conv import Geometry, geometry
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .ptx import FAR, cuda, hold, inside, int32, load, select, unroll
-from .tile_space import SPACE
+from .tile_space import declared
 from .tiles import INNER, MEMBER, Loader, Product, Share, multiply, put_transposed
 
 FIRST, TAPS, START, PHASE = 2, 5, 8, 11  # in what a block computes now, for three axes: see `Axis`
@@ -269,23 +268,10 @@ def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *
     return (dy.shape[0] * prod(g.out) + 2 * prod(far) + bm) * dy.shape[-1] < INDEX_LIMIT
 
 
-RULES = {
-    "floats": tile_space.floats,
-    "loads divide filters": _vectors,
-    "taps in 32-bit indices": _reach,
-    **tile_space.rules(product),
-}
+FITS = {"loads divide filters": _vectors, "taps in 32-bit indices": _reach}
 
 
-@template(
-    "conv_input_grad",
-    "cuda",
-    space=SPACE,
-    fits=RULES,
-    prefer=tile_space.prefer(RULES, product, largest=128 * 64),
-    workspace=tile_space.workspace,
-    cost=tile_space.cost(product),
-)
+@template("conv_input_grad", "cuda", **declared(FITS, product, largest=128 * 64))
 def implicit_gemm(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:

@@ -19,13 +19,15 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
+from .async_tiles import copy_async, place_of
 from .conv import geometry
 from .grid import INDEX_LIMIT, Grid, blocks_of
-from .mma import Loader, Part, Problem, Scatter, Tile, cut, moves, multiply, nothing, rows_loader, vector_of
+from .mma import Part, Problem, Scatter, Tile, cut, multiply, vector_of
+from .mma_loaders import Loader, moves, nothing, rows_loader
 from .mma_rules import settings
 from .mma_window import Slide, pixels_loader, reach
 from .ptx import unroll
-from .tensor_core import copy_async, kind_of, place_of
+from .tensor_core import kind_of
 
 
 @dataclass(frozen=True)

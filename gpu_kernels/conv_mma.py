@@ -15,7 +15,8 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
 from .grid import INDEX_LIMIT, Grid
-from .mma import Loader, Part, Problem, Tile, cut, lines_loader, multiply, vector_of
+from .mma import Part, Problem, Tile, cut, multiply, vector_of
+from .mma_loaders import Loader, lines_loader
 from .mma_rules import settings
 from .mma_window import Slide, pixels_loader, reach, slide
 from .tensor_core import kind_of

@@ -13,9 +13,8 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import tile_space
 from .grid import Grid
-from .tile_space import SPACE
+from .tile_space import declared
 from .tiles import Product, columns_loader, multiply, rows_loader
 
 
@@ -35,14 +34,7 @@ def _vectors(
     return ins[0].shape[-1] % vector_a == 0 and ins[1].shape[-1] % vector_b == 0
 
 
-RULES = {"floats": tile_space.floats, "loads divide rows": _vectors, **tile_space.rules(product)}
-DECLARED = {
-    "space": SPACE,
-    "fits": RULES,
-    "prefer": tile_space.prefer(RULES, product),
-    "workspace": tile_space.workspace,
-    "cost": tile_space.cost(product),
-}
+DECLARED = declared({"loads divide rows": _vectors}, product)
 
 
 @template("batch_matmul", "cuda", **DECLARED)

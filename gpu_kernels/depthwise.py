@@ -136,6 +136,45 @@ def rows_of(of: Sequence[Line], window: Sequence[int]) -> tuple[Row, ...]:
     return tuple(out)
 
 
+def reader(
+    of: Sequence[Line], source: Sequence[Row], dtype: str, channels: int, vector: int
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """``(image, tile_d, tile_h, tile_w, channel)``: the element that a tile's places are counted from; and
+    ``(line, ins, i, there, tile_d, tile_h, tile_w, first)``: registers of a line become row i of ins[0]."""
+    (d, h, w), rows = of, tuple(source)
+    read, keep, places = load(dtype, vector, constant=True), hold(vector), len(w.offsets)
+
+    def begin(image: Any, tile_d: Any, tile_h: Any, tile_w: Any, channel: Any) -> Any:
+        place = ((image * d.read + tile_d * d.step) * h.read + tile_h * h.step) * w.read + tile_w * w.step
+        return place * channels + channel
+
+    def row(line: Any, ins: Any, i: Any, there: Any, tile_d: Any, tile_h: Any, tile_w: Any, first: Any) -> None:
+        in_d = there & inside(tile_d * d.step + rows[i].d, d.read)
+        active = in_d & inside(tile_h * h.step + rows[i].h, h.read)
+        for k in unroll(places):
+            on = active & inside(tile_w * w.step + w.offsets[k], w.read)
+            offset = ((rows[i].d * h.read + rows[i].h) * w.read + w.offsets[k]) * channels
+            keep(line, k * vector, read(on, ins[0], first + offset))
+
+    return begin, row
+
+
+def pixels_of(of: Sequence[Line], channels: int) -> Callable[..., Any]:
+    """``(there, image, tile_d, tile_h, tile_w, a, b, c, channel)``: is pixel (a, b, c) of a tile there, and where?"""
+    d, h, w = of
+
+    def pixel(
+        there: Any, image: Any, tile_d: Any, tile_h: Any, tile_w: Any, a: Any, b: Any, c: Any, channel: Any
+    ) -> Any:
+        at_d = tile_d * d.pixels + a
+        at_h = tile_h * h.pixels + b
+        at_w = tile_w * w.pixels + c
+        on = there & (at_d < d.size) & (at_h < h.size) & (at_w < w.size)
+        return (on, (((image * d.size + at_d) * h.size + at_h) * w.size + at_w) * channels + channel)
+
+    return pixel
+
+
 def _line(size: int, read: int, pixels: int, step: int, reads: Mapping[Use, int]) -> Line:
     offsets = tuple(sorted(set(reads.values())))
     uses = tuple(tuple(use for use, at in reads.items() if at == offset) for offset in offsets)
@@ -311,7 +350,8 @@ def depthwise(
         tuple(multiply_add(vector, row.sums_of(j, vector)) for j in range(count))
         for row, count in zip(source, counts, strict=True)
     )
-    kind = getattr(np, held(dtype))
+    begin, row = reader(of, source, dtype, channels, vector)
+    kind, pixel = getattr(np, held(dtype)), pixels_of(of, channels)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
         acc = cuda.local.array(d.pixels * h.pixels * w.pixels * vector, kind)
@@ -324,19 +364,13 @@ def depthwise(
         tile_h = item // (across * w.tiles) % h.tiles
         tile_d = item // (across * w.tiles * h.tiles) % d.tiles
         image = item // (across * w.tiles * h.tiles * d.tiles)
-        first = ((image * d.read + tile_d * d.step) * h.read + tile_h * h.step) * w.read + tile_w * w.step
-        first_element = first * channels + channel
+        first = begin(image, tile_d, tile_h, tile_w, channel)
         sums(acc)
         if keeps:
             for tap in unroll(taps):
                 keep(filters, tap * vector, read(there, ins[1], tap * channels + channel))
         for i in unroll(of_rows):
-            active = there & inside(tile_d * d.step + source[i].d, d.read)
-            active = active & inside(tile_h * h.step + source[i].h, h.read)
-            for k in unroll(places):
-                on = active & inside(tile_w * w.step + w.offsets[k], w.read)
-                offset = ((source[i].d * h.read + source[i].h) * w.read + w.offsets[k]) * channels
-                keep(line, k * vector, read(on, ins[0], first_element + offset))
+            row(line, ins, i, there, tile_d, tile_h, tile_w, first)
             if keeps:
                 all_taps[i](acc, line, filters)
             else:
@@ -346,13 +380,9 @@ def depthwise(
         for a in unroll(d.pixels):
             for b in unroll(h.pixels):
                 for c in unroll(w.pixels):
-                    at_d = tile_d * d.pixels + a
-                    at_h = tile_h * h.pixels + b
-                    at_w = tile_w * w.pixels + c
-                    on = there & (at_d < d.size) & (at_h < h.size) & (at_w < w.size)
-                    element = (((image * d.size + at_d) * h.size + at_h) * w.size + at_w) * channels + channel
+                    spot = pixel(there, image, tile_d, tile_h, tile_w, a, b, c, channel)
                     values = gather(acc, ((a * h.pixels + b) * w.pixels + c) * vector)
-                    end.finish(on, outs[0], values, element, channel, extras, at)
+                    end.finish(spot[0], outs[0], values, spot[1], channel, extras, at)
 
     return Grid(
         kernel,

@@ -18,11 +18,23 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
 from . import cost as guess
-from .depthwise import RULES, cost, lines, multiply_add, one_each, preferring, rows_of, together
+from .access import pick, plus
+from .depthwise import (
+    RULES,
+    cost,
+    lines,
+    multiply_add,
+    one_each,
+    pixels_of,
+    preferring,
+    reader,
+    rows_of,
+    together,
+)
 from .grid import Grid, blocks_of
 from .pair import held
-from .parts import add_parts, add_up, get
-from .ptx import clear, cuda, hold, inside, load, put, store, take, unroll
+from .parts import add_parts
+from .ptx import clear, cuda, hold, load, put, store, take, unroll
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
     "threads": (128, 256, 64),
@@ -115,10 +127,12 @@ def depthwise(
     steps = blocks_of(tiles, walkers)
     pixels = d.pixels * h.pixels * w.pixels
     read, keep = load(dtype, vector, constant=True), hold(vector)
-    sums, write, add, store_sum, gather = clear(taps * vector), put(1), add_up(1), store(held(dtype), 1), take(1)
+    sums, store_sum = clear(taps * vector), store(held(dtype), 1)
+    write, fetch, add, first_of, gather = put(1), pick(1, 1), plus(1), hold(1), take(1)
     of_rows = len(source)
     all_taps = tuple(multiply_add(vector, tuple((t, x, y) for y, x, t in row.sums(vector))) for row in source)
-    kind = getattr(np, held(dtype))
+    begin, row = reader(of, source, dtype, channels, vector)
+    kind, pixel = getattr(np, held(dtype)), pixels_of(of, channels)
     wide = across * vector  # channels of a block
     room, columns = blocks_of(threads, across) * wide, blocks_of(wide, threads)
 
@@ -126,7 +140,7 @@ def depthwise(
         acc = cuda.local.array(taps * vector, kind)
         line = cuda.local.array(places * vector, kind)
         near = cuda.local.array(pixels * vector, kind)
-        one = cuda.local.array(2, kind)
+        one = cuda.local.array(1, kind)
         shared = cuda.shared.array(room, kind, alignment=16)
         thread = cuda.threadIdx.x
         part = cuda.blockIdx.x // across_blocks
@@ -143,21 +157,12 @@ def depthwise(
             for a in unroll(d.pixels):
                 for b in unroll(h.pixels):
                     for c in unroll(w.pixels):
-                        at_d = tile_d * d.pixels + a
-                        at_h = tile_h * h.pixels + b
-                        at_w = tile_w * w.pixels + c
-                        on = there & (at_d < d.size) & (at_h < h.size) & (at_w < w.size)
-                        element = (((image * d.size + at_d) * h.size + at_h) * w.size + at_w) * channels + channel
-                        keep(near, ((a * h.pixels + b) * w.pixels + c) * vector, read(on, ins[1], element))
-            first = ((image * d.read + tile_d * d.step) * h.read + tile_h * h.step) * w.read + tile_w * w.step
-            first_element = first * channels + channel
+                        spot = pixel(there, image, tile_d, tile_h, tile_w, a, b, c, channel)
+                        values = read(spot[0], ins[1], spot[1])
+                        keep(near, ((a * h.pixels + b) * w.pixels + c) * vector, values)
+            first = begin(image, tile_d, tile_h, tile_w, channel)
             for i in unroll(of_rows):
-                active = there & inside(tile_d * d.step + source[i].d, d.read)
-                active = active & inside(tile_h * h.step + source[i].h, h.read)
-                for k in unroll(places):
-                    on = active & inside(tile_w * w.step + w.offsets[k], w.read)
-                    offset = ((source[i].d * h.read + source[i].h) * w.read + w.offsets[k]) * channels
-                    keep(line, k * vector, read(on, ins[0], first_element + offset))
+                row(line, ins, i, there, tile_d, tile_h, tile_w, first)
                 all_taps[i](acc, line, near)
         own = thread // across * wide + thread % across * vector
         for tap in unroll(taps):
@@ -166,10 +171,9 @@ def depthwise(
             cuda.syncthreads()
             for j in unroll(columns):
                 column = thread + j * threads
-                get(shared, column % wide, one, 0)
+                first_of(one, 0, fetch(shared, column % wide))
                 for lane in unroll(lanes - 1):
-                    get(shared, column % wide + (lane + 1) * wide, one, 1)
-                    add(one, 0, one, 1)
+                    add(one, 0, fetch(shared, column % wide + (lane + 1) * wide))
                 place = part * size + tap * channels + cuda.blockIdx.x % across_blocks * wide + column
                 store_sum(column < wide, work[0], place, gather(one, 0))
             cuda.syncthreads()

@@ -12,12 +12,14 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, template
 
-from . import rows, slabs
+from . import row_program, rows, slab_program, slabs
+from .access import affine
 from .cost import COPY_BYTES_S, LAUNCH_S
-from .grid import Grid, blocks_of
+from .formulas import Formula, lanewise
+from .grid import INDEX_LIMIT, Grid, blocks_of
 from .ptx import cuda, load
 from .tail import tail
-from .warp import FIRST_LARGEST, FIRST_SMALLEST, LARGEST, SMALLEST, Formula, lanewise, start, strided, sums
+from .warp import FIRST_LARGEST, FIRST_SMALLEST, LARGEST, SMALLEST, start, sums
 
 
 def _axes(op: Any, x: Spec) -> Sequence[int]:
@@ -37,34 +39,38 @@ def _first(op: Any) -> Formula:
     return Formula(("(x0 if wins else a0)", "(j if wins else a1)"), dtypes=("float32", "int32"), lines=lines)
 
 
-def _slabs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slabs.Program:
-    return slabs.Program((0,), SMALLEST if op.least else LARGEST, _absorb(op), Formula(("a0",)))
+def _slabs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slab_program.Program:
+    return slab_program.Program((0,), SMALLEST if op.least else LARGEST, _absorb(op), Formula(("a0",)))
 
 
-def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> rows.Program:
+def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> row_program.Program:
     merge = SMALLEST if op.least else LARGEST
-    phase = rows.Phase(merge, _absorb(op), Formula(("a0",)), ("best",))
-    return rows.Program((0,), (phase,), Formula(("best",)), whole=False)
+    phase = row_program.Phase(merge, _absorb(op), Formula(("a0",)), ("best",))
+    return row_program.Program((0,), (phase,), Formula(("best",)), whole=False)
 
 
-def _shares(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> rows.Program:
+def _shares(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> row_program.Program:
     merge = SMALLEST if op.least else LARGEST
-    best = rows.Phase(merge, _absorb(op), Formula(("a0",)), ("best",))
+    best = row_program.Phase(merge, _absorb(op), Formula(("a0",)), ("best",))
     count = Formula(("a0 + (T(1.0) if x0 == best else T(0.0))",))
     share = Formula(("e0 / (a0 if a0 >= T(1.0) else T(1.0))",))
-    ties = rows.Phase(sums(1), count, share, ("share",))
-    return rows.Program((1,), (best, ties), Formula(("(share if x0 == best else T(0.0))",)), whole=True, each=(0,))
+    ties = row_program.Phase(sums(1), count, share, ("share",))
+    return row_program.Program(
+        (1,), (best, ties), Formula(("(share if x0 == best else T(0.0))",)), whole=True, each=(0,)
+    )
 
 
-def _places(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slabs.Program:
+def _places(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slab_program.Program:
     out = Formula(("a1",), dtypes=("int64",))
-    return slabs.Program((0,), FIRST_SMALLEST if op.least else FIRST_LARGEST, replace(_first(op), together=True), out)
+    return slab_program.Program(
+        (0,), FIRST_SMALLEST if op.least else FIRST_LARGEST, replace(_first(op), together=True), out
+    )
 
 
-def _row_places(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> rows.Program:
+def _row_places(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> row_program.Program:
     merge = FIRST_SMALLEST if op.least else FIRST_LARGEST
-    phase = rows.Phase(merge, _first(op), Formula(("a1",), dtypes=("int32",)), ("where",))
-    return rows.Program((0,), (phase,), Formula(("where",), dtypes=("int64",)), whole=False)
+    phase = row_program.Phase(merge, _first(op), Formula(("a1",), dtypes=("int32",)), ("where",))
+    return row_program.Program((0,), (phase,), Formula(("where",), dtypes=("int64",)), whole=False)
 
 
 slabs.serve("extreme", _slabs, _axes)
@@ -75,7 +81,7 @@ rows.serve("extreme_grad", _shares, rows.trailing(_axes, 1), rows.contiguous(_ax
 
 
 def _floats(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    return all(0 < s.size < slabs.INDEX_LIMIT - slabs.SLACK and s.dtype in slabs.FLOATS for s in (*ins, *outs))
+    return all(0 < s.size < INDEX_LIMIT - slabs.SLACK and s.dtype in slabs.FLOATS for s in (*ins, *outs))
 
 
 def _cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
@@ -87,10 +93,10 @@ def _cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, co
 @template("extreme_grad", "cuda", space={"threads": (128, 64, 256)}, fits=_floats, cost=_cost)
 def of_columns(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, *, threads: int) -> Grid:
     """Any axes: a thread has a kept element, and passes what is reduced to it three times."""
-    p, layout = _shares(op, ins, outs, True), slabs.Layout.of(ins[1].shape, op.axes)
+    p, layout = _shares(op, ins, outs, True), slab_program.Layout.of(ins[1].shape, op.axes)
     sizes, steps = zip(*layout.reduced, (layout.rows, layout.inner), strict=True)
     kept_sizes, kept_steps = zip(*layout.kept, (layout.inner, 1), strict=True)
-    locate, base_of = strided(sizes, steps), strided(kept_sizes, kept_steps)
+    locate, base_of = affine(sizes, steps), affine(kept_sizes, kept_steps)
     count, kept = layout.rows * layout.repeats, layout.outer * layout.inner
     best, ties = p.phases
     begin_best, begin_ties = start(best.merge, 1), start(ties.merge, 1)

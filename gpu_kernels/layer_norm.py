@@ -12,8 +12,10 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
-from .rows import Phase, Program, Runs, serve
-from .warp import Formula, sums
+from .formulas import Formula
+from .row_program import Phase, Program, Runs
+from .rows import serve
+from .warp import sums
 
 
 def members(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:

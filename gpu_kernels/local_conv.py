@@ -17,11 +17,10 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Device, Epilogue, template
 
-from . import tile_space
 from .conv import Geometry
 from .grid import Grid
 from .ptx import hold, inside, load, unroll
-from .tile_space import SPACE
+from .tile_space import declared
 from .tiles import (
     MEMBER,
     Loader,
@@ -148,13 +147,10 @@ def _vectors(
     return ins[0].shape[-1] % vector_a == 0 and ins[1].shape[-1] % vector_b == 0
 
 
-def _declared(product: tile_space.Make) -> dict[str, Any]:
-    fits = {"floats": tile_space.floats, "loads divide channels": _vectors, **tile_space.rules(product)}
-    how = {"prefer": tile_space.prefer(fits, product, largest=128 * 64), "cost": tile_space.cost(product)}
-    return {"space": SPACE, "fits": fits, "workspace": tile_space.workspace, **how}
+FITS = {"loads divide channels": _vectors}
 
 
-@template("local_conv", "cuda", **_declared(_forward))
+@template("local_conv", "cuda", **declared(FITS, _forward, largest=128 * 64))
 def untied(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> tuple[Grid, ...]:
     """Register tiles over samples and filters at each position."""
     x, w = ins
@@ -165,7 +161,7 @@ def untied(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogu
     return multiply(t, of_x, columns_loader(p.dtype, t.n, t.k, b, pitch=t.bn, base=p.base[1]), epilogue)
 
 
-@template("local_conv_input_grad", "cuda", **_declared(_backward))
+@template("local_conv_input_grad", "cuda", **declared(FITS, _backward, largest=128 * 64))
 def untied_input_grad(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
@@ -179,7 +175,7 @@ def untied_input_grad(
     return multiply(t, of_dy, of_w, epilogue)
 
 
-@template("local_conv_filter_grad", "cuda", **_declared(_filters))
+@template("local_conv_filter_grad", "cuda", **declared(FITS, _filters, largest=128 * 64))
 def untied_filter_grad(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:

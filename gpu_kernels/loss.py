@@ -10,8 +10,10 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
-from .rows import Phase, Program, exponentials, serve
-from .warp import FIRST_LARGEST, Formula, sums
+from .formulas import Formula
+from .row_program import Phase, Program, exponentials
+from .rows import serve
+from .warp import FIRST_LARGEST, sums
 
 SCORE = Formula(("(picked if label >= 0 else T(math.nan))",))
 

@@ -28,24 +28,14 @@ import numpy as np
 from rapydli_flow.template import Config, Epilogue
 
 from .arithmetic import indexing
+from .async_tiles import commit, in_shared, layout_of, wait
 from .grid import Grid, blocks_of, widest
+from .mma_loaders import Loader, lines_loader, rows_loader
 from .pair import Pair
-from .ptx import _array, _at, clear, cuda, float32, hold, inside, int32, load, select, store, take, unroll
-from .tail import tail
-from .tensor_core import (
-    SPLIT,
-    Layout,
-    Operand,
-    commit,
-    copy_async,
-    exchange,
-    in_shared,
-    layout_of,
-    own_place,
-    place_of,
-    product,
-    wait,
-)
+from .parts import add_in_order
+from .ptx import clear, cuda, float32, inside, int32, select, store, take, unroll
+from .tail import itemsize_of, tail
+from .tensor_core import SPLIT, Operand, exchange, own_place, product
 from .tiles import Share, share
 
 
@@ -175,63 +165,6 @@ def vector_of(dtype: str, *extents: int) -> int:
     return widest(*extents, itemsize=int(np.dtype(dtype).itemsize))
 
 
-# ---- loaders
-
-
-@dataclass(frozen=True)
-class Loader:
-    """How one operand gets into shared memory; ``state``: registers that it keeps."""
-
-    prepare: Callable[..., None]
-    copy: Callable[..., None]
-    state: int = 1
-
-
-def nothing(state: Any, first: Any, thread: Any) -> None:
-    """A loader that has nothing to prepare."""
-
-
-def moves(layout: Layout, s: Share) -> tuple[tuple[int, int], ...]:
-    """How far each of a thread's lines is from its first."""
-    return tuple(layout.move(part * s.step, 0) for part in range(s.each))
-
-
-def rows_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int) -> Loader:
-    """An operand stored as ``[extent, inner]``: k runs along memory."""
-    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
-
-    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
-        column = thread % s.across * s.vector
-        row = first + thread // s.across
-        own = place(thread // s.across, column)
-        element = base + (row * inner + (k + column))
-        for part in unroll(s.each):
-            active = (row + part * s.step < extent) & (k + column < inner)
-            begin(
-                active, pointer, element + part * s.step * inner, shared, (own ^ move[part][0]) + (to + move[part][1])
-            )
-
-    return Loader(nothing, copy)
-
-
-def lines_loader(dtype: str, layout: Layout, s: Share, extent: int, inner: int, pitch: int = 0) -> Loader:
-    """An operand stored as ``[inner, extent]``, or as a part of longer rows: rows or columns run along memory."""
-    begin, place, move = copy_async(dtype, s.vector), place_of(layout), moves(layout, s)
-    far = pitch or extent
-
-    def copy(pointer: Any, shared: Any, to: Any, state: Any, base: Any, first: Any, k: Any, thread: Any) -> None:
-        column = thread % s.across * s.vector
-        line = k + thread // s.across
-        own = place(thread // s.across, column)
-        element = base + (line * far + (first + column))
-        for part in unroll(s.each):
-            active = (line + part * s.step < inner) & (first + column < extent)
-            target = (own ^ move[part][0]) + (to + move[part][1])
-            begin(active, pointer, element + part * s.step * far, shared, target)
-
-    return Loader(nothing, copy)
-
-
 def loader(t: Tile, left: bool) -> Loader:
     """Of a plain matrix."""
     p, s = t.p, t.shares()[0 if left else 1]
@@ -285,9 +218,7 @@ class Part:
 
 def lanes_of(p: Problem, epilogue: Epilogue) -> int:
     """How many neighbours are stored at once: 16 bytes of what is widest, if rows are multiples of that."""
-    read = [extra for extra in epilogue.extras if epilogue.reach(extra) != "scalar"]
-    itemsize = max(int(np.dtype(spec.dtype).itemsize) for spec in (epilogue.out, *read))
-    return widest(p.n, p.row_pitch, itemsize=itemsize)
+    return widest(p.n, p.row_pitch, itemsize=itemsize_of(epilogue))
 
 
 def multiply(parts: Sequence[Part], epilogue: Epilogue) -> tuple[Grid, ...]:
@@ -297,7 +228,9 @@ def multiply(parts: Sequence[Part], epilogue: Epilogue) -> tuple[Grid, ...]:
     """
     grids = [_products(parts[i : i + TOGETHER], epilogue) for i in range(0, len(parts), TOGETHER)]
     t = parts[0].tile
-    return (*grids, *(() if t.splits == 1 else (add_up(t, epilogue),)))
+    if t.splits == 1:
+        return tuple(grids)
+    return (*grids, add_in_order(epilogue, t.splits, min(lanes_of(t.p, epilogue), 4)))
 
 
 def _products(parts: Sequence[Part], epilogue: Epilogue) -> Grid:
@@ -422,46 +355,3 @@ def _body(part: Part, epilogue: Epilogue) -> Callable[..., None]:
                     partial(active, work[0], split * size + element, values)
 
     return body
-
-
-ADDING = 256  # threads of a block that adds up
-
-
-def add_up(t: Tile, epilogue: Epilogue) -> Grid:
-    """outs[0] = epilogue(the sums of all splits, added in their order)."""
-    lanes, size, channels = min(lanes_of(t.p, epilogue), 4), epilogue.out.size, epilogue.out.shape[-1]
-    read, add, keep, gather, end = load("float32", lanes), plus(lanes), hold(lanes), take(lanes), tail(epilogue, lanes)
-
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        element = (cuda.blockIdx.x * ADDING + cuda.threadIdx.x) * lanes
-        active = element < size
-        acc = cuda.local.array(lanes, float32)
-        keep(acc, 0, read(active, work[0], element))
-        for split in range(t.splits - 1):
-            add(acc, read(active, work[0], split * size + (size + element)))
-        end.finish(active, outs[0], gather(acc, 0), element, element % channels, extras, at)
-
-    return Grid(kernel, blocks_of(size, ADDING * lanes), ADDING)
-
-
-@cache
-def plus(width: int) -> Pair:
-    """``(registers, values)``: add to them."""
-
-    def twin(registers: Any, values: Any) -> None:
-        for j in range(width):
-            registers[j] = registers[j] + values[j]
-
-    def rule(registers: Any, values: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            data = _array(context, builder, registers, args[0])
-            for j in range(width):
-                place = _at(builder, data, j)
-                builder.store(builder.fadd(builder.load(place), builder.extract_value(args[1], j)), place)
-            return context.get_dummy_value()
-
-        return types.void, (registers, types.UniTuple(types.float32, width)), emit
-
-    return Pair(f"plus{width}", twin, rule)

@@ -18,11 +18,11 @@ from typing import Any
 from rapydli_flow.spec import Spec
 
 from .arithmetic import indexing
+from .async_tiles import Layout, copy_async, place_of
 from .conv import geometry
-from .mma import Loader, moves
+from .mma_loaders import Loader, moves
 from .pair import Pair
 from .ptx import select, unroll
-from .tensor_core import Layout, copy_async, place_of
 from .tiles import Share
 
 

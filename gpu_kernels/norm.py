@@ -11,8 +11,10 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
-from .slabs import Program, serve
-from .warp import Formula, sums
+from .formulas import Formula
+from .slab_program import Program
+from .slabs import serve
+from .warp import sums
 
 
 def _but_channels(op: Any, x: Spec) -> tuple[int, ...]:

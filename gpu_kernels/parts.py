@@ -1,68 +1,54 @@
 """Sums in parts: the second kernel of a split sum, which adds what blocks left in the workspace, in a fixed order.
 
-A block adds neighbouring elements. Where there are few of them its threads share the parts out among themselves, and
-add the shares through shared memory.
+`add_in_order` is for sums of many elements: a thread adds all parts of a few neighbours. `add_parts` has several loads
+under way, and where there are few elements the threads of a block share the parts out among themselves, and add the
+shares through shared memory.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from rapydli_flow.template import Epilogue
 
+from .access import pick, plus
 from .grid import Grid, blocks_of, widest
-from .pair import Pair, held
-from .ptx import clear, cuda, hold, load, put, take, unroll
+from .pair import held
+from .ptx import clear, cuda, float32, hold, load, put, take, unroll
 from .tail import tail
 
 THREADS = 256
 AT_ONCE = 8  # loads under way
 
 
-@cache
-def add_up(lanes: int) -> Pair:
-    """``(sums, at, registers, first)``: adds neighbouring registers to as many sums."""
+def add_in_order(epilogue: Epilogue, parts: int, lanes: int, *, source: int = 0, from_zero: bool = False) -> Grid:
+    """outs[0] = epilogue(sum of the parts in ``work[source]``, float32), by threads of ``lanes`` neighbours.
 
-    def twin(sums: Any, at: int, registers: Any, first: int) -> None:
-        sums[at : at + lanes] += registers[first : first + lanes]
+    ``from_zero``: the first part is added to zero, else it is what the others are added to.
+    """
+    size, channels, wide = epilogue.out.size, epilogue.out.shape[-1], min(lanes, 4)
+    read, more, keep, zero = load("float32", wide), plus(wide), hold(wide), clear(lanes)
+    gather, end = take(lanes), tail(epilogue, lanes)
+    begun, pieces = 0 if from_zero else 1, lanes // wide
 
-    def rule(sums: Any, at: Any, registers: Any, first: Any) -> Any:
-        from numba.cuda import types
+    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
+        total = cuda.local.array(lanes, float32)
+        element = (cuda.blockIdx.x * THREADS + cuda.threadIdx.x) * lanes
+        active = element < size
+        if from_zero:
+            zero(total)
+        else:
+            for i in unroll(pieces):
+                keep(total, i * wide, read(active, work[source], element + i * wide))
+        for part in range(parts - begun):
+            for i in unroll(pieces):
+                place = part * size + (begun * size + element) + i * wide
+                more(total, i * wide, read(active, work[source], place))
+        end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
 
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            target, source = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2))
-            for j in range(lanes):
-                number = context.get_constant(types.int32, j)
-                place = builder.gep(target, [builder.add(args[1], number)], inbounds=True)
-                other = builder.gep(source, [builder.add(args[3], number)], inbounds=True)
-                builder.store(builder.fadd(builder.load(place), builder.load(other)), place)
-            return context.get_dummy_value()
-
-        return types.void, (sums, types.int32, registers, types.int32), emit
-
-    return Pair(f"add_up{lanes}", twin, rule)
-
-
-def _get_rule(shared: Any, at: Any, registers: Any, first: Any) -> Any:
-    from numba.cuda import types
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, target = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2))
-        value = builder.load(builder.gep(source, [args[1]], inbounds=True))
-        builder.store(value, builder.gep(target, [args[3]], inbounds=True))
-        return context.get_dummy_value()
-
-    return types.void, (shared, types.int32, registers, types.int32), emit
-
-
-def _get_twin(shared: Any, at: Any, registers: Any, first: int) -> None:
-    registers[first] = shared.read(np.asarray(at))
-
-
-get = Pair("get", _get_twin, _get_rule)  # ``(shared, at, registers, first)``: an element of shared memory to a register
+    return Grid(kernel, blocks_of(size, THREADS * lanes), THREADS)
 
 
 def add_parts(epilogue: Epilogue, parts: int, size: int) -> Grid:
@@ -74,7 +60,7 @@ def add_parts(epilogue: Epilogue, parts: int, size: int) -> Grid:
     across = THREADS // slices
     own = blocks_of(parts, slices)
     end, read, keep, gather = tail(epilogue, lanes), load(number, lanes), hold(lanes), take(lanes)
-    more, sums, write, one = add_up(lanes), clear(lanes), put(1), add_up(1)
+    more, sums, write, fetch, add = plus(lanes), clear(lanes), put(1), pick(1, 1), plus(1)
     at_once = min(own, AT_ONCE)
     rounds = blocks_of(own, at_once)
     kind = getattr(np, number)
@@ -93,14 +79,13 @@ def add_parts(epilogue: Epilogue, parts: int, size: int) -> Grid:
                 active = (element < size) & (step < own) & (part < parts)
                 keep(ahead, j * lanes, read(active, work[0], part * size + element))
             for j in unroll(at_once):
-                more(total, 0, ahead, j * lanes)
+                more(total, 0, gather(ahead, j * lanes))
         if slices > 1:
             shared = cuda.shared.array(THREADS, kind, alignment=16)
             write(shared, thread, total, 0)
             cuda.syncthreads()
             for j in unroll(slices - 1):
-                get(shared, thread % across + (j + 1) * across, ahead, 0)
-                one(total, 0, ahead, 0)
+                add(total, 0, fetch(shared, thread % across + (j + 1) * across))
         active = (element < size) & (which < 1)
         end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
 

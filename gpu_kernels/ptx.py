@@ -312,23 +312,23 @@ append = Pair("append", lambda values, value: (*values, value), _append_rule)
 
 
 @cache
-def take(width: int) -> Pair:
-    """``(registers, first) -> width of them``"""
+def take(width: int, step: int = 1) -> Pair:
+    """``(registers, first) -> width of them``, so far apart"""
 
     def twin(registers: Array, first: int) -> tuple[Array, ...]:
-        return tuple(registers[first + j] for j in range(width))
+        return tuple(registers[first + j * step] for j in range(width))
 
     def rule(registers: Any, first: Any) -> Any:
         from numba.cuda import types
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _array(context, builder, registers, args[0])
-            values = [builder.load(_at(builder, data, args[1], j)) for j in range(width)]
+            values = [builder.load(_at(builder, data, args[1], j * step)) for j in range(width)]
             return context.make_tuple(builder, sig.return_type, values)
 
         return types.UniTuple(registers.dtype, width), (registers, types.int32), emit
 
-    return Pair(f"take{width}", twin, rule)
+    return Pair(f"take{width}" if step == 1 else f"take{width}_{step}", twin, rule)
 
 
 @cache

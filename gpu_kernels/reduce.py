@@ -9,20 +9,21 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Scalar, template
 
-from . import pointwise, rows, slabs
+from . import pointwise, row_program, rows, slab_program, slabs
+from .formulas import Formula
 from .grid import Grid
-from .warp import Formula, sums
+from .warp import sums
 
 COPY = SimpleNamespace(scalar=lambda names: Scalar(tuple(names), (), tuple(names)))
 
 
-def _slabs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slabs.Program:
-    return slabs.Program((0,), sums(1), Formula(("a0 + x0",)), Formula(("a0",)))
+def _slabs(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> slab_program.Program:
+    return slab_program.Program((0,), sums(1), Formula(("a0 + x0",)), Formula(("a0",)))
 
 
-def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> rows.Program:
-    total = rows.Phase(sums(1), Formula(("a0 + x0",)), Formula(("a0",)), ("total",))
-    return rows.Program((0,), (total,), Formula(("total",)), whole=False)
+def _rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> row_program.Program:
+    total = row_program.Phase(sums(1), Formula(("a0 + x0",)), Formula(("a0",)), ("total",))
+    return row_program.Program((0,), (total,), Formula(("total",)), whole=False)
 
 
 slabs.serve("sum", _slabs, lambda op, x: op.axes)

@@ -1,25 +1,11 @@
 """Rows that are reduced along memory, and what follows from the results: softmax, losses, layer norm, short sums.
 
-A group of threads has a row; a `Program` says what it does with it:
-
-    prepare   numbers of the row: its label, a value of another operand, the element at the label, the first one
-    phases    absorb all elements into a state, merge the states of the group, derive numbers of the row from it
-    out       a formula for each element of the row, or one for the row
-
-::
-
-    group <= 32   [ warp 0: row 0 | row 1 | .. ][ warp 1: .. ]     butterflies within warps
-    else          [ warp 0 | warp 1 | ..         row 0       ]     and one exchange through shared memory
-
-Rows that fit are held in registers: memory is passed once. Longer ones are streamed once a phase, and once more if each
-element has a result; what was read a moment ago comes from the L2 cache then. A row may lie in `Runs` instead of in one
-piece.
+Which configs of `row_kernels` fit a `Program`, which are good untuned, what they take, and the templates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,23 +16,9 @@ from rapydli_flow.template import Config, Device, Epilogue, broken, template
 
 from .cost import COPY_BYTES_S, LAUNCH_S
 from .grid import INDEX_LIMIT, Grid, blocks_of
-from .ptx import append, cuda, float32, hold, load, take, unroll
-from .tail import tail
-from .warp import (
-    EXPONENTIALS,
-    MAXIMUM,
-    WARP,
-    Formula,
-    Merge,
-    across_block,
-    across_warp,
-    either,
-    fold,
-    lanewise,
-    start,
-    strided,
-    sums,
-)
+from .row_kernels import build
+from .row_program import Program, Programs, Runs, extent
+from .warp import WARP
 
 SPACE = {
     "threads": (128, 256, 512, 1024),
@@ -60,66 +32,7 @@ FLOATS = ("float32", *HALVES)
 SLACK = 2**20  # indices of what is switched off
 SECTOR_BYTES = 32  # what memory moves at least
 REREAD = 0.4  # of the time of a read from memory
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One reduction of a row. ``change`` replaces operands first; only rows that are held can be changed."""
-
-    merge: Merge
-    absorb: Formula  # a0, .. are the state so far
-    found: Formula  # numbers of the row, from the state
-    names: tuple[str, ...]  # of these
-    change: Formula | None = None
-
-
-@dataclass(frozen=True)
-class Program:
-    """What is done with a row. Operands are numbers of inputs."""
-
-    operands: tuple[int, ...]  # read along the row: x0, x1, ..
-    phases: tuple[Phase, ...]
-    out: Formula
-    whole: bool  # a result for each element, or one for the row
-    label: int | None = None  # whole numbers, one for each row: `label`, -1 where it is no class
-    each: tuple[int, ...] = ()  # floats, one for each row: e0, ..
-    picked: int | None = None  # of this operand the element at the label: `picked`, 0 where that is no class
-    first: int | None = None  # of this operand the first element of the row: `first`
-    prepare: Formula | None = None
-    names: tuple[str, ...] = ()  # of what is prepared
-
-    def row(self) -> tuple[str, ...]:
-        """Names of the numbers of a row before its phases."""
-        names = ("label",) if self.label is not None else ()
-        names += tuple(f"e{k}" for k in range(len(self.each)))
-        names += ("picked",) if self.picked is not None else ()
-        return names + (("first",) if self.first is not None else ())
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How rows lie that are not in one piece: runs of ``run`` elements, each ``step`` behind the one before.
-
-    ``beside`` rows lie beside each other, and fill the steps::
-
-        [ row 0 | row 1 | .. ][ row 0 | row 1 | .. ] ..
-    """
-
-    run: int
-    step: int
-    beside: int
-
-
-Programs = Callable[[Any, Sequence[Spec], Sequence[Spec], bool], Program]
-"""``(op, ins, outs, held) -> Program``"""
 RunsOf = Callable[[Any, Sequence[Spec], Sequence[Spec]], Runs | None]
-
-
-def extent(p: Program, ins: Sequence[Spec], out: Spec, columns: int) -> tuple[int, int]:
-    """Rows, and elements of a row."""
-    if p.operands:
-        return ins[p.operands[0]].size // columns, columns
-    return (out.size // columns if p.whole else out.size), columns
 
 
 def rules(program: Programs, columns: Callable[..., int], channels: Callable[..., int] | None = None) -> Any:
@@ -227,201 +140,6 @@ def cost(program: Programs, columns: Callable[..., int], runs: RunsOf | None = N
     return guess
 
 
-def _label(dtype: str, classes: int) -> Formula:
-    """The label, or -1 where it is no class."""
-    low = "(x0 >= 0) & " if dtype != "uint8" else ""
-    return Formula((f"(x0 if {low}(x0 < {classes}) else -1)",), dtypes=("int32",))
-
-
-def build(
-    p: Program,
-    columns: int,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    epilogue: Epilogue,
-    config: Config,
-    runs: Runs | None = None,
-) -> Grid:
-    """The kernel."""
-    threads, group, lanes, items = (config[name] for name in ("threads", "group", "vector", "items"))
-    held = bool(config["held"])
-    rows, size = extent(p, ins, outs[0], columns)
-    together, out = threads // group, outs[0]
-    channels = out.shape[-1] if out.shape else 1
-    one_row, pieces = channels == size, runs is not None
-    base_of, place = strided((rows,), (size,)), strided((size,), (1,))
-    if runs is not None:
-        base_of = strided((rows // runs.beside, runs.beside), (size * runs.beside, runs.run))
-        place = strided((size // runs.run, runs.run), (runs.step, 1))
-
-    # numbers of a row, and what they are called
-    label, picked, first = p.label or 0, p.picked or 0, p.first or 0
-    has_label, has_picked, has_first = p.label is not None, p.picked is not None, p.first is not None
-    read_label = load(ins[label].dtype, 1) if has_label else None
-    to_label = lanewise(_label(ins[label].dtype, size), 0, 1, 1) if has_label else None
-    read_each = tuple(load(ins[k].dtype, 1) for k in p.each)
-    each, count_each = p.each, len(p.each)
-    read_picked = load(ins[picked].dtype, 1)
-    read_first = load(ins[first].dtype, 1)
-    names = p.row()
-    prepares = p.prepare is not None
-    prepare = lanewise(_with(p.prepare, names), 0, 0, 1) if p.prepare is not None else None
-    prepared = len(p.names)
-    names += p.names
-
-    # phases
-    operands, phases = len(p.operands), len(p.phases)
-    operand = p.operands
-    reads = tuple(load(ins[k].dtype, lanes) for k in p.operands)
-    starts = tuple(start(phase.merge, lanes) for phase in p.phases)
-    masks = tuple(either(phase.merge, lanes) for phase in p.phases)
-    folds = tuple(fold(phase.merge, lanes) for phase in p.phases)
-    warps = tuple(across_warp(phase.merge, min(group, WARP)) for phase in p.phases)
-    blocks = tuple(across_block(phase.merge, max(threads, WARP)) for phase in p.phases)
-    absorbs, changes, finds, counts = [], [], [], []
-    slots, slot = [], 0
-    for phase in p.phases:
-        state = len(phase.merge.kinds)
-        absorbs.append(lanewise(_with(phase.absorb, names), state, operands, lanes))
-        changes.append(lanewise(_with(phase.change, names), 0, operands, lanes) if phase.change else None)
-        finds.append(lanewise(_with(phase.found, names), state, 0, 1))
-        counts.append(len(phase.names))
-        slots.append(slot)
-        slot += state * (threads // WARP)
-        names += phase.names
-    absorb, change, find, count_found, at_slot = map(tuple, (absorbs, changes, finds, counts, slots))
-    changing = tuple(phase.change is not None for phase in p.phases)
-    scratch = max(1, slot)
-    crosses = group > WARP and phases > 0
-
-    # results
-    whole = p.whole
-    result = lanewise(_with(p.out, names), 0, operands if whole else 0, lanes if whole else 1)
-    end = tail(epilogue, lanes if whole else 1)
-    keep, gather = hold(lanes), take(lanes)
-    span = group * lanes
-    vectors = blocks_of(size, span)  # of a thread
-    full = size // span  # of all threads
-    steps = 0 if held else full // items
-    left = steps * items  # vectors that the loop has passed
-    rest = vectors - left
-    stored = max(1, vectors * operands) if held else max(1, max(items, rest) * operands)
-    pitch = vectors if held else max(items, rest)
-
-    def fetch(active: Any, ins: Any, values: Any, at: Any, row_at: Any, j: Any) -> None:
-        for k in unroll(operands):
-            keep(values, k * pitch * lanes + at, reads[k](active, ins[operand[k]], row_at + place(j)))
-
-    def write(active: Any, outs: Any, values: Any, row_at: Any, j: Any, extras: Any, at: Any) -> None:
-        element = row_at + place(j)
-        if one_row and not pieces:
-            end.finish(active, outs[0], values, element, j, extras, at)
-        elif pieces:
-            end.finish(active, outs[0], values, element, element % channels, extras, at)
-        else:
-            end.finish(active, outs[0], values, element, j % channels, extras, at)
-
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        values = cuda.local.array(stored * lanes, float32)
-        thread = cuda.threadIdx.x
-        own = thread % group
-        n = cuda.blockIdx.x * together + thread // group
-        present = n < rows
-        row_at = base_of(n)
-        if crosses:
-            shared = cuda.shared.array(scratch, float32)
-        row = ()
-        if has_label:
-            known = to_label((), (read_label(present, ins[label], n),), (), 0)
-            row = append(row, known[0][0])
-        for k in unroll(count_each):
-            row = append(row, read_each[k](present, ins[each[k]], n)[0])
-        if has_picked:
-            row = append(row, read_picked(present & (known[0][0] >= 0), ins[picked], row_at + known[0][0])[0])
-        if has_first:
-            row = append(row, read_first(present, ins[first], row_at)[0])
-        if prepares:
-            derived = prepare((), (), row, 0)
-            for v in unroll(prepared):
-                row = append(row, derived[v][0])
-        if held:
-            for i in unroll(vectors):
-                j = (i * group + own) * lanes
-                if i < full:
-                    fetch(present, ins, values, i * lanes, row_at, j)
-                else:
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-        for k in unroll(phases):
-            state = starts[k]()
-            for step in range(steps):
-                for u in unroll(items):
-                    fetch(present, ins, values, u * lanes, row_at, ((step * items + u) * group + own) * lanes)
-                for u in unroll(items):
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + u) * lanes))
-                    state = absorb[k](state, xs, row, ((step * items + u) * group + own) * lanes)
-            if not held:
-                for i in unroll(rest):
-                    j = ((left + i) * group + own) * lanes
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-            for i in unroll(rest):
-                j = ((left + i) * group + own) * lanes
-                xs = ()
-                for q in unroll(operands):
-                    xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                if changing[k]:
-                    changed = change[k]((), xs, row, j)
-                    keep(values, i * lanes, changed[0])
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                fresh = absorb[k](state, xs, row, j)
-                if left + i < full:  # noqa: SIM108 - decided when the kernel is built
-                    state = fresh
-                else:
-                    state = masks[k](j < size, fresh, state)
-            if group <= WARP:
-                total = warps[k](folds[k](state))
-            else:
-                total = blocks[k](shared, at_slot[k], thread, folds[k](state))
-            found = find[k](total, (), row, 0)
-            for v in unroll(count_found[k]):
-                row = append(row, found[v][0])
-        if whole:
-            for step in range(steps):
-                for u in unroll(items):
-                    fetch(present, ins, values, u * lanes, row_at, ((step * items + u) * group + own) * lanes)
-                for u in unroll(items):
-                    j = ((step * items + u) * group + own) * lanes
-                    xs = ()
-                    for q in unroll(operands):
-                        xs = append(xs, gather(values, (q * pitch + u) * lanes))
-                    results = result((), xs, row, j)
-                    write(present, outs, results[0], row_at, j, extras, at)
-            if not held:
-                for i in unroll(rest):
-                    j = ((left + i) * group + own) * lanes
-                    fetch(present & (j < size), ins, values, i * lanes, row_at, j)
-            for i in unroll(rest):
-                j = ((left + i) * group + own) * lanes
-                xs = ()
-                for q in unroll(operands):
-                    xs = append(xs, gather(values, (q * pitch + i) * lanes))
-                results = result((), xs, row, j)
-                write(present & (j < size), outs, results[0], row_at, j, extras, at)
-        else:
-            results = result((), (), row, 0)
-            end.finish(present & (own == 0), outs[0], results[0], n, n % channels, extras, at)
-
-    return Grid(kernel, blocks_of(rows, together), threads, resident=1)
-
-
-def _with(formula: Formula, names: tuple[str, ...]) -> Formula:
-    """The formula, told what the numbers of a row are called."""
-    return replace(formula, row=names)
-
-
 def last_axis(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
     """Columns of rows that lie along the last axis of the largest operand, or of the output."""
     return max((*ins, *outs), key=lambda spec: prod(spec.shape)).shape[-1]
@@ -445,29 +163,6 @@ def contiguous(axes: Callable[..., Sequence[int]], x: int = 0) -> Callable[..., 
         return not kept or not reduced or max(kept) < min(reduced)
 
     return rows
-
-
-def exponentials(held: bool, *, change: bool = True) -> tuple[tuple[Phase, ...], str]:
-    """Phases that find `top`, the largest x0, `total`, the sum of exp(x0 - top), its reciprocal `share` and its
-    logarithm `log_total`; and what exp(x0 - top) is called then.
-
-    A row that is held is passed twice, and its exponentials are kept with ``change``; one that is streamed is
-    passed once: the sum so far shrinks whenever a larger element comes.
-    """
-    found = ("{0}", "T(1.0) / {0}", "math.log({0})")
-    names = ("total", "share", "log_total")
-    if held:
-        top = Phase(MAXIMUM, Formula(("larger(a0, x0)",)), Formula(("a0",)), ("top",))
-        each = "x0" if change else "exp(x0 - top)"
-        kept = Formula(("exp(x0 - top)",)) if change else None
-        total = Phase(sums(1), Formula((f"a0 + {each}",)), Formula(tuple(f.format("a0") for f in found)), names, kept)
-        return (top, total), each
-    lines = ("d = x0 - a0", "e = exp(-abs(d))", "rises = d > T(0.0)")
-    online = Formula(("larger(a0, x0)", "((a1 * e + T(1.0)) if rises else (a1 + e))"), lines=lines)
-    # an infinite top makes the sum NaN
-    results = ("a0", *(f.format("sum_") for f in found))
-    ended = Formula(results, lines=("sum_ = a1 + (a0 - a0)",))
-    return (Phase(EXPONENTIALS, online, ended, ("top", *names)),), "exp(x0 - top)"
 
 
 def serve(

@@ -299,7 +299,7 @@ def turned(
     threads = min(THREADS, tile_rows * across, tile_columns * along)  # all of them powers of two
     loads, stores = tile_rows * across // threads, tile_columns * along // threads
     tiles_r, tiles_c = blocks_of(rows, tile_rows), blocks_of(columns, tile_columns)
-    base_x, base_y = affine(t.sizes, t.steps_x, 0), affine(t.sizes, t.steps_y, 0)
+    base_x, base_y = affine(t.sizes, t.steps_x), affine(t.sizes, t.steps_y)
     step_x, step_y = t.step_x, t.step_y
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from rapydli_flow.spec import Spec
 
-from .rows import Phase, Program, exponentials, serve
-from .warp import Formula, sums
+from .formulas import Formula
+from .row_program import Phase, Program, exponentials
+from .rows import serve
+from .warp import sums
 
 
 def _softmax(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> Program:

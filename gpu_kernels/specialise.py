@@ -6,7 +6,8 @@ procedures. The emulator runs it as it is. For the GPU its source is rewritten:
 - names, attributes and subscripts whose value is known become constants; arithmetic on them is done here;
 - other ``+ - * // % ^`` become 32-bit operations (Numba would widen to 64 bits and check signs);
 - ``for i in unroll(n)`` is written out, and an ``if`` with a known condition is decided;
-- a call of a procedure (a function without result) is replaced by its body.
+- a call of a procedure, ``procedure(..)``, is replaced by its body; so is ``name = procedure(..)``, if the procedure
+  ends with ``return``.
 
 So in kernels operators are for indices only; elements are touched by intrinsics.
 """
@@ -115,6 +116,9 @@ class _Rewriter(ast.NodeTransformer):
             raise TemplateError(f"{function.__qualname__} assigns to its parameters {again}. Use another name.")
 
     def body(self) -> list[ast.stmt]:
+        *_, last = self.definition.body
+        if any(isinstance(node, ast.Return) and node is not last for node in ast.walk(self.definition)):
+            raise TemplateError(f"{self.definition.name} returns before its end. Write one return, last.")
         return self._block(self.definition.body)
 
     def _block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
@@ -225,11 +229,30 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> Any:
         if isinstance(node.value, ast.Constant):
             return []  # a docstring
-        if isinstance(node.value, ast.Call):
-            function = self._value(self.visit(node.value.func))
-            if isinstance(function, FunctionType):
-                return self._inline(function, [self.visit(arg) for arg in node.value.args])
-        return ast.Expr(self.visit(node.value))
+        if (inlined := self._procedure(node.value)) is None:
+            return ast.Expr(self.visit(node.value))
+        if inlined and isinstance(inlined[-1], ast.Return):
+            raise TemplateError(f"kernel {self.definition.name}: nobody takes what {ast.unparse(node)} returns.")
+        return inlined
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        if (inlined := self._procedure(node.value)) is None:
+            return self.generic_visit(node)
+        *body, last = inlined
+        if not isinstance(last, ast.Return) or last.value is None:
+            raise TemplateError(
+                f"kernel {self.definition.name}: what is called in {ast.unparse(node)} returns nothing."
+            )
+        return [*body, ast.Assign([self.visit(target) for target in node.targets], last.value)]
+
+    def _procedure(self, node: ast.expr) -> list[ast.stmt] | None:
+        """The body of the procedure that is called, if one is."""
+        if not isinstance(node, ast.Call):
+            return None
+        function = self._value(self.visit(node.func))
+        if not isinstance(function, FunctionType):
+            return None
+        return self._inline(function, [self.visit(arg) for arg in node.args])
 
     def _inline(self, function: FunctionType, args: list[ast.expr]) -> list[ast.stmt]:
         before: list[ast.stmt] = []

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rapydli_flow.template import Epilogue
 
 from .ptx import append, load, load_one, store, unroll
@@ -31,6 +33,12 @@ class Tail:
     lanes: int
     reach: tuple[str, ...] = ()
     loads: tuple[Any, ...] = ()
+
+
+def itemsize_of(epilogue: Epilogue) -> int:
+    """Of the widest of the output and what is read along with its elements."""
+    read = [extra for extra in epilogue.extras if epilogue.reach(extra) != "scalar"]
+    return max(int(np.dtype(spec.dtype).itemsize) for spec in (epilogue.out, *read))
 
 
 def tail(epilogue: Epilogue, lanes: int) -> Tail:

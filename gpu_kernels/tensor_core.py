@@ -1,4 +1,4 @@
-"""Intrinsics for tensor cores from sm_80 on: asynchronous copies to shared memory, and products of a warp's tiles.
+"""Intrinsics for tensor cores from sm_80 on: products of a warp's tiles.
 
 A warp multiplies ``m x k`` by ``k x n`` from shared memory (`product`): fragments are loaded (ldmatrix, or 16 bytes of
 a line), rounded or split, and multiplied by ``mma.sync``; sums stay in registers. Which element a register of a
@@ -27,131 +27,14 @@ import numpy as np
 from rapydli_flow.spec import HALVES, Array
 
 from .arithmetic import indexing
-from .emulate import machine
-from .pair import Pair, stored_type
-from .ptx import _address, _array, _at, _number
+from .async_tiles import Layout, shared_window
+from .pair import Pair
+from .ptx import _array, _at, _number
 
 SPLIT = "3xtf32"
 CHAIN = 4  # inner steps of three products whose sums tensor cores add up
 _BITS = 0xFFFFE000  # sign, exponent and mantissa of TF32 in the bits of float32
 _HALF = 0x1000  # of the last place of TF32
-
-
-def in_shared(dtype: str) -> Any:
-    """What an element is in shared memory, for ``cuda.shared.array``: halves are bits there."""
-    return np.uint16 if dtype in HALVES else np.dtype(dtype).type
-
-
-# ---- shared memory
-
-
-@dataclass(frozen=True)
-class Layout:
-    """``lines`` of ``pitch`` elements, in chunks of 16 bytes that are swapped so that reads meet no bank twice.
-
-    The chunk with number i, counted through all lines, lies at ``i ^ bits(line)``. Sizes are powers of two.
-    """
-
-    lines: int
-    pitch: int
-    itemsize: int
-    shift: int
-    mask: int = 7
-    left: int = 0
-
-    @property
-    def chunk(self) -> int:
-        """Elements of 16 bytes."""
-        return 16 // self.itemsize
-
-    @property
-    def size(self) -> int:
-        return self.lines * self.pitch
-
-    def bits(self, line: Any) -> Any:
-        return (line >> self.shift & self.mask) << self.left
-
-    def place(self, line: Any, column: Any) -> Any:
-        """Where an element lies."""
-        return line * self.pitch + column ^ self.bits(line) * self.chunk
-
-    def move(self, line: int, column: int) -> tuple[int, int]:
-        """``(x, p)``: an element this far away lies at ``(place ^ x) + p``, if no bit of the sums carries."""
-        far, banks = line * self.pitch + column, 8 * self.chunk
-        return far % banks ^ self.bits(line) * self.chunk, far - far % banks
-
-
-@cache
-def place_of(layout: Layout) -> Pair:
-    """``(line, column) -> place`` of an element."""
-    return indexing(f"place_{layout.pitch}_{layout.itemsize}_{layout.shift}_{layout.mask}_{layout.left}", layout.place)
-
-
-def _window(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-    """The pointer to a shared array in its own address space, which 32 bits can tell."""
-    from llvmlite import ir
-
-    data = _array(context, builder, kind, value)
-    return builder.addrspacecast(data, ir.PointerType(data.type.pointee, addrspace=3))
-
-
-@cache
-def copy_async(dtype: str, width: int) -> Pair:
-    """``(active, pointer, at, shared, to)``: begin to copy ``width`` elements, 4, 8 or 16 bytes; zeros if inactive."""
-    size = np.dtype(dtype).itemsize * width
-    assert size in (4, 8, 16), f"{width} elements of {dtype} are {size} bytes"
-
-    def twin(active: Any, pointer: Any, at: Any, shared: Any, to: Any) -> None:
-        to = np.broadcast_to(to, machine.threads)
-        if np.any(to % width):
-            raise ValueError(f"{width} elements are copied to one that is not a multiple of {width}.")
-        for j, value in enumerate(pointer.read(active, at, width)):
-            shared.copy(to + j, value.astype(pointer.data.dtype).view(shared.data.dtype))
-
-    def rule(active: Any, pointer: Any, at: Any, shared: Any, to: Any) -> Any:
-        from llvmlite import ir
-        from numba.cuda import types
-
-        # 16 bytes pass by the first cache, and bring the rest of their 128
-        asm = f"cp.async.{'cg' if size == 16 else 'ca'}.shared.global{'.L2::128B' if size == 16 else ''}"
-        asm += f" [$0], [$1], {size}, $2;"
-        i32, i64 = ir.IntType(32), ir.IntType(64)
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            call = ir.InlineAsm(ir.FunctionType(ir.VoidType(), [i32, i64, i32]), asm, "r,l,r,~{memory}", True)
-            target = builder.ptrtoint(_window(context, builder, sig.args[3], args[3]), i32)
-            target = builder.add(target, builder.mul(args[4], _number(size // width)))
-            count = builder.select(args[0], _number(size), _number(0))
-            builder.call(call, [target, _address(builder, args[1], args[2]), count])
-            return context.get_dummy_value()
-
-        return types.void, (types.boolean, types.CPointer(stored_type(dtype)), types.int32, shared, types.int32), emit
-
-    return Pair(f"copy_async{width}_{dtype}", twin, rule)
-
-
-def _statement(name: str, asm: str, twin: Callable[[], None]) -> Pair:
-    def rule() -> Any:
-        from llvmlite import ir
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            call = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), asm, "~{memory}", side_effect=True)
-            builder.call(call, [])
-            return context.get_dummy_value()
-
-        return types.void, (), emit
-
-    return Pair(name, twin, rule)
-
-
-commit = _statement("commit", "cp.async.commit_group;", lambda: machine.commit_copies())
-
-
-@cache
-def wait(groups: int) -> Pair:
-    """``()``: until no more than this many groups of the thread's copies are under way. A barrier must follow."""
-    return _statement(f"wait{groups}", f"cp.async.wait_group {groups};", lambda: machine.wait_copies(groups))
 
 
 # ---- products of a warp's tiles
@@ -242,15 +125,6 @@ def own_place(of: Operand) -> Pair:
     return indexing(f"own_{_told(of)}", of.own)
 
 
-def layout_of(dtype: str, *, lines: int, pitch: int, rows: bool, left: bool) -> Layout:
-    """The layout of an operand's tile in shared memory that its reads meet no bank twice in."""
-    itemsize = np.dtype(dtype).itemsize
-    if not rows and dtype not in HALVES:
-        return Layout(lines, pitch, itemsize, 0, 3, 1)
-    together = max(1, 128 // (pitch * itemsize))  # lines that share all banks
-    return Layout(lines, pitch, itemsize, 2 if rows and not left else together.bit_length() - 1)
-
-
 def rounded(x: Array) -> Array:
     """float32 to the nearest TF32, halves away from zero."""
     bits = np.asarray(x, np.float32).view(np.uint32)
@@ -306,6 +180,85 @@ def _ends(step: int, steps: int) -> bool:
     return (step + 1) % CHAIN == 0 or step + 1 == steps
 
 
+def _fragments(shared: Any, of: Operand, at: Array, step: int) -> Array:
+    """Fragments as ``[register, warp, lane // 4, lane % 4, element]``."""
+    loads = of.loads(step)
+    places = np.stack([(at ^ x) + p for x, p, _ in loads])
+    if np.any(places % of.layout.chunk):
+        raise ValueError("a warp's tile is read from what is not 16 bytes aligned.")
+    found = np.asarray(shared.read(places[..., None] + np.arange(of.layout.chunk)))
+    if of.dtype in HALVES:
+        found = found.view(of.dtype).astype(np.float32)
+    if not of.matrices:
+        found = np.moveaxis(found, -1, 1).reshape(len(loads), 4, -1, 8, 4, 1)
+    else:
+        found = found.reshape(len(loads), -1, 4, 8, of.layout.chunk)  # load, warp, matrix, line, element
+        found = found if of.rows else found.swapaxes(-1, -2)
+        found = np.moveaxis(found, 2, 1).reshape(len(loads), 4, -1, 8, 4, of.layout.chunk // 4)
+    out = np.empty((of.registers, *found.shape[2:]), np.float32)
+    for (_, _, registers), values in zip(loads, found, strict=True):
+        out[list(registers)] = values
+    return out
+
+
+def _load(builder: Any, window: Any, of: Operand, at: Any, step: int) -> list[Any]:
+    """The registers of a step's fragments, as 32 bits."""
+    from llvmlite import ir
+
+    i32, f32 = ir.IntType(32), ir.FloatType()
+    four = ir.LiteralStructType([i32] * 4)
+    itemsize, out = of.layout.itemsize, [None] * of.registers
+    trans = "" if of.rows else ".trans"
+    asm = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+    call = ir.InlineAsm(ir.FunctionType(four, [i32]), asm, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
+    for x, p, registers in of.loads(step):
+        place = builder.xor(at, _number(x)) if x else at
+        if of.matrices:
+            address = builder.add(builder.ptrtoint(window, i32), builder.mul(place, _number(itemsize)))
+            found = builder.call(call, [builder.add(address, _number(p * itemsize))])
+            values = [builder.extract_value(found, i) for i in range(4)]
+        else:
+            pointer = _at(builder, window, place, p)
+            vector = ir.PointerType(ir.VectorType(f32, 4), addrspace=3)
+            found = builder.load(builder.bitcast(pointer, vector), align=16)
+            values = [builder.bitcast(builder.extract_element(found, _number(i)), i32) for i in range(4)]
+        for register, value in zip(registers, values, strict=True):
+            out[register] = value
+    return out
+
+
+def _split(builder: Any, value: Any) -> tuple[Any, Any]:
+    """hi and lo; of lo the hardware takes the bits that TF32 has."""
+    from llvmlite import ir
+
+    i32, f32 = ir.IntType(32), ir.FloatType()
+    high = builder.and_(builder.add(value, _number(_HALF)), _number(_BITS))
+    low = builder.fsub(builder.bitcast(value, f32), builder.bitcast(high, f32))
+    return high, builder.bitcast(low, i32)
+
+
+def _to_nearest(builder: Any, x: Any) -> Any:
+    """See `nearest`."""
+    from llvmlite import ir
+
+    i32, f32 = ir.IntType(32), ir.FloatType()
+    fma = builder.module.declare_intrinsic("llvm.fma", [f32], ir.FunctionType(f32, [f32] * 3))
+    much = builder.fmul(x, ir.Constant(f32, 8193.0))
+    return builder.bitcast(builder.call(fma, [x, ir.Constant(f32, -8192.0), much]), i32)
+
+
+def _terms(kind: str, builder: Any, values: Sequence[Any]) -> tuple[list[Any], ...]:
+    """What is multiplied for these registers: themselves, rounded, or their parts."""
+    from llvmlite import ir
+
+    if kind == SPLIT:
+        pairs = [_split(builder, value) for value in values]
+        return [high for high, _ in pairs], [low for _, low in pairs]
+    if kind == "tf32":
+        values = [_to_nearest(builder, builder.bitcast(value, ir.FloatType())) for value in values]
+    return (list(values),)
+
+
 @cache
 def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
     """``(acc, shared, at_a, at_b)``: acc += a b over ``depth``, for each warp; ``at``: where a thread's `own` lies.
@@ -314,31 +267,15 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
     neighbouring columns of the tile: eight of 32 if b is spread, two of eight else.
     """
     steps = range(depth // a.depth)
+    rule = _product_rule(kind, steps, a, b)
+    return Pair(f"product_{kind}_{depth}_{_told(a)}_{_told(b)}", _product_twin(kind, steps, a, b), rule)
 
-    def read(shared: Any, of: Operand, at: Array, step: int) -> Array:
-        """Fragments as ``[register, warp, lane // 4, lane % 4, element]``."""
-        loads = of.loads(step)
-        places = np.stack([(at ^ x) + p for x, p, _ in loads])
-        if np.any(places % of.layout.chunk):
-            raise ValueError("a warp's tile is read from what is not 16 bytes aligned.")
-        found = np.asarray(shared.read(places[..., None] + np.arange(of.layout.chunk)))
-        if of.dtype in HALVES:
-            found = found.view(of.dtype).astype(np.float32)
-        if not of.matrices:
-            found = np.moveaxis(found, -1, 1).reshape(len(loads), 4, -1, 8, 4, 1)
-        else:
-            found = found.reshape(len(loads), -1, 4, 8, of.layout.chunk)  # load, warp, matrix, line, element
-            found = found if of.rows else found.swapaxes(-1, -2)
-            found = np.moveaxis(found, 2, 1).reshape(len(loads), 4, -1, 8, 4, of.layout.chunk // 4)
-        out = np.empty((of.registers, *found.shape[2:]), np.float32)
-        for (_, _, registers), values in zip(loads, found, strict=True):
-            out[list(registers)] = values
-        return out
 
+def _product_twin(kind: str, steps: range, a: Operand, b: Operand) -> Callable[..., None]:
     def twin(acc: Array, shared: Any, at_a: Array, at_b: Array) -> None:
         part: Any = 0.0
         for step in steps:
-            x, y = read(shared, a, at_a, step), read(shared, b, at_b, step)
+            x, y = _fragments(shared, a, at_a, step), _fragments(shared, b, at_b, step)
             x = x.reshape(a.fragments, 2, 2, *x.shape[1:])  # fragment, half of k, half of rows, warp, row, k, element
             y = y.reshape(b.fragments, 2, *y.shape[1:])  # fragment, half of k, warp, column, k, element
             x = x.transpose(3, 0, 2, 4, 1, 5, 6).reshape(x.shape[3], a.extent, a.depth)
@@ -351,64 +288,26 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
             for row, column, j in every(range(a.extent // 8), range(b.fragments), (0, 1)):
                 acc[place_of_sum(b, row, column, j)] += z[row, column, j]  # of a thread
 
+    return twin
+
+
+def _product_rule(kind: str, steps: range, a: Operand, b: Operand) -> Callable[..., Any]:
     def rule(acc: Any, shared: Any, at_a: Any, at_b: Any) -> Any:
         from llvmlite import ir
         from numba.cuda import types
 
         i32, f32 = ir.IntType(32), ir.FloatType()
-        four = ir.LiteralStructType([i32] * 4)
-
-        def load(builder: Any, window: Any, of: Operand, at: Any, step: int) -> list[Any]:
-            """The registers of a step's fragments, as 32 bits."""
-            itemsize, out = of.layout.itemsize, [None] * of.registers
-            trans = "" if of.rows else ".trans"
-            asm = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
-            call = ir.InlineAsm(ir.FunctionType(four, [i32]), asm, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
-            for x, p, registers in of.loads(step):
-                place = builder.xor(at, _number(x)) if x else at
-                if of.matrices:
-                    address = builder.add(builder.ptrtoint(window, i32), builder.mul(place, _number(itemsize)))
-                    found = builder.call(call, [builder.add(address, _number(p * itemsize))])
-                    values = [builder.extract_value(found, i) for i in range(4)]
-                else:
-                    pointer = _at(builder, window, place, p)
-                    vector = ir.PointerType(ir.VectorType(f32, 4), addrspace=3)
-                    found = builder.load(builder.bitcast(pointer, vector), align=16)
-                    values = [builder.bitcast(builder.extract_element(found, _number(i)), i32) for i in range(4)]
-                for register, value in zip(registers, values, strict=True):
-                    out[register] = value
-            return out
-
-        def split(builder: Any, value: Any) -> tuple[Any, Any]:
-            """hi and lo; of lo the hardware takes the bits that TF32 has."""
-            high = builder.and_(builder.add(value, _number(_HALF)), _number(_BITS))
-            low = builder.fsub(builder.bitcast(value, f32), builder.bitcast(high, f32))
-            return high, builder.bitcast(low, i32)
-
-        def to_nearest(builder: Any, x: Any) -> Any:
-            """See `nearest`."""
-            fma = builder.module.declare_intrinsic("llvm.fma", [f32], ir.FunctionType(f32, [f32] * 3))
-            much = builder.fmul(x, ir.Constant(f32, 8193.0))
-            return builder.bitcast(builder.call(fma, [x, ir.Constant(f32, -8192.0), much]), i32)
-
-        def terms(builder: Any, values: Sequence[Any]) -> tuple[list[Any], ...]:
-            if kind == SPLIT:
-                pairs = [split(builder, value) for value in values]
-                return [high for high, _ in pairs], [low for _, low in pairs]
-            if kind == "tf32":
-                values = [to_nearest(builder, builder.bitcast(value, f32)) for value in values]
-            return (list(values),)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _array(context, builder, sig.args[0], args[0])
-            window = _window(context, builder, sig.args[1], args[1])
+            window = shared_window(context, builder, sig.args[1], args[1])
             asm = f"mma.sync.aligned.{_MMA[a.dtype]} {{$0,$1,$2,$3}},{{$4,$5,$6,$7}},{{$8,$9}},{{$10,$11,$12,$13}};"
             signature = ir.FunctionType(ir.LiteralStructType([f32] * 4), [i32] * 6 + [f32] * 4)
             mma = ir.InlineAsm(signature, asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
             places = [_at(builder, data, i) for i in range(a.extent * b.extent // 32)]
             sums = [builder.load(place) for place in places]
             # of the next step, loads are under way while this one's products are computed
-            loaded = load(builder, window, a, args[2], 0), load(builder, window, b, args[3], 0)
+            loaded = _load(builder, window, a, args[2], 0), _load(builder, window, b, args[3], 0)
             zero = ir.Constant(f32, 0.0)
 
             def multiply(into: list[Any], i: int, j: int, left: list[Any], right: list[Any]) -> None:
@@ -420,9 +319,9 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
 
             part = [zero] * len(sums) if kind == SPLIT else sums
             for step in steps:
-                x, y = (terms(builder, values) for values in loaded)
+                x, y = (_terms(kind, builder, values) for values in loaded)
                 if step + 1 < len(steps):
-                    loaded = load(builder, window, a, args[2], step + 1), load(builder, window, b, args[3], step + 1)
+                    loaded = _load(builder, window, a, args[2], step + 1), _load(builder, window, b, args[3], step + 1)
                 order = ((x[-1], y[0]), (x[0], y[-1]), (x[0], y[0])) if kind == SPLIT else ((x[0], y[0]),)
                 for left, right in order:  # all fragments between two products of one: they wait for each other
                     for i, j in every(range(a.fragments), range(b.fragments)):
@@ -436,7 +335,7 @@ def product(kind: str, depth: int, a: Operand, b: Operand) -> Pair:
 
         return types.void, (acc, shared, types.int32, types.int32), emit
 
-    return Pair(f"product_{kind}_{depth}_{_told(a)}_{_told(b)}", twin, rule)
+    return rule
 
 
 @cache

@@ -18,6 +18,7 @@ from .pair import held
 from .tiles import Product, Tile
 
 Make = Callable[[Any, Sequence[Spec], Sequence[Spec]], Product]
+Rules = Mapping[str, str | Callable[..., bool]]
 
 SPACE: Mapping[str, tuple[Any, ...]] = {
     "bm": (128, 64, 32, 16, 256),
@@ -52,7 +53,7 @@ def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any)
     return (Spec((config["splits"] * outs[0].size,), held(outs[0].dtype)),) if config["splits"] > 1 else ()
 
 
-def rules(product: Make) -> dict[str, str | Callable[..., bool]]:
+def rules(product: Make) -> Rules:
     """The hard constraints of every such kernel. They come after rules on the op alone, so that there is a product."""
 
     def loads(
@@ -174,9 +175,19 @@ def cost(product: Make) -> Callable[..., float]:
     return foretell
 
 
-def prefer(
-    fits: Mapping[str, str | Callable[..., bool]], product: Make, *, largest: int = 128 * 128
-) -> Callable[..., Config]:
+def declared(own: Rules, product: Make, *, largest: int = 128 * 128) -> dict[str, Any]:
+    """What a template of such kernels is registered with; ``own``: its rules on the op alone, and on loads."""
+    fits = {"floats": floats, **own, **rules(product)}
+    return {
+        "space": SPACE,
+        "fits": fits,
+        "prefer": prefer(fits, product, largest=largest),
+        "workspace": workspace,
+        "cost": cost(product),
+    }
+
+
+def prefer(fits: Rules, product: Make, *, largest: int = 128 * 128) -> Callable[..., Config]:
     """A template's function that finds a good config: the tile and split that should take least.
 
     ``largest`` bounds bm * bn, for kernels that have other uses for the registers of a thread.

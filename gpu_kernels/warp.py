@@ -1,22 +1,19 @@
-"""Intrinsics of reductions: formulas on the lanes of a thread, and partial results merged over lanes, warps and blocks.
+"""Intrinsics of reductions: partial results of a thread's lanes, merged over lanes, warps and blocks.
 
 A partial result is a *state*: one or a few numbers, for each lane of a thread, e.g. a sum, or the largest element and
 where it is. A `Merge` says how two states become one. All merges are trees of a fixed shape, so that results do not
 depend on chance; butterflies leave the result in every thread.
 
-    absorb     lanes of operands into lanes of a state       a `Formula`, by `lanewise`
+    absorb     lanes of operands into lanes of a state: `formulas.lanewise`
     fold       the lanes of a state into one
     across_warp, across_block    the threads of a group into one
-    give, get  states that pass through shared memory, where threads are no power of two
-
-In formulas ``T`` makes a float32 constant; ``exp`` and ``larger`` are single instructions of the card.
+    give, get  states that pass through shared memory, where threads are no power of two: by `halving`
 """
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,130 +23,11 @@ import numpy as np
 from rapydli_flow.spec import Array
 
 from .emulate import machine
+from .formulas import definition, functions
 from .pair import Pair, device_type
-from .ptx import _array, _at, _number, _vector_pointer
-from .scalar import MISSING, _compiled, _Vectorise
+from .ptx import _array, _at, _number, _vector_pointer, cuda, unroll
 
 WARP = 32
-LOG2_E = math.log2(math.e)
-
-
-# ---- formulas
-
-
-def _exponential_rule(x: Any) -> Any:
-    from llvmlite import ir
-
-    kind = ir.FloatType()
-    asm = ir.InlineAsm(ir.FunctionType(kind, [kind]), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.call(asm, [builder.fmul(args[0], ir.Constant(kind, float(np.float32(LOG2_E))))])
-
-    return device_type("float32"), (device_type("float32"),), emit
-
-
-def _larger_rule(a: Any, b: Any) -> Any:
-    from llvmlite import ir
-
-    kind = ir.FloatType()
-    asm = ir.InlineAsm(ir.FunctionType(kind, [kind, kind]), "max.f32 $0, $1, $2;", "=f,f,f")
-    f = device_type("float32")
-    return f, (f, f), lambda context, builder, sig, args: builder.call(asm, args)
-
-
-# For arguments of an exponential that are not positive: an error of 2^-22, of a result that is at most 1
-exponential = Pair("exp", np.exp, _exponential_rule)
-larger = Pair("larger", np.fmax, _larger_rule)  # a number wins over NaN
-_FUNCTIONS = {"exp": exponential, "larger": larger}
-
-
-@dataclass(frozen=True)
-class Formula:
-    """Results from the lanes ``a0, ..`` of a state, ``x0, ..`` of operands, the numbers that ``row`` names, which all
-    lanes share, and the number ``j`` of the element."""
-
-    results: tuple[str, ...]
-    row: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()  # of results; float32 if none are told
-    lines: tuple[str, ...] = ()
-    together: bool = False  # all lanes have the number j, instead of j, j + 1, ..
-    apart: bool = False  # each lane has numbers of its own, row[k][lane]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return self.dtypes or ("float32",) * len(self.results)
-
-
-def _functions(text: str) -> tuple[Any, Any]:
-    """A formula for the device, whose functions are made on first use, and one for the emulator."""
-    vectors = ast.fix_missing_locations(_Vectorise().visit(ast.parse(text)))
-    twins = {name: pair.twin for name, pair in _FUNCTIONS.items()}
-    on_vectors = _compiled(vectors, {"T": np.float32, "numpy": np, **MISSING, **twins})
-
-    def on_device() -> Any:
-        return _compiled(text, {"T": np.float32, "math": math, **{n: pair.device for n, pair in _FUNCTIONS.items()}})
-
-    return on_vectors, on_device
-
-
-def _definition(parameters: Sequence[str], lines: Sequence[str], results: Sequence[str]) -> str:
-    body = "".join(f"    {line}\n" for line in lines)
-    return f"def formula({', '.join(parameters)}):\n{body}    return ({', '.join(results)},)\n"
-
-
-def _vector(value: Any) -> Array:
-    """A number of every thread."""
-    return np.broadcast_to(np.asarray(value), machine.threads)
-
-
-@cache
-def lanewise(formula: Formula, states: int, operands: int, lanes: int) -> Pair:
-    """``(state, operands, row, j) -> results``: state[k][lane], operands[k][lane], row[k]; lane i is element j + i."""
-    of_row, apart = len(formula.row), formula.apart
-    names = [*(f"a{k}" for k in range(states)), *(f"x{k}" for k in range(operands)), *formula.row, "j"]
-    on_vectors, on_device = _functions(_definition(names, formula.lines, formula.results))
-    step = 0 if formula.together else 1
-
-    def twin(state: Any, values: Any, row: Any, j: Any) -> tuple[tuple[Array, ...], ...]:
-        each = [
-            on_vectors(
-                *(part[i] for part in state),
-                *(value[i] for value in values),
-                *(number[i] if apart else number for number in row[:of_row]),
-                j + i * step,
-            )
-            for i in range(lanes)
-        ]
-        return tuple(tuple(np.asarray(lane[k]).astype(d) for lane in each) for k, d in enumerate(formula.kinds))
-
-    def rule(state: Any, values: Any, row: Any, j: Any) -> Any:
-        from numba.cuda import types
-        from numba.cuda.typing import signature
-
-        kinds = [device_type(dtype) for dtype in formula.kinds]
-        result = types.BaseTuple.from_types([types.UniTuple(kind, lanes) for kind in kinds])
-        own = [*(part.dtype for part in state), *(value.dtype for value in values)]
-        own += [number.dtype if apart else number for number in list(row)[:of_row]]
-        one, function = signature(types.BaseTuple.from_types(kinds), *own, types.int32), on_device()
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            lists: list[list[Any]] = [[] for _ in kinds]
-            for i in range(lanes):
-                given = [builder.extract_value(args[0], [k, i]) for k in range(states)]
-                given += [builder.extract_value(args[1], [k, i]) for k in range(operands)]
-                given += [builder.extract_value(args[2], [k, i] if apart else k) for k in range(of_row)]
-                found = context.compile_internal(
-                    builder, function, one, [*given, builder.add(args[3], _number(i * step))]
-                )
-                for k, values in enumerate(lists):
-                    values.append(builder.extract_value(found, k))
-            made = [context.make_tuple(builder, result[k], values) for k, values in enumerate(lists)]
-            return context.make_tuple(builder, result, made)
-
-        return result, (state, values, row, types.int32), emit
-
-    return Pair("lanewise", twin, rule)
 
 
 # ---- states
@@ -195,12 +73,17 @@ LOWEST = float(np.finfo(np.float32).min)
 EXPONENTIALS = Merge((LOWEST, 0.0), ("m", "a1 * exp(a0 - m) + b1 * exp(b0 - m)"), lines=("m = larger(a0, b0)",))
 
 
+def _vector(value: Any) -> Array:
+    """A number of every thread."""
+    return np.broadcast_to(np.asarray(value), machine.threads)
+
+
 @cache
 def _merging(merge: Merge) -> tuple[Any, Any]:
     """``merged(a, b)`` on lists of numbers: for the emulator, and what makes it for the device."""
     count = len(merge.kinds)
     names = [f"{side}{k}" for side in "ab" for k in range(count)]
-    on_vectors, on_device = _functions(_definition(names, merge.lines, merge.results))
+    on_vectors, on_device = functions(definition(names, merge.lines, merge.results))
 
     def merged(a: Sequence[Any], b: Sequence[Any]) -> list[Array]:
         return [np.asarray(v).astype(d) for v, d in zip(on_vectors(*a, *b), merge.kinds, strict=True)]
@@ -526,6 +409,27 @@ def merged(merge: Merge, lanes: int) -> Pair:
     return Pair("merged", twin, rule)
 
 
+def halving(merge: Merge, lanes: int, across: int, down: int, plane: int, *, even: bool = False) -> Callable[..., Any]:
+    """A procedure ``(shared, row, column, state)`` of a kernel whose threads are across and down: the first row's are
+    merged with those of the rows below, halving. It ends with a barrier. ``even``: rows are a power of two."""
+    halves = tuple(1 << k for k in reversed(range((down - 1).bit_length())))
+    level = len(halves)
+    hand, fetch, combine = give(merge, lanes, plane), get(merge, lanes, plane), merged(merge, lanes)
+
+    def halve(shared: Any, row: Any, column: Any, state: Any) -> Any:
+        total = state
+        for h in unroll(level):
+            here = (row * across + column) * lanes
+            hand((row >= halves[h]) & (row < halves[h] * 2), shared, here - halves[h] * across * lanes, total)
+            cuda.syncthreads()
+            takes = row < halves[h] if even else (row < halves[h]) & (row + halves[h] < down)
+            total = combine(total, fetch(takes, shared, here))
+            cuda.syncthreads()
+        return total
+
+    return halve
+
+
 @cache
 def piece(first: int, width: int) -> Pair:
     """``(values) -> width of them``"""
@@ -541,33 +445,3 @@ def piece(first: int, width: int) -> Pair:
         return kind, (values,), emit
 
     return Pair(f"piece{first}_{width}", lambda values: tuple(values[first : first + width]), rule)
-
-
-# ---- where rows lie
-
-
-@cache
-def strided(sizes: tuple[int, ...], steps: tuple[int, ...]) -> Pair:
-    """``(index) -> offset`` of the element with this index over axes of these sizes that lie so far apart."""
-
-    def twin(index: Any) -> Any:
-        total, rest = 0, index
-        for axis in reversed(range(len(sizes))):
-            total = total + (rest if axis == 0 else rest % sizes[axis]) * steps[axis]
-            rest = rest // sizes[axis]
-        return total
-
-    def rule(index: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            total, rest = _number(0), args[0]
-            for axis in reversed(range(len(sizes))):
-                own = rest if axis == 0 else builder.urem(rest, _number(sizes[axis]))
-                rest = rest if axis == 0 else builder.udiv(rest, _number(sizes[axis]))
-                total = builder.add(total, builder.mul(own, _number(steps[axis])))
-            return total
-
-        return types.int32, (types.int32,), emit
-
-    return Pair("strided_" + "_".join(map(str, (*sizes, "by", *steps))), twin, rule)

@@ -211,24 +211,27 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     # which rows of 16 a thread has: neighbours where it has read a itself, across lines
     (apart, next_half), last = (2, 1) if by_threads and a.mn_major else (1, 8), int(t.kind != "half")
 
+    def corner_of(tile: Any) -> Any:
+        group = tile % t.plane // in_group
+        height = select(group < last_group, t.group, rest)
+        row_0 = (group * t.group + tile % t.plane % in_group % height) * t.bm
+        return (row_0, tile % t.plane % in_group // height * t.bn)
+
     def ask(maps: Any, bars: Any, tiles: Any, block: Any) -> None:
         for i in unroll(maps_used):
             own(maps[i])
         for turn in range(turns):
             tile = turn * t.grid + block
             if tile < t.tiles:
-                group = tile % t.plane // in_group
-                height = select(group < last_group, t.group, rest)
-                row_0 = (group * t.group + tile % t.plane % in_group % height) * t.bm
-                column_0 = tile % t.plane % in_group // height * t.bn
+                corner = corner_of(tile)
                 first = tile // t.plane * steps
                 for step in range(steps):
                     count = turn * steps + step
                     stage = count % t.stages
                     wait(bars, empty + stage, (count // t.stages + 1) % 2)
                     announce(bars, stage)
-                    a.fetch(maps, bars, stage, tiles, stage * t.lines, row_0, first + step)
-                    b.fetch(maps, bars, stage, tiles, stage * t.lines + t.bm, column_0, first + step)
+                    a.fetch(maps, bars, stage, tiles, stage * t.lines, corner[0], first + step)
+                    b.fetch(maps, bars, stage, tiles, stage * t.lines + t.bm, corner[1], first + step)
 
     def finish(acc: Any, outs: Any, work: Any, extras: Any, at: Any, row_0: Any, column_0: Any, split: Any) -> None:
         thread = cuda.threadIdx.x % WARPGROUP
@@ -261,10 +264,7 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
         for turn in range(turns):
             tile = turn * t.grid + block
             if tile < t.tiles:
-                group = tile % t.plane // in_group
-                height = select(group < last_group, t.group, rest)
-                row_0 = (group * t.group + tile % t.plane % in_group % height) * t.bm
-                column_0 = tile % t.plane % in_group // height * t.bn
+                corner = corner_of(tile)
                 sums(acc)
                 for step in range(steps):
                     count = turn * steps + step
@@ -278,7 +278,8 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
                 done(acc)
                 if t.ahead == 1:
                     arrive(bars, empty + (turn * steps + (steps - 1)) % t.stages)
-                finish(acc, outs, work, extras, at, row_0 + number * (t.parts * LINES), column_0, tile // t.plane)
+                row_0 = corner[0] + number * (t.parts * LINES)
+                finish(acc, outs, work, extras, at, row_0, corner[1], tile // t.plane)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any, maps: Any) -> None:
         tiles = chunks(cuda.shared.array(0, np.uint16, alignment=16))

@@ -15,8 +15,8 @@ from rapydli_flow.template import Epilogue
 from .grid import Grid, blocks_of
 from .hopper import depth_of, emit_ptx
 from .pair import Pair
-from .ptx import _array, _at, clear, cuda, float32, hold, load, store, take, unroll
-from .tail import tail
+from .parts import add_in_order
+from .ptx import cuda, float32, hold, load, store, take, unroll
 from .tensor_core import SPLIT, rounded
 
 # ---- intrinsics
@@ -55,46 +55,6 @@ def as_tf32(width: int, *, rest: bool = False) -> Pair:
     return Pair(f"tf32_{'rest' if rest else 'of'}_{width}", twin, rule)
 
 
-@cache
-def pick(width: int, step: int) -> Pair:
-    """``(registers, first) -> width of them, step apart``"""
-
-    def rule(held: Any, first: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            data = _array(context, builder, sig.args[0], args[0])
-            values = [builder.load(_at(builder, data, args[1], j * step)) for j in range(width)]
-            return context.make_tuple(builder, sig.return_type, values)
-
-        return types.UniTuple(held.dtype, width), (held, types.int32), emit
-
-    return Pair(f"pick{width}_{step}", lambda held, first: tuple(held[first + j * step] for j in range(width)), rule)
-
-
-@cache
-def add(width: int) -> Pair:
-    """``(registers, first, values)``: registers += values."""
-
-    def twin(held: Array, first: int, values: Sequence[Any]) -> None:
-        for j in range(width):
-            held[first + j] += values[j]
-
-    def rule(held: Any, first: Any, values: Any) -> Any:
-        from numba.cuda import types
-
-        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            data = _array(context, builder, sig.args[0], args[0])
-            for j in range(width):
-                place = _at(builder, data, args[1], j)
-                builder.store(builder.fadd(builder.load(place), builder.extract_value(args[2], j)), place)
-            return context.get_dummy_value()
-
-        return types.void, (held, types.int32, types.UniTuple(held.dtype, width)), emit
-
-    return Pair(f"add{width}", twin, rule)
-
-
 # ---- before: b as lines
 
 
@@ -117,7 +77,7 @@ def lay_out(
     (out,) = laid_out(kind, b, taps, inner, columns_of)
     pitch, size, threads, split = out.shape[-1], out.size // out.shape[0], 256, kind == SPLIT
     read, write, keep = load("float32", 4, constant=True), store("float32", 4), hold(4)
-    across, high, low = pick(4, 4), as_tf32(4), as_tf32(4, rest=True)
+    across, high, low = take(4, 4), as_tf32(4), as_tf32(4, rest=True)
     wide = blocks_of(columns_of, 32)
     # a thread has four columns and four of the inner sum that are neighbours in a line: 4 apart where it is split
     moved, gather = split or by_threads, take(4)
@@ -179,18 +139,4 @@ def lanes_of(epilogue: Epilogue) -> int:
 
 def add_up(kind: str, splits: int, epilogue: Epilogue) -> Grid:
     """The second kernel: the sums of all splits, in their order."""
-    size, channels, threads = epilogue.out.size, epilogue.out.shape[-1], 256
-    lanes, last = lanes_of(epilogue), int(kind != "half")
-    read, plus, zero, gather, end = load("float32", 4), add(4), clear(lanes), take(lanes), tail(epilogue, lanes)
-
-    def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
-        total = cuda.local.array(lanes, float32)
-        element = (cuda.blockIdx.x * threads + cuda.threadIdx.x) * lanes
-        active = element < size
-        zero(total)
-        for split in range(splits):
-            for piece in unroll(lanes // 4):
-                plus(total, piece * 4, read(active, work[last], split * size + element + piece * 4))
-        end.finish(active, outs[0], gather(total, 0), element, element % channels, extras, at)
-
-    return Grid(kernel, blocks_of(size, threads * lanes), threads)
+    return add_in_order(epilogue, splits, lanes_of(epilogue), source=int(kind != "half"), from_zero=True)

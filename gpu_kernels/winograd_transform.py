@@ -30,7 +30,7 @@ from .access import plus
 from .grid import REGISTERS, Grid, blocks_of, widest
 from .pair import Pair
 from .ptx import _array, _at, append, clear, cuda, float32, hold, inside, int32, load, store, take, unroll
-from .tail import tail
+from .tail import itemsize_of, tail
 
 THREADS = 128  # of a block: a warp for each of a multiprocessor's four parts, which have a quarter of the registers
 
@@ -366,9 +366,7 @@ def gradients(t: Tiles, shape: tuple[int, int], parts: int, vector: int, epilogu
 
 def tail_lanes(vector: int, channels: int, epilogue: Epilogue) -> int:
     """The widest vector of which the epilogue's operands are no more than 16 bytes."""
-    read = [extra for extra in epilogue.extras if epilogue.reach(extra) != "scalar"]
-    itemsize = max(np.dtype(spec.dtype).itemsize for spec in (epilogue.out, *read))
-    return min(vector, widest(channels, itemsize=int(itemsize)))
+    return min(vector, widest(channels, itemsize=itemsize_of(epilogue)))
 
 
 def resident_of(n: int, lanes: int, more: int = 0) -> int:

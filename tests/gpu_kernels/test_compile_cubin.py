@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpu_kernels import compile as compiling
-from gpu_kernels.compile import Request, capability_of, cubins, target_of
+from gpu_kernels.compile import Request, capability_of, cubins
 from rapydli_flow import ops
 from rapydli_flow.errors import MissingDependency, TemplateError
 from rapydli_flow.spec import Spec
@@ -172,7 +172,6 @@ def test_a_missing_compiler_names_what_to_install(tmp_path):
 @pytest.mark.parametrize(("target", "capability"), [("sm_80", (8, 0)), ("sm_90a", (9, 0, "a")), ("sm_120", (12, 0))])
 def test_targets(target, capability):
     assert capability_of(target) == capability
-    assert target_of(capability) == target
 
 
 def test_a_target_that_is_none():

@@ -17,8 +17,8 @@ import gpu_kernels
 from gpu_kernels import emulate
 from gpu_kernels.emulate import KernelFault
 from gpu_kernels.grid import Grid
-from gpu_kernels.ptx import cuda, float32, hold, load, put, store, take
-from gpu_kernels.specialise import flatten
+from gpu_kernels.ptx import cuda, float32, hold, load, put, store, take, unroll
+from gpu_kernels.specialise import as_compiled, flatten
 from rapydli_flow import ops
 from rapydli_flow.errors import TemplateError
 from rapydli_flow.ops import Sample
@@ -274,6 +274,60 @@ def test_a_kernel_that_computes_outside_intrinsics_is_refused():
 
     with pytest.raises(TemplateError, match="inside an expression"):
         flatten(kernel, ins=1, outs=1, extras=0)
+
+
+def calling(body):
+    """A kernel that copies 4 numbers by a procedure."""
+    read, write = load("float32", 1), store("float32", 1)
+
+    def fetched(pointer, element):
+        found = read(element < 4, pointer, element)
+        return found
+
+    def nothing(pointer, element):
+        write(element < 4, pointer, element, (0.0,))
+
+    def early(pointer, element):
+        for _ in unroll(2):
+            return element
+
+    def taken(ins, outs, work, extras, at):
+        thread = cuda.threadIdx.x
+        found = fetched(ins[0], thread)
+        write(thread < 4, outs[0], thread, found)
+
+    def wasted(ins, outs, work, extras, at):
+        fetched(ins[0], cuda.threadIdx.x)
+
+    def empty(ins, outs, work, extras, at):
+        found = nothing(outs[0], cuda.threadIdx.x)
+        write(True, outs[0], 0, found)
+
+    def hasty(ins, outs, work, extras, at):
+        found = early(outs[0], cuda.threadIdx.x)
+        write(True, outs[0], found, (0.0,))
+
+    return {"taken": taken, "wasted": wasted, "empty": empty, "hasty": hasty}[body]
+
+
+def test_a_procedure_may_return_what_it_found():
+    x, grid = np.arange(4, dtype=np.float32), Grid(calling("taken"), 1, 32)
+    for one in (grid, as_compiled(grid)):
+        np.testing.assert_array_equal(emulate.run(one, (x,), (Spec((4,)),))[0], x)
+    assert "fetched" not in flatten(grid.kernel, ins=1, outs=1, extras=0).source
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("wasted", "nobody takes what fetched"),
+        ("empty", r"nothing\(outs\[0\], cuda.threadIdx.x\) returns nothing"),
+        ("hasty", "early returns before its end"),
+    ],
+)
+def test_returns_that_are_refused(body, message):
+    with pytest.raises(TemplateError, match=message):
+        flatten(calling(body), ins=1, outs=1, extras=0)
 
 
 def test_importing_kernels_imports_no_cuda_package():

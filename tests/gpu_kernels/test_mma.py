@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from gpu_kernels import emulate, tensor_core
+from gpu_kernels.async_tiles import Layout, commit, copy_async, in_shared, layout_of, wait
 from gpu_kernels.emulate import KernelFault
 from gpu_kernels.grid import Grid
 from gpu_kernels.ptx import cuda, store, take
 from gpu_kernels.specialise import flatten
-from gpu_kernels.tensor_core import SPLIT, Layout, Operand, commit, copy_async, in_shared, layout_of, wait
+from gpu_kernels.tensor_core import SPLIT, Operand
 from rapydli_flow import ops
 from rapydli_flow.ops import Sample
 from rapydli_flow.spec import HALVES, Block, Spec
