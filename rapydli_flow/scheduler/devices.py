@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from ..errors import SettingError
-from ..graph import Graph, Value
+from ..graph import Graph
 from ..spec import Block
 
 
@@ -32,12 +32,13 @@ def check_replicas(graph: Graph, parts: Sequence[Graph], devices: Sequence[str])
     numbers, as loss scales, all compute the same."""
     if not several(devices):
         return
+    computed = [_computed(part) for part in parts]
     for name in graph.updates:
         if not graph.spec(graph.updates[name]).shape:
             continue
-        held = [(kind_of(device), _computed(part, name)) for device, part in zip(devices, parts, strict=True)]
+        held = [(kind_of(device), own[name]) for device, own in zip(devices, computed, strict=True) if name in own]
         for (kind, mine), (other, theirs) in combinations(held, 2):
-            if kind != other and mine is not None and theirs is not None and mine.meet(theirs) is not None:
+            if kind != other and mine.meet(theirs) is not None:
                 raise SettingError(
                     f"plan: {name} would be computed on {kind} and on {other}, which round differently: its copies "
                     "would drift apart. Use shard='parameters', or 'state' if its rule has some; "
@@ -45,13 +46,14 @@ def check_replicas(graph: Graph, parts: Sequence[Graph], devices: Sequence[str])
                 )
 
 
-def _computed(part: Graph, name: str) -> Block | None:
-    """The block of a parameter or state that a rank computes; None where it gets it from others, or has none."""
-    value: Value | None = part.updates.get(name)
-    if value is None:
-        return None
-    node = part.nodes[value[0]]
-    while node.op.view:
-        node = part.nodes[node.inputs[0][0]]
-    leaf = next(node for node in part if node.name == name)
-    return None if node.op.collective else leaf.at or Block.all(leaf.specs[0].shape)
+def _computed(part: Graph) -> dict[str, Block]:
+    """The blocks of parameters and state that a rank computes, not those that it gets from others."""
+    out = {}
+    for leaf in part.leaves("param", "state"):
+        if leaf.name in part.updates:
+            node = part.nodes[part.updates[leaf.name][0]]
+            while node.op.view:
+                node = part.nodes[node.inputs[0][0]]
+            if not node.op.collective:
+                out[leaf.name] = part.nodes[leaf.node].at or Block.all(leaf.shape)
+    return out
