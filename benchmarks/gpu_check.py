@@ -53,7 +53,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from gpu_asked import asked as asked_of_benchmarks  # noqa: E402
 from gpu_cases import Case, to_check  # noqa: E402
 
-from gpu_kernels.compile import Cubin, Request, compiler, cubins, missing  # noqa: E402
+from gpu_kernels.compile import Cubin, Request, compiler, cubins, kept, missing  # noqa: E402
 from gpu_kernels.launch import Card, DeviceFault  # noqa: E402
 from rapydli_flow.config import settings  # noqa: E402
 from rapydli_flow.errors import MissingDependency  # noqa: E402
@@ -105,10 +105,14 @@ class Report:
 
 
 def compile_all(requests: Sequence[Request], folder: Path, report: Report) -> dict[str, str]:
-    """Compile in parallel what is not there yet; by key, why something cannot be compiled."""
+    """Compile in parallel what is not there yet; by key, why something cannot be compiled. MissingDependency where
+    nothing is there, nor a compiler."""
     began, problems = time.monotonic(), {}
-    if missing() is None:
+    absent = missing()
+    if absent is None:
         compiler()
+    elif not any(kept(request, folder) for request in requests):
+        raise MissingDependency(f"none of {len(requests)} kernels is in {folder}, and {absent}")
     _asked[:] = requests  # templates are closures: processes that are forked have them
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("fork")) as pool:
         done = pool.map(_compile, range(len(requests)), [folder] * len(requests), chunksize=4)

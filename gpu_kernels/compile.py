@@ -185,9 +185,9 @@ def compiler() -> str:
     return " ".join(f"{name} {version(name)}" for name in names)
 
 
-def kept(request: Request) -> bool:
-    """Are the cubins of a call in the cache, so that nothing need be compiled?"""
-    folder = settings().cache_dir / "cubins"
+def kept(request: Request, folder: Path | None = None) -> bool:
+    """Are the cubins of a call in the cache, or in a folder, so that nothing need be compiled?"""
+    folder = folder or settings().cache_dir / "cubins"
     return any(folder.glob(f"{request.key}-*.json")) if missing() else _path(request, folder).exists()
 
 
