@@ -377,9 +377,11 @@ class Fitting:
             tuner.autotune(those, plan.threads, self.client, device=name, **how)
 
     def _plan(self, workers: Mapping[str, Any]) -> Plan:
-        """As the snapshot says, else samples over all workers, else one rank here."""
+        """As the snapshot says, of no device if all ranks were on one kind; else samples over all workers, else one
+        rank here."""
         if self.before is not None:
-            return Plan.from_json(self.before.meta["plan"])
+            plan = Plan.from_json(self.before.meta["plan"])
+            return plan if plan.mixed else replace(plan, devices=())
         return Usual.of(workers).plan(self.step)
 
     def _backend(
@@ -487,8 +489,8 @@ def _keys(programs: Sequence[Program]) -> str:
 
 
 def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:
-    """The choices of the run that is resumed, if it had the same plan; they are part of its bits."""
-    if before is None or Plan.from_json(before.meta["plan"]) != plan:
+    """The choices of the run that is resumed, if it had the same plan; on the same device they are part of its bits."""
+    if before is None or replace(Plan.from_json(before.meta["plan"]), devices=()) != replace(plan, devices=()):
         return tuning
     choices = before.meta["choices"].items()
     chosen = {key: Choice(name, tuple((a, b) for a, b in config)) for key, (name, config) in choices}

@@ -17,7 +17,7 @@ from .border import borders
 from .bucket import bucket
 from .collective import AllReduce, Exchange
 from .cost import Machine
-from .devices import check_replicas
+from .devices import check_replicas, several
 from .early import update_early
 from .independent import independent
 from .layout import Layout, Split
@@ -62,6 +62,11 @@ class Plan:
     def one(self) -> bool:
         """Does one rank do everything at once?"""
         return self.ranks == 1 and self.micro_batches == 1
+
+    @property
+    def mixed(self) -> bool:
+        """Are ranks on devices of several kinds?"""
+        return several(self.devices)
 
     @property
     def asynchronous(self) -> bool:

@@ -14,7 +14,6 @@ from ..graph import Graph, hoist
 from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, bounds_by, even_bounds
 from .cost import Machine, node_s
-from .devices import several
 from .layout import Layout, Split, along_longest, bounds_of
 from .naming import batched, divided_nodes, forward
 from .plan import Plan
@@ -228,13 +227,12 @@ def sharded(plan: Plan, graph: Graph, *, parameters: bool = False) -> Plan:
     if plan.splits:
         raise SettingError("plan: state is sharded over ranks that all hold it; plans with splits place it by layers.")
     layouts = dict(plan.layouts)
-    mixed = several(plan.devices)
     own = {leaf.name for leaf in graph.network.leaves("state")} if graph.network is not None else set()
     for leaf in graph.leaves(*(("state", "param") if parameters else ("state",))):
-        if leaf.name in own and not mixed:
+        if leaf.name in own and not plan.mixed:
             continue
         layout = along_longest(leaf.shape, plan.ranks)
-        if layout is None and mixed and leaf.shape:
+        if layout is None and plan.mixed and leaf.shape:
             layout = (Block.all(leaf.shape), *(None,) * (plan.ranks - 1))
         if layout is not None:
             layouts[leaf.name] = layout

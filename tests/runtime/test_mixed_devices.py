@@ -151,6 +151,18 @@ def test_a_plan_keeps_its_devices_on_disk(step, data, tmp_path):
     assert all(again.state[name].tobytes() == value.tobytes() for name, value in whole.state.items())
 
 
+def test_a_snapshot_of_one_kind_is_of_no_device(step, data, tmp_path):
+    plan = rf.plan(step, device="emulated", ranks=2, threads=1)
+    how = {"run_dir": tmp_path, "snapshot_every": 3}
+    rf.fit(step, data, steps=3, plan=plan, **how)
+    second = rf.fit(step, data, steps=6, resume=True, device="emulated", **how)
+    whole = rf.fit(step, data, steps=6, plan=plan)
+    assert all(second.state[name].tobytes() == value.tobytes() for name, value in whole.state.items())
+    third = rf.fit(step, data, steps=9, resume=True, **how)
+    assert third.started.settings["device"] == device_of("cpu").key
+    assert third.started.ranks == 2
+
+
 def test_memory_of_a_card_is_counted_with_its_kernels(step):
     (card,) = rf.plan(step, ranks=1, threads=1, device="cuda")._known
     (cpu,) = rf.plan(step, ranks=1, threads=1, device="cpu")._known
