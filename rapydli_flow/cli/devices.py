@@ -58,5 +58,6 @@ def _cells(listed: Listed) -> dict[str, str]:
         cells["driver"] = f"CUDA {facts['driver_cuda']}"
     if peak is not None:
         cells["multiply-adds, float32"] = f"{peak.flops_s / 1e9:,.0f} GFLOP/s"
+        cells |= {f"products, {kind}": f"{rate / 1e9:,.0f} GFLOP/s" for kind, rate in listed.tensor_cores.items()}
         cells["memory, read and written"] = f"{peak.bytes_s / 1e9:,.1f} GB/s"
     return cells

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -16,18 +16,22 @@ from ..config import settings
 from ..errors import MissingDependency, RapydliError
 from ..template import Device
 from .devices import card_named, supported
-from .peak import Peak, measured_peak
+from .peak import Peak, measured_peak, tensor_cores
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A device: the name that ``device=`` takes, what is known of it, and its peak, or why that is not known."""
+    """A device: the name that ``device=`` takes, what is known of it, and its peak, or why that is not known.
+
+    ``tensor_cores``: of a GPU, operations a second by what operands are rounded to.
+    """
 
     name: str
     device: Device
     facts: dict[str, Any]
     peak: Peak | None
     trouble: str = ""
+    tensor_cores: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,13 +76,14 @@ def _unusable(device: Device) -> str:
 
 
 def _listed(name: str, device: Device, facts: dict[str, Any], measure: bool, trouble: str = "") -> Listed:
-    peak = None
+    peak, products = None, dict[str, float]()
     if measure:
         try:
             peak = measured_peak(device, settings().threads)
+            products = tensor_cores(device) if device.kind != "cpu" else {}
         except RapydliError as error:
             trouble = f"not measured: {error}"
-    return Listed(name, device, facts, peak, trouble)
+    return Listed(name, device, facts, peak, trouble, products)
 
 
 def _cpu_facts() -> dict[str, Any]:

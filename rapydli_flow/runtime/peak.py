@@ -60,12 +60,27 @@ def measured_peak(device: Device, threads: int) -> Peak:
 
 def _of_card(device: Device, threads: int) -> Peak:
     """A large product of matrices, and a sum of large arrays, by the kernels that serve untuned."""
-    side, items = (4096, SUM_BYTES // 4) if not device.emulated else (16, 1024)
-    square, long = Spec((side, side)), Spec((items,))
-    product = Request(Matmul(), (square, square), Epilogue.none(square))
+    long = Spec((SUM_BYTES // 4 if not device.emulated else 1024,))
     added = Request(Add(), (long, long), Epilogue.none(long))
-    flops_s = 2 * side**3 / seconds_of(product, device)
+    flops_s = _products(device, Matmul(), "float32", 4096)
     return Peak(flops_s, 3 * long.size_bytes / seconds_of(added, device), threads)
+
+
+def tensor_cores(device: Device) -> dict[str, float]:
+    """Operations a second of a card's tensor cores, in products of large matrices, by what these are rounded to."""
+    kinds = {
+        "tf32": (Matmul(tf32=True), "float32"),
+        "bfloat16": (Matmul(), "bfloat16"),
+        "float16": (Matmul(), "float16"),
+    }
+    return {name: _products(device, op, dtype, 8192) for name, (op, dtype) in kinds.items()}
+
+
+def _products(device: Device, op: Matmul, dtype: str, side: int) -> float:
+    """Operations a second of a product of square matrices, by the kernel that serves it untuned."""
+    side = 16 if device.emulated else side
+    square = Spec((side, side), dtype)
+    return 2 * side**3 / seconds_of(Request(op, (square, square), Epilogue.none(square)), device)
 
 
 def in_registers(device: Device) -> tuple[Callable[[int], None], int]:

@@ -272,9 +272,10 @@ def test_devices_with_a_gpu(monkeypatch, forgotten):
     with_driver(monkeypatch)
     monkeypatch.setattr(inventory, "missing", lambda: None)
     monkeypatch.setattr(inventory, "measured_peak", lambda device, threads: inventory.Peak(2e12, 1e12, 1))
+    monkeypatch.setattr(inventory, "tensor_cores", lambda device: {"bfloat16": 7e14})
     done = CliRunner().invoke(main, ["devices"])
     assert done.exit_code == 0, done.output
-    for word in ("cuda:0", "A card", "CUDA 13.1", "2,000 GFLOP/s", "1,000.0 GB/s", "0.5 GiB"):
+    for word in ("cuda:0", "A card", "CUDA 13.1", "2,000 GFLOP/s", "700,000 GFLOP/s", "1,000.0 GB/s", "0.5 GiB"):
         assert word in done.output
     assert "no GPU" not in done.output
     with_driver(monkeypatch, major=7)
@@ -286,6 +287,9 @@ def test_measured_ceilings_of_a_card():
     peak = inventory.measured_peak(device_of("emulated"), 1)
     assert peak.flops_s > 0
     assert peak.bytes_s > 0
+    rates = inventory.tensor_cores(device_of("emulated"))
+    assert list(rates) == ["tf32", "bfloat16", "float16"]
+    assert min(rates.values()) > 0
 
 
 def test_cubins_are_built_and_found(step, monkeypatch):
