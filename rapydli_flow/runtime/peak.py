@@ -17,7 +17,7 @@ from cpu_kernels.driver import CallList, address_of
 from cpu_kernels.peak import PEAK, operands, tile_flops, values
 
 from ..ops import Add, Matmul
-from ..spec import Spec
+from ..spec import HALVES, Spec
 from ..template import Device, Epilogue
 from ..tuner import Request, Tuning
 from .card_measure import seconds_of
@@ -68,12 +68,8 @@ def _of_card(device: Device, threads: int) -> Peak:
 
 def tensor_cores(device: Device) -> dict[str, float]:
     """Operations a second of a card's tensor cores, in products of large matrices, by what these are rounded to."""
-    kinds = {
-        "tf32": (Matmul(tf32=True), "float32"),
-        "bfloat16": (Matmul(), "bfloat16"),
-        "float16": (Matmul(), "float16"),
-    }
-    return {name: _products(device, op, dtype, 8192) for name, (op, dtype) in kinds.items()}
+    rates = {"tf32": _products(device, Matmul(tf32=True), "float32", 8192)}
+    return rates | {half: _products(device, Matmul(), half, 8192) for half in HALVES}
 
 
 def _products(device: Device, op: Matmul, dtype: str, side: int) -> float:
