@@ -310,6 +310,13 @@ def _results(p: Program, names: tuple[str, ...], of: Operands, epilogue: Epilogu
     fetch, taken, end = of.fetching([True] * operands), of.taken, tail(epilogue, b.lanes)
     result = lanewise(_apart(p.out, names), 0, operands, b.lanes)
 
+    def give(
+        active: Any, outs: Any, values: Any, slot: Any, element: Any, channel: Any, row: Any, extras: Any, at: Any
+    ) -> None:
+        xs = taken(values, slot)
+        found = result((), xs, row, 0)
+        end.finish(active, outs[0], found[0], element, channel, extras, at)
+
     def results(
         ins: Any,
         outs: Any,
@@ -330,17 +337,13 @@ def _results(p: Program, names: tuple[str, ...], of: Operands, epilogue: Epilogu
                 fetch(r < down, ins, values, u, base + n * channels)
             for u in unroll(items):
                 n = top + step * stride + u * down
-                xs = taken(values, u)
-                found = result((), xs, row, 0)
-                end.finish(r < down, outs[0], found[0], base + n * channels, channel, extras, at)
+                give(r < down, outs, values, u, base + n * channels, channel, row, extras, at)
         if not held:
             for i in unroll(rest):
                 n = top + passes * stride + i * down
                 fetch(n < stop, ins, values, i, base + n * channels)
         for i in unroll(rest):
             n = top + passes * stride + i * down
-            xs = taken(values, i)
-            found = result((), xs, row, 0)
-            end.finish(n < stop, outs[0], found[0], base + n * channels, channel, extras, at)
+            give(n < stop, outs, values, i, base + n * channels, channel, row, extras, at)
 
     return results

@@ -479,8 +479,8 @@ def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> 
 
 def _on_cards(plan: Plan, programs: Sequence[Program]) -> Plan:
     """A plan that says no device, for what it turned out to be: memory is counted with the kernels of cards."""
-    names = ["cpu" if p.device.kind == "cpu" else "emulated" if p.device.emulated else p.device.kind for p in programs]
-    return plan if plan.devices or set(names) == {"cpu"} else replace(plan, devices=tuple(names))
+    names = tuple(program.device.called for program in programs)
+    return plan if plan.devices or set(names) == {"cpu"} else replace(plan, devices=names)
 
 
 def _keys(programs: Sequence[Program]) -> str:

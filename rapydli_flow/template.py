@@ -64,10 +64,15 @@ class Device:
         }
         return {name: getattr(self, name) for name in names.get(self.kind, ())}
 
+    @property
+    def called(self) -> str:
+        """What ``device=`` calls its kind: 'cpu', 'cuda' or 'emulated'."""
+        return "emulated" if self.emulated else self.kind
+
     def is_a(self, name: str) -> bool:
         """Is it what ``device=`` calls so: 'cpu', 'cuda' (any GPU), 'cuda:1', 'emulated'?"""
         kind, _, number = name.partition(":")
-        return kind == ("emulated" if self.emulated else self.kind) and number in ("", str(self.number))
+        return kind == self.called and number in ("", str(self.number))
 
     @property
     def key(self) -> str:

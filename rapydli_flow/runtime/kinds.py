@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import SettingError
 from ..scheduler import Plan
+from ..scheduler.devices import kind_of
 from ..template import Device
 from ..tuner import Tuning
 from .devices import device_of
@@ -18,7 +19,7 @@ Names = str | Sequence[str] | None
 def names_of(where: str, device: str | None, plan: Plan | None) -> Names:
     """What a run is asked to be on: the device that is given, or those of its plan; SettingError where both differ."""
     devices = plan.devices if plan is not None else ()
-    if device is not None and any(device not in (name, name.partition(":")[0]) for name in devices):
+    if device is not None and any(device not in (name, kind_of(name)) for name in devices):
         raise SettingError(
             f"{where}: device={device!r}, but ranks of the plan are on {', '.join(dict.fromkeys(devices))}. Leave "
             "device out, or make a plan for it: rf.plan(..., device=...)."

@@ -18,11 +18,10 @@ from ..config import checked_device, settings
 from ..errors import DeviceMismatch, MissingDependency, NoWorkers, SettingError, VersionMismatch
 from ..graph import Graph
 from ..scheduler import Plan, make_plan
+from ..scheduler.devices import kind_of
 from ..version import __version__
 from . import worker as tasks
 from .worker import Resident
-
-CARDS = ("cuda", "emulated")
 
 
 def answers(
@@ -106,7 +105,7 @@ def _alike(known: Mapping[str, dict[str, Any]], least: int) -> dict[str, dict[st
 def having(device: str, workers: Mapping[str, dict[str, Any]], least: int, where: str) -> dict[str, dict[str, Any]]:
     """The workers with such a device; DeviceMismatch where they are fewer than ``least``, SettingError for the name of
     one GPU of several."""
-    kind = checked_device(device, f"{where}: device=").partition(":")[0]
+    kind = kind_of(checked_device(device, f"{where}: device="))
     if device.partition(":")[1]:
         raise SettingError(
             f"{where}: device={device!r}: which GPU a worker has is said where it is started, by CUDA_VISIBLE_DEVICES "
@@ -188,9 +187,9 @@ class Usual(NamedTuple):
         several hosts. Without workers one rank, in this process."""
         threads = min((worker["threads"] for worker in workers.values()), default=settings().threads)
         hosts = {worker["host"] for worker in workers.values()}
-        own = {name for worker in workers.values() for name in CARDS if worker["device"].is_a(name)}
-        named = next(iter(own), None) if workers else settings().device.partition(":")[0]
-        return cls(len(workers) or 1, threads, len(hosts) > 1, named if named in CARDS else None)
+        kinds = {worker["device"].called for worker in workers.values()} or {kind_of(settings().device)}
+        named = next(iter(kinds))  # they are of one, or the plan says which
+        return cls(len(workers) or 1, threads, len(hosts) > 1, None if named == "cpu" else named)
 
     def plan(self, graph: Graph) -> Plan:
         """The plan that divides records so."""
