@@ -6,7 +6,7 @@
 # make peers      compare operators, losses and optimizers with PyTorch, in an environment with it
 # make bench      measure training steps and predictions beside PyTorch, alone and in parallel, and the cost of Dask
 # make gpu-check  on a machine with a GPU, in its own Python: check, time and tune kernels; WHEELS=folder of what is missing
-# make cubins     compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's compilers
+# make cubins     compile the GPU kernels to machine code, without a GPU, in an environment with CUDA's packages
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,11 +77,11 @@ bench-tuner: $(VENV)/.installed .kernel-tuner/.installed
 .venv-cuda/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet --upgrade pip
-	.venv-cuda/bin/pip install --quiet -e . 'numba-cuda[cu12]>=0.24' hypothesis pytest pytest-xdist
+	.venv-cuda/bin/pip install --quiet -e '.[cuda12]' hypothesis pytest pytest-xdist
 	touch $@
 
 cubins: .venv-cuda/.installed
-	.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal tests/gpu_kernels -k cubin
+	.venv-cuda/bin/python -m pytest -q -n 2 --dist worksteal tests/gpu_kernels -k 'cubin or nccl'
 
 .peers/.installed: pyproject.toml benchmarks/peers.py
 	$(PYTHON) benchmarks/peers.py

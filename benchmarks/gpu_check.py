@@ -3,8 +3,9 @@
     here:  python benchmarks/gpu_check.py --rehearse      compile what is checked, stop at the first device call
     there: python benchmarks/gpu_check.py                 check, sanitise, time; into $OUT or --out
 
-Parts, in this order (``--parts`` picks): ``checks``: each template's default and other configs against float64
-references; ``launch``: what launches cost; ``train``, ``conv``, ``memory``, ``dense``: the benchmarks of those names
+Parts, in this order (``--parts`` picks): ``devices``: what `rapydli devices` says; ``checks``: each template's default
+and other configs against float64 references; ``launch``: what launches cost; ``meetings``: what GPUs tell each other by
+NCCL, as far as there are several; ``train``, ``conv``, ``memory``, ``dense``: the benchmarks of those names
 beside PyTorch and a copy; ``tune``: the kernels of a small network, and what was found, exported; ``sanitizer``:
 compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda,
 or kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a
@@ -74,12 +75,22 @@ BENCHMARKS = {  # command, and its share of the time
     "dense": (["dense.py", "--device", "cuda"], 0.1),
 }
 LONG_S = 900  # a budget from which on other configs than defaults are checked
-PARTS = ("checks", "launch", *BENCHMARKS, "tune", "sanitizer")
+PARTS = ("devices", "checks", "launch", "meetings", *BENCHMARKS, "tune", "sanitizer")
 
 
 def versions() -> dict[str, str]:
     out = {"python": platform.python_version()}
-    for name in ("numpy", "numba", "numba-cuda", "cuda-core", "torch", "cupy-cuda13x", "cupy-cuda12x"):
+    for name in (
+        "numpy",
+        "numba",
+        "numba-cuda",
+        "cuda-core",
+        "torch",
+        "cupy-cuda13x",
+        "cupy-cuda12x",
+        "nvidia-nccl-cu13",
+        "nvidia-nccl-cu12",
+    ):
         try:
             out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -364,8 +375,10 @@ def main() -> int:
     report.keep("device", {"name": device.name, "target": device.target, "cores": device.cores})
     report.say(f"{device.name}, {device.target}, {device.cores} multiprocessors; compiler: {missing() or 'here'}")
     right = True
+    if "devices" in parts:
+        right &= _run("devices", [sys.executable, "-m", "rapydli_flow", "devices"], report, 0.1 * args.budget_s)
     if "checks" in parts:
-        right = check_all(
+        right &= check_all(
             card,
             device,
             report,
@@ -376,6 +389,9 @@ def main() -> int:
         )
     if right and "launch" in parts:
         launch_costs(card, report)
+    if "meetings" in parts and time.monotonic() < end:
+        command = [sys.executable, str(ROOT / "benchmarks" / "meetings_cuda.py"), "--results", str(report.folder)]
+        right &= _run("meetings", command, report, 0.1 * args.budget_s)
     for name, (_, share) in BENCHMARKS.items():
         if name in parts and time.monotonic() < end:
             right &= benchmark(name, report, limit_s=min(share * args.budget_s, end - time.monotonic()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
@@ -18,6 +18,20 @@ from .compile import Request
 from .many import Many
 
 PAGE = 4096  # bytes
+Alive = Callable[[float], None]  # raises where nobody should wait any longer, given the seconds that it did
+
+
+class Box(NamedTuple):
+    """Bytes that lie regularly: ``planes`` of ``rows`` of ``width`` bytes. A row begins ``pitch`` bytes after the one
+    before it, a plane ``height`` such steps after the one before it, in the target and in the source."""
+
+    width: int
+    rows: int
+    planes: int
+    target_pitch: int
+    target_height: int
+    source_pitch: int
+    source_height: int
 
 
 class Mark(ABC):
@@ -32,8 +46,35 @@ class Mark(ABC):
         """Until that moment; at once, if it was never set."""
 
     @abstractmethod
+    def passed(self) -> bool:
+        """Is that moment past? It is, if it was never set."""
+
+    @abstractmethod
     def seconds_since(self, before: Mark) -> float:
         """Between two moments that are past."""
+
+
+class Communicator(ABC):
+    """The way of one of several cards to the others, which all do the same in the same order. What is asked of it is
+    done in the order of a card's queue. RunLost where another one is gone."""
+
+    @abstractmethod
+    def all_reduce(self, queue: Accelerator, sums: Sequence[tuple[int, int, int]], dtype: str) -> None:
+        """For each (source, target, elements): the target is the sum of that source on all cards, and may be it."""
+
+    @abstractmethod
+    def swap(
+        self, queue: Accelerator, sends: Sequence[tuple[int, int, int]], gets: Sequence[tuple[int, int, int]]
+    ) -> None:
+        """Messages to ranks and from ranks, as (rank, address, bytes); those that have none need not take part."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise what went wrong behind the queue."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave; what is under way is given up."""
 
 
 class Accelerator(ABC):
@@ -90,6 +131,10 @@ class Accelerator(ABC):
         """Within the card."""
 
     @abstractmethod
+    def copy_box(self, target: int, source: int, box: Box) -> None:
+        """Within the card, bytes that do not lie side by side."""
+
+    @abstractmethod
     def fill(self, address: int, size_bytes: int, byte: int) -> None:
         """Set all bytes."""
 
@@ -104,6 +149,14 @@ class Accelerator(ABC):
     @abstractmethod
     def prepare_many(self, many: Many, target: str) -> Any:
         """The kernel of many ops: ``bind([address])`` of their table gives a function that launches it."""
+
+    @abstractmethod
+    def meeting(self) -> bytes:
+        """What cards find each other by: one of them makes it, and tells the others. MissingDependency without NCCL."""
+
+    @abstractmethod
+    def meet(self, meeting: bytes, rank: int, ranks: int, alive: Alive) -> Communicator:
+        """Meet the other cards, once all have come."""
 
     @abstractmethod
     def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:

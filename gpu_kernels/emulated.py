@@ -20,8 +20,9 @@ from rapydli_flow.spec import Array, Block, Spec
 from rapydli_flow.template import Device
 
 from . import emulate
-from .card import PAGE, Accelerator, Mark
+from .card import PAGE, Accelerator, Alive, Box, Communicator, Mark
 from .compile import Request
+from .emulated_nccl import Meeting, new_meeting
 from .many import Many
 
 ALIGNMENT = 256  # of memory, as the driver has it
@@ -44,6 +45,9 @@ class Moment(Mark):
 
     def wait(self) -> None:
         pass
+
+    def passed(self) -> bool:
+        return True
 
     def seconds_since(self, before: Mark) -> float:
         assert isinstance(before, Moment)
@@ -97,6 +101,12 @@ class Emulated(Accelerator):
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         ctypes.memmove(target, source, size_bytes)
 
+    def copy_box(self, target: int, source: int, box: Box) -> None:
+        for plane in range(box.planes):
+            for row in range(box.rows):
+                to = target + (plane * box.target_height + row) * box.target_pitch
+                ctypes.memmove(to, source + (plane * box.source_height + row) * box.source_pitch, box.width)
+
     def fill(self, address: int, size_bytes: int, byte: int) -> None:
         ctypes.memset(address, byte, size_bytes)
 
@@ -105,6 +115,12 @@ class Emulated(Accelerator):
 
     def prepare_many(self, many: Many, target: str) -> KernelOfMany:
         return KernelOfMany(many)
+
+    def meeting(self) -> bytes:
+        return new_meeting()
+
+    def meet(self, meeting: bytes, rank: int, ranks: int, alive: Alive) -> Communicator:
+        return Meeting(meeting, rank, ranks, alive)
 
     def capture(self, launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
         def replay() -> None:

@@ -19,13 +19,16 @@ from rapydli_flow.errors import DeviceFault, MissingDependency, TooLittleMemory
 from rapydli_flow.spec import Array
 from rapydli_flow.template import Device
 
-from .card import Accelerator, Mark
+from .card import Accelerator, Alive, Box, Communicator, Mark
 from .compile import Cubin, Request, cubins
 from .grid import TensorMap
 from .many import Many
+from .nccl import Nccl, new_meeting
 
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
+_ON_CARD = 2  # CU_MEMORYTYPE_DEVICE
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _OPT_IN_SHARED_BYTES = 48 * 1024
 _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
     "cores": 16,
@@ -83,10 +86,24 @@ class Driver:
         return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     def __call__(self, name: str, *args: Any) -> None:
+        self._checked(name, self._asked(name, *args))
+
+    def ready(self, name: str, *args: Any) -> bool:
+        """Is what is asked about over?"""
+        code = self._asked(name, *args)
+        if code != _NOT_READY:
+            self._checked(name, code)
+        return code != _NOT_READY
+
+    def _asked(self, name: str, *args: Any) -> int:
+        """The error code of a function."""
         function = getattr(self._library, name, None)
         if function is None:
             raise MissingDependency(f"the CUDA driver is too old: it has no {name}. Install one of CUDA 12 or newer.")
-        code = function(*args)
+        return int(function(*args))
+
+    def _checked(self, name: str, code: int) -> None:
+        """Raise what an error code means."""
         if code:
             text = ctypes.c_char_p()
             self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
@@ -227,9 +244,22 @@ class Card(Accelerator):
             places = ctypes.c_uint64(target), ctypes.c_uint64(source)
             self.call("cuMemcpyDtoDAsync_v2", *places, ctypes.c_size_t(size_bytes), _Pointer(self.stream))
 
+    def copy_box(self, target: int, source: int, box: Box) -> None:
+        if box.width and box.rows and box.planes:
+            copy = _Copy3D(target, source, box)
+            self.call("cuMemcpy3DAsync_v2", ctypes.byref(copy), _Pointer(self.stream))
+
     def fill(self, address: int, size_bytes: int, byte: int) -> None:
         size = ctypes.c_size_t(size_bytes)
         self.call("cuMemsetD8Async", ctypes.c_uint64(address), ctypes.c_ubyte(byte), size, _Pointer(self.stream))
+
+    # other cards ------------------------------------------------------------------------------------
+
+    def meeting(self) -> bytes:
+        return new_meeting()
+
+    def meet(self, meeting: bytes, rank: int, ranks: int, alive: Alive) -> Communicator:
+        return Nccl(self, meeting, rank, ranks, alive)
 
     # work -------------------------------------------------------------------------------------------
 
@@ -300,6 +330,9 @@ class Event(Mark):
     def wait(self) -> None:
         self._card.call("cuEventSynchronize", self.event)
 
+    def passed(self) -> bool:
+        return self._card.call.ready("cuEventQuery", self.event)
+
     def seconds_since(self, before: Mark) -> float:
         assert isinstance(before, Event)
         time_ms = ctypes.c_float()
@@ -347,6 +380,28 @@ class Memory:
 
     def __exit__(self, *_: Any) -> None:
         self.free()
+
+
+class _Copy3D(ctypes.Structure):
+    """CUDA_MEMCPY3D, of memory of the card."""
+
+    _fields_ = [
+        field
+        for side in ("source", "target")
+        for field in (
+            *((f"{side}_{at}", ctypes.c_size_t) for at in ("x", "y", "z", "lod")),
+            (f"{side}_kind", _Unsigned),
+            *((f"{side}_{what}", _Pointer) for what in ("host", "device", "array", "reserved")),
+            (f"{side}_pitch", ctypes.c_size_t),
+            (f"{side}_height", ctypes.c_size_t),
+        )
+    ] + [(name, ctypes.c_size_t) for name in ("width", "rows", "planes")]
+
+    def __init__(self, target: int, source: int, box: Box) -> None:
+        super().__init__(source_kind=_ON_CARD, source_device=source, target_kind=_ON_CARD, target_device=target)
+        self.source_pitch, self.source_height = box.source_pitch, box.source_height
+        self.target_pitch, self.target_height = box.target_pitch, box.target_height
+        self.width, self.rows, self.planes = box.width, box.rows, box.planes
 
 
 def described(call: Driver, m: TensorMap, address: int) -> bytes:

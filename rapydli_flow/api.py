@@ -107,6 +107,7 @@ def plan(
     staleness: int | None = None,
     overlap: bool | None = None,
     wire: str | None = None,
+    nccl: bool = False,
     device: str | Sequence[str] | None = None,
     shares: Sequence[float] | None = None,
 ) -> Plan:
@@ -126,10 +127,12 @@ def plan(
 
     ``overlap``: gradients are summed while the backward pass goes on; by default where workers are on several hosts.
     ``wire='bfloat16'``: float32 gradients are rounded to that on their way, half the bytes; no longer the run of one
-    worker. ``device``: what ranks are on, 'cpu', 'cuda' or 'emulated', or one for each, ``["cuda", "cuda", "cpu"]``; of
-    a client the workers that have one, by default those of the kind that most have. What ranks on several kinds hold
-    must be computed on one of them: with shard='state', or in a pipeline. ``shares``: how many records each rank has,
-    to each other, where some are faster: ``[8, 8, 1]``; for strategy 'data', by default evenly.
+    worker. ``nccl``: GPUs hand each other what ranks tell each other, by NCCL, instead of through the host; sums that
+    all ranks get then have NCCL's order: the same for all, but not that of other ways. ``device``: what ranks are on,
+    'cpu', 'cuda' or 'emulated', or one for each, ``["cuda", "cuda", "cpu"]``; of a client the workers that have one, by
+    default those of the kind that most have. What ranks on several kinds hold must be computed on one of them: with
+    shard='state', or in a pipeline. ``shares``: how many records each rank has, to each other, where some are faster:
+    ``[8, 8, 1]``; for strategy 'data', by default evenly.
 
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
@@ -152,6 +155,7 @@ def plan(
         staleness=staleness,
         overlap=usual.overlap if overlap is None else overlap,
         wire=wire,
+        nccl=nccl,
         device=device if device is not None else usual.device,
         shares=shares,
     )

@@ -1,6 +1,7 @@
 """Benchmarks say what they need where it is not there."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,23 @@ def test_a_benchmark_without_pytorch_says_so_in_a_line(name):
     assert "measures beside PyTorch, which" in line
     assert "`make .peers/.installed` makes an environment with it" in line
     assert line.endswith("on a machine with a GPU, install torch there.")
+
+
+def test_what_cards_tell_each_other_is_checked_on_cards_that_numpy_plays(tmp_path):
+    """All that `make gpu-check` does of it on a machine with several GPUs."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        FOLDER / "meetings_cuda.py",
+        "--device",
+        "emulated",
+        "--results",
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "meetings_cuda.json").read_text())
+    assert found["right"] == {"copies": True, "NCCL with one rank": True}
+    assert [row["same bits"] for row in found["rows"]] == [True] * 6
+    assert [row["MB"] for row in found["sums"]] == [1]

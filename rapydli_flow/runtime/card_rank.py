@@ -6,6 +6,7 @@
                                            |           v    |   ops without a kernel, collectives
                                            '-------- mirror: the arena's arrays on the host, where they are needed
 
+In a plan with NCCL collectives are work of the card, too (`card_meetings`), and the mirror has none of them.
 Nothing waits for the card but `taken`, what needs the mirror, and a feed that is two steps ahead. Pointwise ops that
 may go together are one kernel (`grouped`), and kernels that follow each other without a pause become one CUDA graph.
 The first step waits for each kernel, so that one that fails is named.
@@ -33,6 +34,7 @@ from ..scheduler.arena import aligned
 from ..spec import Array, Block, Spec
 from ..template import Device
 from .building import card_request, many_of
+from .card_meetings import Meetings
 from .devices import card_of
 from .grouped import in_groups, on_host
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
@@ -68,7 +70,9 @@ class CardRank(Participant):
         self._places = self._laid_out()
         self._memory: list[int] = []
         self._pages: list[Array] = []  # of the mirror, which the card reaches itself
-        weakref.finalize(self, let_go, (self._line, self.card), self._memory, self._pages).atexit = False
+        self._queues, self._meetings = [self._line, self.card], list[Meetings]()
+        how = self._memory, self._pages, self._meetings
+        weakref.finalize(self, let_go, self._queues, *how).atexit = False
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
@@ -133,7 +137,7 @@ class CardRank(Participant):
         found = [np.empty(buffer.spec.shape, buffer.spec.dtype) for buffer in buffers]
         for array, buffer in zip(found, buffers, strict=True):
             self.card.download(array, self._address(buffer))
-        self.card.wait()
+        self._wait()
         return found
 
     def _held(self) -> Iterator[tuple[str, Spec, int, int]]:
@@ -222,7 +226,10 @@ class CardRank(Participant):
             at = self._base + self._places[step.at] if step.at is not None else 0
             last.launches.append(kernels[key].bind(self._addresses(step), at=at))
             self._single[numbers[0]] = last.launches[-1]
-        self._pin()
+        if self.program.nccl:
+            self._meet_on_card()
+        else:
+            self._pin()
         if new := [title for title in hosted if title not in _told]:
             _told.update(new)
             warnings.warn(
@@ -230,6 +237,21 @@ class CardRank(Participant):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _meet_on_card(self) -> None:
+        """Bind collectives to the card. Those behind kernels have a queue of their own."""
+        beside = card_of(self.device) if self.program.behind else self.card
+        if self.program.behind:
+            self._queues.insert(0, beside)
+        how: Any = (self.transport, self.card, beside, self._address, self._reserve)
+        self._meetings.append(Meetings(self.program, self.device, *how))
+
+    def _wait(self) -> None:
+        """Until the card has done everything, or another rank is gone."""
+        if self._meetings:
+            self._meetings[0].wait()
+        else:
+            self.card.wait()
 
     def _calls(self, numbers: Sequence[int]) -> tuple[Call, ...]:
         return tuple(step for step in map(self.program.steps.__getitem__, numbers) if isinstance(step, Call))
@@ -280,7 +302,7 @@ class CardRank(Participant):
         """Wait, and take the scalars that came."""
         self.card.use()
         with _explained(self.device):
-            self.card.wait()
+            self._wait()
         self._taken += self._numbers.read(self._steps)
         self._steps = 0
 
@@ -311,7 +333,7 @@ class CardRank(Participant):
         try:
             launch()
             if not self._checked:
-                self.card.wait()
+                self._wait()
         except DeviceFault as error:
             kernel = f"{described(calls[0])} with {calls[0].choice}"
             if len(calls) > 1:
@@ -321,7 +343,7 @@ class CardRank(Participant):
 
     def advance_timed(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> list[Took]:
         self.set_clock(seed, step, clocks)
-        self.card.wait()
+        self._wait()
         begin, origin = time.perf_counter(), self.card.mark()
         origin.set()
         times: list[Took | tuple[Sequence[Call], Mark, Mark]] = []
@@ -336,10 +358,10 @@ class CardRank(Participant):
                     times.append((calls, before, after))
                     before = after
             else:
-                self.card.wait()
-                times.append(self._timed(part.name, part.title, partial(self._other, part)))
+                self._wait()
+                times.append(self._timed(part.name, part.title, partial(self._other, part, timed=True)))
         self._end()
-        self.card.wait()
+        self._wait()
         return [took for each in times for took in ([each] if isinstance(each, Took) else _took(*each, origin, begin))]
 
     def _one_by_one(self) -> Iterator[tuple[Call | Collective, Callable[[], None]]]:
@@ -350,10 +372,16 @@ class CardRank(Participant):
             else:
                 yield step, partial(self._other, step)
 
-    def _other(self, part: Call | Collective) -> None:
-        """A collective, or an op that runs on the host."""
+    def _other(self, part: Call | Collective, *, timed: bool = False) -> None:
+        """A collective, or an op that runs on the host; ``timed``: it is done when this returns, unless it goes behind
+        kernels."""
         if isinstance(part, Collective):
-            self._meet(part)
+            if not self._meetings:
+                self._meet(part)
+                return
+            self._meetings[0].meet(part)
+            if timed and not part.op.behind:
+                self._wait()
             return
         results = run_reference(part.request, self._mirrored((*part.ins, *part.extras)), part.at)
         for buffer, value in zip(part.outs, results, strict=True):
@@ -387,7 +415,7 @@ class CardRank(Participant):
         found = [self._view(b) for b in buffers]
         for array, buffer in zip(found, buffers, strict=True):
             self.card.download(array, self._address(buffer))
-        self.card.wait()
+        self._wait()
         return found
 
     def _return(self, buffers: Sequence[Buffer]) -> None:
@@ -395,7 +423,7 @@ class CardRank(Participant):
         self.card.use()
         for buffer in buffers:
             self.card.upload(self._address(buffer), self._view(buffer))
-        self.card.wait()
+        self._wait()
 
     def _at_hand(self, part: Collective) -> tuple[list[Array], list[Array]]:
         ins = self._mirrored(part.ins)
@@ -409,7 +437,7 @@ class CardRank(Participant):
     def close(self) -> None:
         super().close()
         self._parts, self._single = [], {}
-        let_go((self._line, self.card), self._memory, self._pages)
+        let_go(self._queues, self._memory, self._pages, self._meetings)
 
 
 @contextmanager
@@ -427,18 +455,25 @@ def _explained(device: Device) -> Iterator[None]:
         ) from error
 
 
-def let_go(cards: Sequence[Accelerator], memory: list[int], pages: Sequence[Array] = ()) -> None:
+def let_go(
+    cards: Sequence[Accelerator],
+    memory: list[int],
+    pages: Sequence[Array] = (),
+    meetings: Sequence[Meetings] = (),
+) -> None:
     """Give everything back that was reserved on the last of the queues of a card, and these; of a card that failed
-    nothing can be, nor need it."""
+    nothing can be, nor need it. What waits for other cards is given up first."""
     if not memory:
         return
     with suppress(DeviceFault), cards[-1].briefly():
+        for each in meetings:
+            each.abort()
         for card in cards:
             card.wait()
         while memory:
             cards[-1].free(memory.pop())
-        for each in pages:
-            cards[-1].unpin(each)
+        for page in pages:
+            cards[-1].unpin(page)
         for card in cards:
             card.close()
 

@@ -17,7 +17,7 @@ class Hosts(Transport):
 
     def __init__(self, far: Peers, here: Sequence[int], near: SharedMemory | None) -> None:
         self.rank, self.ranks, self.far, self.near = far.rank, far.ranks, far, near
-        self.topology = far.topology
+        self.topology, self.timeout_s = far.topology, far.timeout_s
         self.numbers = {rank: number for number, rank in enumerate(here)}  # in shared memory
         if far.aside is not None:
             assert near is None or isinstance(near.aside, SharedMemory)
@@ -46,6 +46,10 @@ class Hosts(Transport):
     def joined(self) -> None:
         if self.near is not None:
             self.near.joined()
+
+    @property
+    def given_up(self) -> bool:
+        return self.far.given_up
 
     def close(self) -> None:
         self.far.close()

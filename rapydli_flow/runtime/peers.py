@@ -93,6 +93,10 @@ class Peers(Transport):
     def joined(self) -> None:
         """Addresses stay."""
 
+    @property
+    def given_up(self) -> bool:
+        return self._error is not None
+
     def close(self) -> None:
         self._loop.add_callback(self._close)  # not awaited: this may be the loop's own thread
 

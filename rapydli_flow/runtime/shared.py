@@ -167,6 +167,10 @@ class SharedMemory(Transport):
             _raise(self._counters, self._read(source, self.rank))
         self._reading = []
 
+    @property
+    def given_up(self) -> bool:
+        return not self._open
+
     def close(self) -> None:
         self._open = False
         self.path.unlink(missing_ok=True)

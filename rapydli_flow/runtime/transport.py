@@ -34,6 +34,7 @@ class Transport(ABC):
     rank: int
     ranks: int
     chunk_bytes = CHUNK_BYTES
+    timeout_s: float = TIMEOUT_S  # how long another rank is waited for
     waited_s: float = 0.0  # seconds in all in which what others send was not there yet, or they had no room
     aside: Transport | None = None  # a line of its own to the same ranks, for what goes on behind kernels
 
@@ -66,6 +67,11 @@ class Transport(ABC):
     @abstractmethod
     def joined(self) -> None:
         """All ranks have their ends: what they found each other by may go."""
+
+    @property
+    @abstractmethod
+    def given_up(self) -> bool:
+        """Has this end, or the run, been closed?"""
 
     @abstractmethod
     def close(self) -> None:
@@ -147,6 +153,10 @@ class Alone(Transport):
     def joined(self) -> None:
         """There is nobody to be found."""
 
+    @property
+    def given_up(self) -> bool:
+        return False
+
     def close(self) -> None:
         """Nothing to leave."""
 
@@ -203,6 +213,10 @@ class Threads(Transport):
 
     def joined(self) -> None:
         """They know each other from the start."""
+
+    @property
+    def given_up(self) -> bool:
+        return self._board.closed
 
     def close(self) -> None:
         with self._board.changed:

@@ -2,18 +2,23 @@
 
 No message is longer than a chunk, and what is received can be written where it belongs at once: in a round there is all
 that a region of a wanted block is made of, be it copied or added up.
+
+Between cards messages are put together, and taken apart, in memory of the card that is `staged` for it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
+from .arena import aligned
 from .collective import Exchange, Piece
 
+CARD_BYTES = 1 << 25  # of a chunk from card to card: at the speed of their links it takes longer than a launch
 Slices = tuple[slice, ...]
 
 
@@ -39,6 +44,33 @@ class Round:
     sends: dict[int, list[Move]] = field(default_factory=dict)
     gets: dict[int, int] = field(default_factory=dict)
     writes: list[tuple[int, Move]] = field(default_factory=list)  # with who it is from
+
+
+class Staged(NamedTuple):
+    """Where messages of a round begin in the memory that is staged, and where there is room for what is added up."""
+
+    sends: dict[int, int]
+    gets: dict[int, int]
+    sums: int
+    size_bytes: int
+
+
+def staged(now: Round, item: int) -> Staged:
+    """Room for a round: each message, and each piece that is added twice, begins where kernels want it."""
+    size, room = 0, Staged({}, {}, 0, 0)
+    outgoing = {reader: sum(prod(move.shape) for move in moves) * item for reader, moves in now.sends.items()}
+    for places, messages in ((room.sends, outgoing), (room.gets, now.gets)):
+        for rank, size_bytes in messages.items():
+            places[rank] = size
+            size += aligned(size_bytes)
+    added = sum(2 * aligned(prod(move.shape) * item) for _, move in now.writes if move.added)
+    return room._replace(sums=size, size_bytes=size + added)
+
+
+def staged_bytes(op: Exchange) -> int:
+    """Memory of a card that an exchange from card to card takes."""
+    item = np.dtype(op.dtype).itemsize
+    return max((staged(now, item).size_bytes for now in rounds(op, CARD_BYTES)), default=0)
 
 
 def rounds(op: Exchange, chunk_bytes: int) -> list[Round]:

@@ -33,16 +33,17 @@ from .stale import halves, sends
 class Plan:
     """Number of ranks, threads of each, and how the work is divided.
 
-    ``layouts``: which block of a leaf lies on each rank, by name; other leaves lie where they are needed.
-    ``splits``: how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided
-    so that they are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that
-    are computed one after the other. ``average_every``: ranks train by themselves for so many steps, and then average
-    (local SGD); 0: they are one. ``staleness``: steps that a rank may be ahead of the updates of parameters, which are
-    divided over ranks (asynchronous); None: it waits for them in each step. ``overlap``: gradients are summed while the
-    backward pass goes on. ``wire``: what gradients are rounded to on their way, 'bfloat16' or ''. ``devices``: what
-    each rank is on, 'cpu', 'cuda' (in one process also 'cuda:1') or 'emulated'; without them all are on one kind, which
-    the run has. ``graph`` is what the plan was made for, if it is known; a notebook then shows bytes, too. ``recipe``:
-    what `make_plan` was asked for, so that the like can be made for other ranks.
+    ``layouts``: which block of a leaf lies on each rank, by name; other leaves lie where they are needed. ``splits``:
+    how layers are divided, by name, scope or pattern ('conv_1', 'stem', 'conv_*'); other nodes are divided so that they
+    are done soonest where their operands are. ``micro_batches``: pieces of a rank's part of the batch that are computed
+    one after the other. ``average_every``: ranks train by themselves for so many steps, and then average (local SGD);
+    0: they are one. ``staleness``: steps that a rank may be ahead of the updates of parameters, which are divided over
+    ranks (asynchronous); None: it waits for them in each step. ``overlap``: gradients are summed while the backward
+    pass goes on. ``wire``: what gradients are rounded to on their way, 'bfloat16' or ''. ``nccl``: GPUs hand each other
+    what ranks tell each other. ``devices``: what each rank is on, 'cpu', 'cuda' (in one process also 'cuda:1') or
+    'emulated'; without them all are on one kind, which the run has. ``graph`` is what the plan was made for, if it is
+    known; a notebook then shows bytes, too. ``recipe``: what `make_plan` was asked for, so that the like can be made
+    for other ranks.
     """
 
     ranks: int = 1
@@ -54,6 +55,7 @@ class Plan:
     staleness: int | None = None
     overlap: bool = False
     wire: str = ""
+    nccl: bool = False
     devices: tuple[str, ...] = ()
     graph: Graph | None = field(default=None, repr=False, compare=False)
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -112,7 +114,11 @@ class Plan:
     def programs(self, graph: Graph, *tunings: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step; ``tunings``: of each kind of device that ranks are on."""
         each = [self._tuning(rank, tunings) for rank in range(self.ranks)]
+        nccl = self.nccl and self.ranks > 1
+        if nccl and any(tuning.device.kind == "cpu" for tuning in each):
+            raise SettingError("plan: nccl=True is for ranks on GPUs. Run it with device='cuda', or leave it out.")
         made, updates = (tuple(map(compile_program, parts, each)) for parts in self.rank_halves(graph))
+        made = tuple(replace(program, nccl=nccl) for program in made)
         if not updates:
             return made
         ahead = self.staleness or 0
@@ -156,6 +162,8 @@ class Plan:
             )
         if self.wire:
             lines.append(f"  gradients are rounded to {self.wire} on their way: another run than that of one worker")
+        if self.nccl:
+            lines.append("  GPUs hand each other all this by NCCL; where all get a sum, its order is NCCL's own")
         lines += [f"  {name}: {split}" for name, split in self.splits.items()]
         for rank, needs in enumerate(self._needs(graph)):
             lines.append(f"  rank {rank}{f' on {self.devices[rank]}' if self.devices else ''}: {needs}")
@@ -233,6 +241,7 @@ class Plan:
             "staleness": self.staleness,
             "overlap": self.overlap,
             "wire": self.wire,
+            "nccl": self.nccl,
             "devices": self.devices,
         }
 
@@ -248,7 +257,8 @@ class Plan:
             for name, split in form["splits"].items()
         }
         rest = {name: form[name] for name in ("micro_batches", "average_every", "staleness", "overlap", "wire")}
-        return cls(form["ranks"], form["threads"], layouts, splits, devices=tuple(form.get("devices", ())), **rest)
+        rest |= {"nccl": form.get("nccl", False), "devices": tuple(form.get("devices", ()))}
+        return cls(form["ranks"], form["threads"], layouts, splits, **rest)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from ..tuner import Choice, Request, Tuning
 from .arena import Arena
 from .beside import side_by_side
 from .border import borders
-from .collective import Wait
+from .collective import Exchange, Wait
 from .homes import homes, owners
 from .join import Part, joins
+from .messages import staged_bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Program:
     owner has them.
 
     Of an asynchronous plan it is the update of what the rank owns; ``gradients`` is what comes before it, which may be
-    ``ahead`` of it by so many steps.
+    ``ahead`` of it by so many steps. ``nccl``: what ranks tell each other goes from card to card.
     """
 
     steps: tuple[Call | Collective, ...]
@@ -89,6 +90,7 @@ class Program:
     lent: tuple[str, ...] = ()
     gradients: Program | None = None
     ahead: int = 0
+    nccl: bool = False
 
     @property
     def behind(self) -> bool:
@@ -112,14 +114,21 @@ class Program:
 
     @property
     def aside_bytes(self) -> int:
-        """What a rank takes of its device beside that: on a card the state it sets aside, and batches on their way."""
+        """What a rank takes of its device beside that: on a card the state it sets aside, batches on their way, and
+        messages that go from there to another card."""
         if self.device.kind == "cpu":
             return 0
         held, fed = (
             sum(self.leaves[name].spec.size_bytes for name in self.kind(*kinds))
             for kinds in (("param", "state"), ("batch",))
         )
-        return held + 2 * fed
+        return held + 2 * fed + (self.staged_bytes if self.nccl else 0)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Room for the messages of the largest exchange from card to card."""
+        meetings = (step.op for step in self.steps if isinstance(step, Collective))
+        return max((staged_bytes(op) for op in meetings if isinstance(op, Exchange)), default=0)
 
     @property
     def needed_bytes(self) -> int:

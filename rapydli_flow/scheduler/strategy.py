@@ -14,6 +14,7 @@ from ..graph import Graph, hoist
 from ..ops import Conv, Matmul, Pointwise
 from ..spec import Block, bounds_by, even_bounds
 from .cost import Machine, node_s
+from .devices import several
 from .layout import Layout, Split, along_longest, bounds_of
 from .naming import batched, divided_nodes, forward
 from .plan import Plan
@@ -38,6 +39,7 @@ def make_plan(
     staleness: int | None = None,
     overlap: bool = False,
     wire: str | None = None,
+    nccl: bool = False,
     device: str | Sequence[str] | None = None,
     shares: Sequence[float] | None = None,
 ) -> Plan:
@@ -90,6 +92,8 @@ def make_plan(
             f"plan: wire={wire!r} is for gradients that all ranks get the sum of; with shard, staleness or "
             "average_every there are none."
         )
+    if nccl:
+        _check_nccl(devices, wire=wire, staleness=staleness, average_every=average_every)
     if splits:
         made = replace(made, splits={**made.splits, **splits})
         divided_nodes(graph, splits)
@@ -97,9 +101,21 @@ def make_plan(
     made = sharded(made, graph, parameters=shard == "parameters") if shard else made
     recipe: dict[str, Any] = {"strategy": strategy, "splits": splits, "micro_batches": micro_batches, "shard": shard}
     recipe |= {"average_every": average_every, "staleness": staleness, "overlap": overlap, "wire": wire}
-    recipe |= {"device": device, "shares": shares}
+    recipe |= {"nccl": nccl, "device": device, "shares": shares}
     made = replace(made, average_every=average_every or 0, staleness=staleness, overlap=overlap, wire=wire or "")
-    return replace(made, recipe=recipe)
+    return replace(made, nccl=nccl, recipe=recipe)
+
+
+def _check_nccl(devices: Sequence[str], **others: Any) -> None:
+    """SettingError for what does not go with NCCL."""
+    if "cpu" in devices or several(devices):
+        raise SettingError(f"plan: nccl=True is for ranks on GPUs, not for {', '.join(dict.fromkeys(devices))}.")
+    for name, value in others.items():
+        if value is not None:
+            raise SettingError(
+                f"plan: nccl=True is for what ranks on GPUs tell each other in each step, as it is; {name}={value!r} "
+                "goes through the host."
+            )
 
 
 def _devices(device: str | Sequence[str] | None, ranks: int) -> tuple[str, ...]:

@@ -1,0 +1,440 @@
+"""Ranks on cards that hand each other memory: the same numbers as through the host, and nobody waits for ever."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import ml_dtypes  # noqa: F401 - makes bfloat16 a dtype
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import Once, make_step, records, same_bits
+
+import rapydli_flow as rf
+from gpu_kernels import nccl as nccl_module
+from gpu_kernels.emulated import Emulated
+from gpu_kernels.emulated_nccl import Meeting, new_meeting
+from gpu_kernels.nccl import Nccl
+from rapydli_flow import nn
+from rapydli_flow.errors import DeviceFault, MissingDependency, RunLost, SettingError
+from rapydli_flow.runtime.card_meetings import Meetings, _flat
+from rapydli_flow.runtime.card_rank import CardRank
+from rapydli_flow.runtime.devices import device_of
+from rapydli_flow.runtime.events import Recovered
+from rapydli_flow.runtime.transport import Threads
+from rapydli_flow.runtime.workers import ready_workers
+from rapydli_flow.scheduler import AllReduce, Buffer, Collective, Exchange, Plan, make_plan
+from rapydli_flow.scheduler.collective import Shard, assemble
+from rapydli_flow.scheduler.messages import CARD_BYTES, rounds, staged, staged_bytes
+from rapydli_flow.scheduler.strategy import remade
+from rapydli_flow.spec import Block, Spec
+from rapydli_flow.template import Device
+from rapydli_flow.tuner import Tuning
+
+pytestmark = pytest.mark.filterwarnings("ignore:no GPU kernel serves")
+CARD = "emulated"
+HERE = Device("cuda", "A card", target="sm_90a", cores=132, vector_bytes=16, memory_bytes=1 << 30)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return make_step(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return records(dtype="float32")
+
+
+def plain(x):
+    x = nn.relu(nn.conv(x, 4, 3, padding=1))
+    return nn.dense(nn.max_pool(nn.relu(nn.conv(x, 6, 3, padding=1)), 2), 5)
+
+
+# runs ---------------------------------------------------------------------------------------------------
+
+HOW = [
+    (2, {}),
+    (3, {"overlap": True}),
+    (3, {"shard": "state"}),
+    (2, {"shard": "parameters", "overlap": True}),
+    (4, {"strategy": "spatial", "grid": (2, 2)}),
+    (2, {"strategy": "channels"}),
+    (2, {"strategy": "hybrid"}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "how"), HOW, ids=str)
+def test_a_run_is_that_through_the_host(step, data, ranks, how):
+    """Up to three ranks a sum has the same order both ways."""
+    through, direct = (
+        rf.fit(step, data, steps=4, plan=rf.plan(step, ranks=ranks, threads=1, nccl=nccl, **how), device=CARD)
+        for nccl in (False, True)
+    )
+    np.testing.assert_allclose(direct.scalars["loss"], through.scalars["loss"], rtol=1e-5)
+    for name, value in through.state.items():
+        if ranks < 4:
+            assert direct.state[name].tobytes() == value.tobytes(), name
+        else:
+            np.testing.assert_allclose(direct.state[name], value, atol=1e-5)
+
+
+def test_pipelines(data):
+    step = make_step(net=plain, dtype="float32")
+    for ranks, stages in ((2, 2), (4, 2)):
+        how = {"ranks": ranks, "threads": 1, "strategy": "pipeline", "stages": stages, "micro_batches": 2}
+        through, direct = (
+            rf.fit(step, data, steps=3, plan=rf.plan(step, nccl=nccl, **how), device=CARD) for nccl in (False, True)
+        )
+        assert same_bits(through.state, direct.state)
+
+
+def test_halves_meet_as_they_are(data):
+    """Sums in bfloat16, where the loss is scaled and gradients are cast."""
+    graph = rf.trace(plain, rf.Spec((8, 6, 6, 2)))
+    optimizer = rf.optim.sgd(0.05)
+    step = rf.train_step(graph, loss=nn.cross_entropy, optimizer=optimizer, precision="bfloat16")
+    through, direct = (
+        rf.fit(step, data, steps=3, plan=rf.plan(step, ranks=2, threads=1, nccl=nccl), device=CARD)
+        for nccl in (False, True)
+    )
+    assert same_bits(through.state, direct.state)
+
+
+def test_workers_that_are_killed_are_replaced(loose, data, step):
+    """The survivor waits on its card for a rank that is gone: it is told to give up, and meets the new one."""
+    client, start = loose
+    start(3, RAPYDLI_DEVICE=CARD)
+    client.wait_for_workers(3, timeout=60)
+    plan = rf.plan(step, client, ranks=2, threads=1, device=CARD, nccl=True)
+    assert plan.nccl
+    want = rf.fit(step, data, steps=60, plan=plan, device=CARD, seed=3)
+    workers = ready_workers(client, 3, 60.0)
+    victim = workers[sorted(workers)[1]]["pid"]
+    seen = []
+
+    class Strike(Once):
+        def on_event(self, event):
+            super().on_event(event)
+            seen.extend([event] if isinstance(event, Recovered) else [])
+
+    strike = Strike(10, lambda: os.kill(victim, signal.SIGKILL))
+    how = {"client": client, "plan": plan, "seed": 3, "callbacks": [strike]}
+    run = rf.fit(step, data, steps=60, **how)
+    assert [event.ranks for event in seen] == [2]
+    assert same_bits(run.state, want.state)
+
+
+def test_with_a_clock_after_each_kernel(step, data):
+    ranks = bound(step, 2, overlap=True)
+
+    def timed(rank):
+        rank.start(0)
+        rank.feed({name: data[name][:8][rank.block(name).slices] for name in ("x", "label")})
+        return rank.step_timed(0, 0)
+
+    try:
+        for _, times in in_threads(timed, ranks):
+            titles = {took.title for took in times}
+            assert {"all_reduce", "wait"} <= titles
+            assert all(took.time_s >= 0 for took in times)
+    finally:
+        for rank in ranks:
+            rank.close()
+
+
+def test_a_loss_that_is_not_finite_is_explained(step, data):
+    broken = {**data, "x": np.where(data["x"] > 2, np.inf, data["x"])}
+    said = []
+    for nccl in (False, True):
+        with pytest.raises(rf.errors.NonFinite) as error:
+            rf.fit(step, broken, steps=9, plan=rf.plan(step, ranks=2, threads=1, nccl=nccl), device=CARD)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+# what is said -------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_go_with_it(step, data):
+    with pytest.raises(SettingError, match=r"^plan: nccl=True is for ranks on GPUs, not for cpu\.$"):
+        rf.plan(step, ranks=2, device="cpu", nccl=True)
+    with pytest.raises(SettingError, match=r"^plan: nccl=True is for ranks on GPUs, not for emulated, cpu\.$"):
+        rf.plan(step, ranks=2, device=[CARD, "cpu"], nccl=True, shard="state")
+    for name, value in {"wire": "bfloat16", "average_every": 2, "staleness": 1}.items():
+        with pytest.raises(SettingError, match=f"as it is; {name}={value!r} goes through the host"):
+            rf.plan(step, ranks=2, nccl=True, **{name: value})
+    with pytest.raises(SettingError, match=r"^plan: nccl=True is for ranks on GPUs\. Run it with device='cuda'"):
+        rf.fit(step, data, steps=1, plan=rf.plan(step, ranks=2, nccl=True), device="cpu")
+
+
+def test_a_plan_says_so_and_is_kept(step):
+    plan = rf.plan(step, ranks=4, threads=1, device=CARD, nccl=True, shard="state")
+    assert "  GPUs hand each other all this by NCCL; where all get a sum, its order is NCCL's own" in plan.explain(step)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert remade(plan, step, 2).nccl
+    tuning = Tuning(device_of(CARD))
+    with_it, without = (
+        rf.plan(step, ranks=4, threads=1, shard="state", nccl=nccl).programs(step, tuning)[0] for nccl in (True, False)
+    )
+    assert with_it.needed_bytes == without.needed_bytes + with_it.staged_bytes
+    assert with_it.staged_bytes > 0
+    assert not rf.plan(step, ranks=1, nccl=True).programs(step, tuning)[0].nccl
+
+
+def test_without_cupy(monkeypatch):
+    """Said when a rank is bound, before anything runs."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    said = r"nccl=True needs CuPy and NCCL.*Install rapydli-flow\[cuda12\]"
+    with pytest.raises(MissingDependency, match=said):
+        nccl_module.new_meeting()
+    (part,) = (Collective("x", AllReduce(ranks=(0, 1)), (), ()),)
+    program = SimpleNamespace(steps=(part,), staged_bytes=0)
+    card = Emulated()
+    with pytest.raises(MissingDependency, match=said):
+        Meetings(program, HERE, Threads.of(2)[0], card, card, lambda buffer: 0, card.reserve)
+    with monkeypatch.context() as patch:
+        fake = SimpleNamespace(nccl=SimpleNamespace(available=False))
+        patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=fake))
+        patch.setitem(sys.modules, "cupy.cuda", fake)
+        with pytest.raises(MissingDependency, match="CuPy finds no libnccl"):
+            nccl_module.library()
+
+
+# ranks that do not come ---------------------------------------------------------------------------------
+
+
+def bound(step, count, *, timeout_s=120.0, **how):
+    """Ranks of a plan, as threads would have them."""
+    device = device_of(CARD)
+    programs = make_plan(step, count, nccl=True, **how).programs(step, Tuning(device))
+    ends = Threads.of(count, timeout_s=timeout_s)
+    return [CardRank(program, device, transport=end) for program, end in zip(programs, ends, strict=True)]
+
+
+def in_threads(function, ranks):
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(function, ranks))
+
+
+def test_a_rank_that_does_not_come_is_waited_for_so_long(step):
+    ranks = bound(step, 2, timeout_s=0.5)
+    together = threading.Barrier(2)
+
+    def run(rank):
+        rank.start(0)
+        rank._meetings[0].begin()
+        together.wait(10)
+        if rank.transport.rank == 0:
+            with pytest.raises(RunLost, match=r"^rank 0: a step on the card did not end in 0\.5 s: another rank"):
+                rank.step(0, 0)
+            with pytest.raises(RunLost, match=r"^rank 0: the run was given up"):
+                rank.step(0, 0)
+
+    in_threads(run, ranks)
+    for rank in ranks:
+        rank.close()
+
+
+def test_a_run_that_is_given_up_wakes_who_waits(step):
+    ranks = bound(step, 2)
+    waits = threading.Event()
+
+    def run(rank):
+        rank.start(0)
+        rank._meetings[0].begin()
+        if rank.transport.rank == 1:
+            assert waits.wait(10)
+            time.sleep(0.3)
+            rank.transport.close()
+            return
+        waits.set()
+        with pytest.raises(RunLost, match=r"^rank 0: the run was given up"):
+            rank.step(0, 0)
+
+    in_threads(run, ranks)
+    for rank in ranks:
+        rank.close()
+
+
+def test_who_comes_alone_to_a_meeting_gives_up():
+    def alive(waited_s):
+        if waited_s > 0.2:
+            raise RunLost("nobody is there")
+
+    with pytest.raises(RunLost, match="nobody is there"):
+        Meeting(new_meeting(), 0, 2, alive)
+    with pytest.raises(RunLost, match="another card is gone"):
+        Meeting(b"1", 1, 2, alive)
+
+
+# copies and exchanges -----------------------------------------------------------------------------------
+
+
+@st.composite
+def regions(draw):
+    """The shapes of two arrays, and a region of the same shape in each of them."""
+    axes = draw(st.integers(0, 5))
+    sizes = [draw(st.integers(1, 4)) for _ in range(axes)]
+    shapes, slices = [], []
+    for _ in range(2):
+        before = [draw(st.integers(0, 2)) for _ in range(axes)]
+        behind = [draw(st.integers(0, 2)) for _ in range(axes)]
+        shapes.append(tuple(map(sum, zip(before, sizes, behind, strict=True))))
+        slices.append(tuple(slice(lo, lo + size) for lo, size in zip(before, sizes, strict=True)))
+    return shapes, slices
+
+
+@settings(max_examples=300, deadline=None)
+@given(regions(), st.sampled_from([1, 2, 4, 8]))
+def test_a_region_is_copied_to_another(case, item):
+    (one, other), (out_of, into) = case
+    rng = np.random.default_rng(0)
+    source, target = (rng.integers(0, 99, shape).astype(f"u{item}") for shape in (one, other))
+    want = target.copy()
+    want[(..., *into)] = source[(..., *out_of)]
+    card = Emulated()
+    source_at, target_at = (_flat(x.ctypes.data, x.shape, item) for x in (source, target))
+    for copy in source_at.part(out_of).to(target_at.part(into)):
+        assert copy.box.target_pitch >= copy.box.width
+        assert copy.box.source_pitch >= copy.box.width
+        assert copy.box.source_height >= copy.box.rows
+        assert copy.box.target_height >= copy.box.rows
+        copy(card)
+    np.testing.assert_array_equal(target, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("chunk", [64, CARD_BYTES])
+def test_parts_of_sums_are_added_where_they_are_wanted(dtype, chunk, monkeypatch):
+    """Three ranks have a part of a sum each; what they want lies at odd places, and across rows."""
+    from rapydli_flow.runtime import card_meetings
+    from rapydli_flow.scheduler import messages
+
+    for module in (card_meetings, messages):
+        monkeypatch.setattr(module, "CARD_BYTES", chunk)
+    whole = (5, 7)
+    have = tuple(Shard(rank, Block.all(whole), rank) for rank in range(3))
+    bounds = [((0, 0), (2, 7)), ((2, 0), (5, 3)), ((2, 3), (5, 7))]
+    want = tuple((rank, Block(lo, hi, whole)) for rank, (lo, hi) in enumerate(bounds))
+    ops = [Exchange(rank=rank, have=have, want=want, dtype=dtype) for rank in range(3)]
+    rng = np.random.default_rng(1)
+    arrays = [rng.normal(size=whole).astype(dtype) for _ in range(3)]
+    ends = Threads.of(3)
+    assert all(staged(now, 2).size_bytes for now in rounds(ops[0], chunk))
+    assert staged_bytes(ops[0]) > 0
+
+    def run(rank):
+        card, op = Emulated(), ops[rank]
+        ins, outs = Spec(whole, dtype), op.infer()[0]
+        base = card.reserve(4096)
+        part = Collective("x", op, (Buffer(2, ins),), (Buffer(514, outs),))
+        program = SimpleNamespace(steps=(part,), staged_bytes=staged_bytes(op))
+        how = (ends[rank], card, card, lambda buffer: base + buffer.offset, card.reserve)
+        meetings = Meetings(program, device_of(CARD), *how)
+        card.upload(base + 2, arrays[rank])
+        meetings.meet(part)
+        meetings.wait()
+        found = np.empty(outs.shape, dtype)
+        card.download(found, base + 514)
+        meetings.abort()
+        return found
+
+    for rank, found in enumerate(in_threads(run, range(3))):
+        (wanted,) = assemble(ops[rank], dict(enumerate(arrays)))
+        assert found.tobytes() == wanted.tobytes()
+
+
+# NCCL's way, played by Python ---------------------------------------------------------------------------
+
+
+class Refused(RuntimeError):
+    pass
+
+
+def fake(log, *, refuse="", late=()):
+    """CuPy's module, as far as it is used."""
+
+    def say(name):
+        def ask(*args):
+            log.append((name, *args))
+            if name == refuse:
+                raise Refused(f"NCCL_ERROR_INVALID_USAGE: {name}")
+
+        return ask
+
+    class NcclCommunicator:
+        def __init__(self, ranks, meeting, rank):
+            for each in late:
+                each.wait(5)
+            say("init")(ranks, meeting, rank)
+
+        def __getattr__(self, name):
+            return say(name)
+
+    ask = {name: say(name) for name in ("groupStart", "groupEnd")}
+    return SimpleNamespace(
+        available=True, NcclError=Refused, NcclCommunicator=NcclCommunicator, get_unique_id=lambda: b"7" * 128, **ask
+    )
+
+
+def joined(monkeypatch, log, alive=lambda waited_s: None, **how):
+    monkeypatch.setattr(nccl_module, "library", lambda: fake(log, **how))
+    card = SimpleNamespace(use=lambda: log.append(("use",)), stream=9)
+    return card, Nccl(card, nccl_module.new_meeting(), 1, 2, alive)
+
+
+def test_what_nccl_is_asked_for(monkeypatch):
+    log = []
+    card, way = joined(monkeypatch, log)
+    way.all_reduce(card, [(16, 32, 5), (64, 64, 7)], "bfloat16")
+    way.swap(card, [(0, 128, 10)], [(0, 256, 20)])
+    way.check()
+    way.abort()
+    way.abort()
+    assert log == [
+        ("use",),
+        ("init", 2, b"7" * 128, 1),
+        ("groupStart",),
+        ("allReduce", 16, 32, 5, 9, 0, 9),
+        ("allReduce", 64, 64, 7, 9, 0, 9),
+        ("groupEnd",),
+        ("groupStart",),
+        ("send", 128, 10, 1, 0, 9),
+        ("recv", 256, 20, 1, 0, 9),
+        ("groupEnd",),
+        ("check_async_error",),
+        ("abort",),
+    ]
+    with pytest.raises(RunLost, match="given up"):
+        way.check()
+
+
+def test_what_nccl_refuses(monkeypatch):
+    with pytest.raises(DeviceFault, match=r"NCCL refused \(NCCL_ERROR_INVALID_USAGE: init\)\. Each rank needs a GPU"):
+        joined(monkeypatch, [], refuse="init")
+    log = []
+    card, way = joined(monkeypatch, log, refuse="send")
+    with pytest.raises(DeviceFault, match="NCCL refused"):
+        way.swap(card, [(0, 128, 10)], [])
+    assert log[-1] == ("groupEnd",)
+    _, way = joined(monkeypatch, [], refuse="check_async_error")
+    with pytest.raises(RunLost, match="another card is gone"):
+        way.check()
+
+
+def test_a_card_that_never_comes_is_not_waited_for(monkeypatch):
+    came = threading.Event()
+
+    def alive(waited_s):
+        if waited_s > 0.1:
+            raise RunLost("nobody is there")
+
+    with pytest.raises(RunLost, match="nobody is there"):
+        joined(monkeypatch, [], alive, late=[came])
+    came.set()
