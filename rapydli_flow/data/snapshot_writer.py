@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SettingError, SnapshotError
-from ..spec import Array, Block, Spec
+from ..spec import Array, Block
 from .snapshot import array_spec, begin, commit, meta_text, prune, take_place, write_block
 
 UNFINISHED = ".unfinished"
@@ -40,13 +40,20 @@ class SnapshotWriter:
         Waits for the write before, and raises what that one raised. Raises DTypeError or SnapshotError at
         once for arrays or ``meta`` (JSON) that cannot be stored.
         """
-        if self._thread is None:
-            raise SnapshotError(f"{self.folder}: this writer is closed. Make another one.")
-        specs = {name: array_spec(name, array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            array_spec(name, array)
         meta_text(meta)
         self.wait()
         copies = {name: np.array(array, order="C") for name, array in arrays.items()}
-        self._writing = self._thread.submit(self._write, step, specs, copies, dict(meta))
+        self.write_later(step, lambda: copies, meta)
+
+    def write_later(self, step: int, arrays: Callable[[], Mapping[str, Array]], meta: Mapping[str, Any]) -> None:
+        """As `write`, of arrays that are asked for in the background, and must stay as they are then."""
+        if self._thread is None:
+            raise SnapshotError(f"{self.folder}: this writer is closed. Make another one.")
+        meta_text(meta)
+        self.wait()
+        self._writing = self._thread.submit(self._write, step, arrays, dict(meta))
 
     def wait(self) -> None:
         """Return when nothing is being written; raises what the last write raised (once)."""
@@ -69,7 +76,9 @@ class SnapshotWriter:
     ) -> None:
         self.close()
 
-    def _write(self, step: int, specs: dict[str, Spec], arrays: dict[str, Array], meta: dict[str, Any]) -> None:
+    def _write(self, step: int, later: Callable[[], Mapping[str, Array]], meta: dict[str, Any]) -> None:
+        arrays = later()
+        specs = {name: array_spec(name, array) for name, array in arrays.items()}
         folder = self.folder / UNFINISHED if self.only else self.folder
         if self.only:
             shutil.rmtree(folder, ignore_errors=True)  # what a killed process left, complete or not

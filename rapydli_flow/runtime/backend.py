@@ -102,13 +102,15 @@ class Writers:
         self.run_dir, self.keep = run_dir, keep
         self._writers: dict[str, SnapshotWriter] = {}
 
-    def write(self, name: str, step: int, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> Callable[[], object]:
-        """Write a snapshot in the background; what waits for it. One that is there already is that of the same run,
-        which went back behind it."""
+    def write(
+        self, name: str, step: int, arrays: Callable[[], Mapping[str, Array]], meta: Mapping[str, Any]
+    ) -> Callable[[], object]:
+        """Write a snapshot in the background, where its arrays are asked for; what waits for it. One that is there
+        already is that of the same run, which went back behind it."""
         writer = self[name]
         if name == SNAPSHOTS and has_snapshot(writer.folder, step):
             return writer.wait
-        writer.write(step, arrays, meta)
+        writer.write_later(step, arrays, meta)
         return writer.wait
 
     def __getitem__(self, name: str) -> SnapshotWriter:

@@ -18,6 +18,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -76,7 +77,11 @@ class CardRank(Participant):
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
-        self._aside_at = 0
+        self._aside_at, self._set_aside = 0, self.card.mark()
+        self._still = False  # are parameters and state as they were set aside?
+        self._bringing = ThreadPoolExecutor(1, thread_name_prefix="rapydli-state")
+        self._way_out: Accelerator | None = None
+        self._coming: Future[dict[str, Array]] | None = None  # what was set aside last, on its way to the host
         self._mirror = memory_of(self._size_bytes + PAGE)  # pages that nothing touches are not there
         self._checked, self._replay = False, replay
         self._steps = 0
@@ -114,6 +119,7 @@ class CardRank(Participant):
         return self._base + self._offset(buffer)
 
     def put(self, values: Mapping[str, Array]) -> None:
+        self._still = False
         self.card.use()
         sent = []
         for name, value in values.items():
@@ -149,23 +155,47 @@ class CardRank(Participant):
             at += aligned(leaf.spec.size_bytes)
 
     def set_aside(self) -> None:
+        if self._still:
+            return
+        if self._coming is not None:
+            wait([self._coming])  # its error is that of who asks for it
+            self._coming = None
         self.card.use()
         if not self._aside_at:
             leaves = (self.program.leaves[name] for name in self.program.kind("param", "state"))
             self._aside_at = self._reserve(sum(aligned(leaf.spec.size_bytes) for leaf in leaves))
         for _, spec, now, then in self._held():
             self.card.copy(then, now, spec.size_bytes)
+        self._set_aside.set()
+        self._still = True
 
     def aside(self) -> dict[str, Array]:
-        if not self._aside_at:
-            return {}
-        self.card.use()
-        found = {}
-        for name, spec, _, then in self._held():
-            found[name] = np.empty(spec.shape, spec.dtype)
-            self.card.download(found[name], then)
-        self.card.wait()
-        return found
+        return self.aside_later().result() if self._aside_at else {}
+
+    def aside_later(self) -> Future[dict[str, Array]]:
+        """A thread brings it, by a queue of its own, while kernels go on."""
+        if self._coming is None:
+            self._coming = self._bringing.submit(self._bring)
+        return self._coming
+
+    def state_later(self) -> Future[dict[str, Array]]:
+        self.set_aside()
+        return self.aside_later()
+
+    def _bring(self) -> dict[str, Array]:
+        """What was set aside, to the host."""
+        with _explained(self.device):
+            if self._way_out is None:
+                self._way_out = card_of(self.device)
+                self._queues.insert(0, self._way_out)
+            queue, found = self._way_out, {}
+            queue.use()
+            queue.after(self._set_aside)
+            for name, spec, _, then in self._held():
+                found[name] = np.empty(spec.shape, spec.dtype)
+                queue.download(found[name], then)
+            queue.wait()
+            return found
 
     def back(self) -> None:
         self.card.use()
@@ -189,6 +219,7 @@ class CardRank(Participant):
         self._feeds.send(batch)
 
     def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
+        self._still = False  # a step begins
         self.card.use()
         self._clocks.send(self._steps, clock_values(self.program, seed, step, clocks))
 
@@ -436,6 +467,7 @@ class CardRank(Participant):
 
     def close(self) -> None:
         super().close()
+        self._bringing.shutdown()
         self._parts, self._single = [], {}
         let_go(self._queues, self._memory, self._pages, self._meetings)
 

@@ -372,7 +372,8 @@ class Cluster(Backend):
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
         self.written.add(name)
         if self.holding > 1:
-            return self.writers.write(name, step, self.state(), meta)
+            state = self.state()
+            return self.writers.write(name, step, lambda: state, meta)
         futures = self._ordered("snapshot", tasks.snapshot, name, step, dict(meta), ranks=1)
         self.tokens = [*futures, *self.tokens[1:]]
         return lambda: self.results(futures)

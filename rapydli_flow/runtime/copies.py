@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import RunLost
+from ..errors import DeviceFault, RunLost
 from ..scheduler import Program
 from ..spec import Array, Block
 from .participant import Participant
@@ -53,42 +54,42 @@ class Copies:
     def __init__(self, rank: Participant, programs: Sequence[Program], number: int) -> None:
         self.rank, self.programs, self.number = rank, programs, number
         self.alone = only_here(programs)
-        self._steps: dict[int, list[Piece]] = {}
+        self._steps: dict[int, _Kept] = {}
         self._lock = threading.Lock()
         self._offered = False
 
-    def keep(self, step: int, state: Mapping[str, Array]) -> None:
-        """Keep this rank's state at a step, and what the rank before it gives; all ranks come here together."""
-        layout = self.rank.program.layout
-        pieces = [Piece(name, layout[name], array) for name, array in state.items()]
-        pieces += self._given(state)
+    def keep(self, step: int, state: Future[dict[str, Array]]) -> None:
+        """Keep this rank's state at a step, which may still be on its way, and what the rank before it gives; all ranks
+        come here together."""
+        kept = _Kept(self.rank.program, state, self._given(state))
         with self._lock:
-            self._steps[step] = pieces
+            self._steps[step] = kept
 
-    def _given(self, state: Mapping[str, Array]) -> list[Piece]:
+    def _given(self, state: Future[dict[str, Array]]) -> list[Piece]:
         """What only the rank before this one holds; in turn the next one gets what only this one does."""
         ranks = len(self.programs)
         before, behind = (self.number - 1) % ranks, (self.number + 1) % ranks
         mine, theirs = self.alone[self.number], self.alone[before]
         if ranks == 1 or not (mine or theirs):
             return []
-        sends = {behind: [state[name] for name in mine]} if mine else {}
+        sends = {behind: [state.result()[name] for name in mine]} if mine else {}
         wants = {before: [self.programs[before].leaves[name].spec for name in theirs]} if theirs else {}
         got = self.rank.transport.swap_arrays("the copies of a segment", sends, wants).get(before, [])
         layout = self.programs[before].layout
         return [Piece(name, layout[name], array) for name, array in zip(theirs, got, strict=True)]
 
     def settle(self, step: int) -> None:
-        """All ranks have their copies of a step: those before it are not needed any more, unless they were offered."""
+        """All ranks have their copies of a step, or have them set aside: those before it are not needed any more,
+        unless they were offered, or this rank's own is still on its way."""
         with self._lock:
-            if not self._offered:
-                self._steps = {at: pieces for at, pieces in self._steps.items() if at >= step}
+            if not self._offered and self._steps[step].state.done():
+                self._steps = {at: kept for at, kept in self._steps.items() if at >= step}
 
     def offered(self) -> dict[int, list[NamedBlock]]:
         """What is kept, by step; from now on nothing is let go."""
         with self._lock:
             self._offered = True
-            return {step: [(piece.name, piece.block) for piece in pieces] for step, pieces in self._steps.items()}
+            return {step: kept.blocks for step, kept in self._steps.items()}
 
     def handed_out(self, step: int) -> list[Piece]:
         """The copies of a step that was offered; RunLost if there are none."""
@@ -96,7 +97,30 @@ class Copies:
             if step not in self._steps:
                 has = ", ".join(map(str, self._steps)) or "none"
                 raise RunLost(f"rank {self.number} has no copy of step {step}, but of {has}; resume from the last one.")
-            return self._steps[step]
+            kept = self._steps[step]
+        try:
+            return kept.pieces
+        except DeviceFault as error:
+            raise RunLost(f"rank {self.number} cannot bring its copy of step {step} from its card: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A rank's own state at a step, and what was given to it."""
+
+    program: Program
+    state: Future[dict[str, Array]]
+    given: list[Piece]
+
+    @property
+    def blocks(self) -> list[NamedBlock]:
+        own = [(name, self.program.layout[name]) for name in self.program.kind("param", "state")]
+        return own + [(piece.name, piece.block) for piece in self.given]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        layout = self.program.layout
+        return [Piece(name, layout[name], array) for name, array in self.state.result().items()] + self.given
 
 
 def common_step(kept: Iterable[Mapping[int, Sequence[NamedBlock]]], programs: Sequence[Program]) -> int | None:

@@ -160,7 +160,8 @@ class Flow(Backend):
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
-        return self.writers.write(name, step, self.state(), meta)
+        state = self.state()
+        return self.writers.write(name, step, lambda: state, meta)
 
     def close(self, *, failed: bool) -> None:
         self.writers.close()

@@ -94,7 +94,9 @@ class Local(Backend):
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
-        return self.writers.write(name, step, self.state(), meta)
+        held = [t.rank.program.layout for t in self.trainers]
+        parts = [t.state_later() for t in self.trainers[: holding(self.graph, held)]]
+        return self.writers.write(name, step, lambda: whole_state(self.graph, held, [part() for part in parts]), meta)
 
     def state(self) -> dict[str, Array]:
         return finite(self._gather())

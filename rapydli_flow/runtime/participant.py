@@ -66,6 +66,14 @@ class Participant(ABC):
     def back(self) -> None:
         """Go back to what was set aside."""
 
+    def aside_later(self) -> Future[dict[str, Array]]:
+        """What was set aside, once it is on the host; until another one is."""
+        return _here(self.aside())
+
+    def state_later(self) -> Future[dict[str, Array]]:
+        """Copies of parameters and state of this moment, once they are on the host. On a card they are set aside."""
+        return _here(self.state())
+
     def start(self, seed: int) -> None:
         """Give parameters and state their first values: this rank's block of each."""
         for name in self.program.kind("param", "state"):
@@ -218,6 +226,13 @@ class Participant(ABC):
         self.transport.close()
         if self._behind is not None:
             self._behind.shutdown(wait=False, cancel_futures=True)
+
+
+def _here(state: dict[str, Array]) -> Future[dict[str, Array]]:
+    """What need not be waited for."""
+    found: Future[dict[str, Array]] = Future()
+    found.set_result(state)
+    return found
 
 
 def described(part: Call | Collective) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -143,7 +143,7 @@ class Trainer:
         self.rank.set_aside()
         self.begun = True
         if self.copies is not None:
-            self.copies.keep(first, self.rank.aside())
+            self.copies.keep(first, self.rank.aside_later())
         together = self.average is None and self.rank.together
         scalars: dict[str, list[float]] = {}
         ops: dict[str, float] = {}
@@ -219,6 +219,15 @@ class Trainer:
     def finite_state(self) -> dict[str, Array]:
         """A copy of parameters and state to keep; NonFinite if a value is not finite."""
         return finite(self.rank.state())
+
+    def state_later(self) -> Callable[[], dict[str, Array]]:
+        """What gives `finite_state` of this moment, when it has come from where it is. NonFinite at once, if it is
+        here."""
+        later = self.rank.state_later()
+        if not later.done():
+            return lambda: finite(later.result())
+        state = finite(later.result())
+        return lambda: state
 
     def close(self) -> None:
         self.rank.close()

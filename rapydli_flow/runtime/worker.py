@@ -279,7 +279,7 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
 def snapshot(run: str, number: int, name: str, step: int, meta: Mapping[str, Any], *before: Any) -> int:
     """Copy this rank's state and write it behind the training's back; only where the rank holds all of it."""
     held = _find(run, number)
-    held.writers.write(name, step, held.trainer.finite_state(), meta)
+    held.writers.write(name, step, held.trainer.state_later(), meta)
     return step
 
 

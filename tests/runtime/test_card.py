@@ -1,21 +1,28 @@
 """Training, evaluating and predicting on a card that NumPy plays: all of the runtime's way to a GPU, without one."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small_runs import make_step, many, records
+from small_runs import make_step, many, records, same_bits
 
 import rapydli_flow as rf
 from gpu_kernels.emulated import Emulated
 from rapydli_flow.cli import main
 from rapydli_flow.config import Settings
-from rapydli_flow.errors import NonFinite, SettingError, TooLittleMemory
+from rapydli_flow.errors import DeviceFault, NonFinite, RunLost, SettingError, TooLittleMemory
 from rapydli_flow.runtime import card_rank, devices
+from rapydli_flow.runtime.backend import Writers
 from rapydli_flow.runtime.card_rank import CardRank
+from rapydli_flow.runtime.copies import Copies
 from rapydli_flow.runtime.devices import device_of, free_bytes
+from rapydli_flow.runtime.feeding import Given
 from rapydli_flow.runtime.rank import Rank
+from rapydli_flow.runtime.segment import Trainer
 from rapydli_flow.scheduler import make_plan
 from rapydli_flow.tuner import REFERENCE, Tuning
 
@@ -207,6 +214,122 @@ def test_what_is_set_aside_comes_back(step):
     for state in (rank.state(), rank.aside()):
         for name, value in state.items():
             np.testing.assert_array_equal(value, before[name])
+    rank.close()
+
+
+def given(step):
+    """A feed that has the same batch for each step."""
+    feed = Given()
+    feed.part = batch_of(step)
+    return feed
+
+
+class Slow(Emulated):
+    """A card whose copies to the host wait until they may go on."""
+
+    may = threading.Event()
+
+    def download(self, data, address):
+        assert self.may.wait(30)
+        super().download(data, address)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """The state that is set aside stays on its way to the host until this is set."""
+    monkeypatch.setattr(card_rank, "card_of", lambda device: Slow())
+    Slow.may.clear()
+    yield Slow.may
+    Slow.may.set()
+
+
+def test_a_snapshot_is_of_its_moment_while_steps_go_on(step, slow):
+    """A segment begins, and ends, while the state of before is on its way."""
+    rank = bound(step, card=Emulated())
+    rank.start(0)
+    trainer = Trainer(rank, given(step), 0, step)
+    trainer.segment(0, 2)
+    before = rank.state()
+    later = trainer.state_later()
+    result = trainer.segment(2, 3)
+    assert result.steps == 3
+    assert not rank.aside_later().done()
+    slow.set()
+    assert same_bits(later(), before)
+    assert not same_bits(rank.state(), before)
+    rank.close()
+
+
+def test_what_is_on_its_way_is_not_written_over(step, slow):
+    rank = bound(step, card=Emulated())
+    rank.start(0)
+    first, state = rank.state_later(), rank.state()
+    assert rank.state_later() is first  # nothing was done since
+    rank.feed(batch_of(step))
+    rank.step(0, 0)
+    with ThreadPoolExecutor(1) as other:
+        waits = other.submit(rank.set_aside)
+        time.sleep(0.2)
+        assert not waits.done()
+        slow.set()
+        waits.result(30)
+    assert same_bits(first.result(), state)
+    assert same_bits(rank.aside(), rank.state())
+    rank.close()
+
+
+def test_copies_of_a_segment_come_behind_it(step, slow):
+    """Those of the segment before are kept until they are there."""
+    rank = bound(step, card=Emulated())
+    rank.start(0)
+    copies = Copies(rank, [rank.program], 0)
+    trainer = Trainer(rank, given(step), 0, step, copies=copies)
+    slow.set()
+    trainer.segment(0, 2)
+    rank.aside()
+    slow.clear()
+    states = {2: rank.state()}
+    trainer.segment(2, 2)
+    assert set(copies._steps) == {0, 2}
+    slow.set()
+    assert same_bits({piece.name: piece.array for piece in copies.handed_out(2)}, states[2])
+    copies.settle(2)
+    assert set(copies.offered()) == {2}
+    rank.close()
+
+
+def test_a_copy_that_cannot_be_brought_is_a_lost_rank(step, monkeypatch):
+    rank = bound(step)
+    rank.start(0)
+
+    def fails(self, data, address):
+        raise DeviceFault("cuMemcpyDtoHAsync_v2: CUDA_ERROR_UNKNOWN (999).")
+
+    copies = Copies(rank, [rank.program], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Emulated, "download", fails)
+        rank.set_aside()
+        copies.keep(0, rank.aside_later())
+        with pytest.raises(RunLost, match="rank 0 cannot bring its copy of step 0 from its card"):
+            copies.handed_out(0)
+    rank.close()
+
+
+def test_numbers_of_a_snapshot_that_are_not_finite_are_said(step, slow, tmp_path):
+    """At once, or by the thread that writes it to who waits for it; nothing is written."""
+    rank = bound(step, card=Emulated())
+    rank.start(0)
+    rank.put({"dense_1/b": np.full(5, np.nan, np.float32)})
+    trainer = Trainer(rank, given(step), 0, step)
+    writers = Writers(tmp_path, 1)
+    wait = writers.write("snapshots", 3, trainer.state_later(), {})
+    slow.set()
+    with pytest.raises(NonFinite, match="dense_1/b is not finite after the last step"):
+        wait()
+    with pytest.raises(NonFinite, match="dense_1/b is not finite after the last step"):
+        trainer.state_later()  # it is here
+    writers.close()
+    assert not list(tmp_path.glob("snapshots/step*"))
     rank.close()
 
 

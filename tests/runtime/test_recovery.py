@@ -274,11 +274,11 @@ def test_what_was_offered_is_not_let_go(plain_step):
     copies = Copies(rank, [program], 0)
     for step in (0, 10):
         rank.set_aside()
-        copies.keep(step, rank.aside())
+        copies.keep(step, rank.aside_later())
         copies.settle(step)
     assert set(copies.offered()) == {10}
     rank.set_aside()
-    copies.keep(20, rank.aside())
+    copies.keep(20, rank.aside_later())
     copies.settle(20)
     assert {piece.name for piece in copies.handed_out(10)} == set(rank.aside())
     with pytest.raises(RunLost, match="rank 0 has no copy of step 0, but of 10, 20; resume"):
