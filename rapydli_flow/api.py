@@ -11,6 +11,7 @@ from typing import Any
 
 from distributed import Client
 
+from .arguments import check_seconds, check_whole
 from .config import checked_device, settings
 from .confusion import ConfusionMatrix, confusion_matrix
 from .data import Dataset, SnapshotWriter, ingest, latest, load, read_snapshot
@@ -137,14 +138,14 @@ def plan(
     Raises SettingError for options that mean nothing together, ShapeError for what cannot be divided so.
     """
     if device is not None and not isinstance(device, str):
-        ranks = ranks or len(device)
+        ranks = len(device) if ranks is None else ranks
     for name in (device,) if isinstance(device, str) else device or ():
         checked_device(name, "plan: device=")
     usual = Usual.of(workers_for(client, ranks, 30.0, device, "plan") if client is not None else {})
     return make_plan(
         step,
-        ranks or usual.ranks,
-        threads=threads or usual.threads,
+        usual.ranks if ranks is None else ranks,
+        threads=usual.threads if threads is None else threads,
         strategy=strategy,
         splits=splits,
         grid=grid,
@@ -228,6 +229,8 @@ def autotune(
     Raises SettingError for settings or a device that mean nothing, MissingDependency for a device that is not there,
     DeviceMismatch where no worker has one, NoWorkers where there are none, RunLost where all disappear.
     """
+    check_seconds("autotune", budget_s=budget_s)
+    check_whole("autotune", trials=trials)
     plan = plan or data_parallel(step, 1, threads=settings().threads)
     return tuner.autotune(
         plan.rank_graphs(step),
@@ -266,11 +269,9 @@ def time(
     Raises SettingError for numbers or a device that mean nothing, MissingDependency for a device that is not there.
     """
     graph = network_of(graph) if inference or graph.network is None else graph
-    if threads is not None and threads < 1:
-        raise SettingError(f"time: threads={threads} is not 1 or more.")
+    check_whole("time", threads=threads)
     threads = threads or settings().threads
-    if not 0 <= tune_s < float("inf"):
-        raise SettingError(f"time: tune_s={tune_s} is not 0 (no tuning) or more seconds.")
+    check_seconds("time", "0 (no tuning) or more", tune_s=tune_s)
     if device is not None:
         checked_device(device, "time: device=")
     if tune_s:

@@ -7,10 +7,11 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from types import FunctionType
 from typing import Any, TypeGuard, TypeVar
 
-from .errors import ArgumentError
+from .errors import ArgumentError, SettingError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,6 +24,24 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def is_whole(value: object) -> TypeGuard[int]:
     """An int; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_whole(where: str, least: int = 1, **values: object) -> None:
+    """SettingError for what is no whole number, or less than ``least``; None is not looked at."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are whole numbers, too
+            raise SettingError(f"{where}: {name}={value!r} is not a whole number.")
+        if value < least:
+            raise SettingError(f"{where}: {name}={value} is not {least} or more.")
+
+
+def check_seconds(where: str, least: str = "0 or more", **values: object) -> None:
+    """SettingError for what is no finite number of seconds of 0 or more; ``least`` says so."""
+    for name, value in values.items():
+        if not is_number(value) or not 0 <= value < float("inf"):
+            raise SettingError(f"{where}: {name}={value!r} is not {least} seconds.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

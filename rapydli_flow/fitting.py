@@ -12,6 +12,7 @@ from typing import Any
 
 from distributed import Client
 
+from .arguments import check_seconds
 from .comparison import (
     Comparable,
     Comparison,
@@ -179,8 +180,7 @@ class Options:
             raise SettingError("fit: resume goes on from the state of a snapshot; give state or resume, not both.")
         if self.snapshot_every is not None and self.snapshot_every < 0:
             raise SettingError(f"fit: snapshot_every={self.snapshot_every} is not 0 (none) or more steps.")
-        if not 0 <= self.tune_s < float("inf"):
-            raise SettingError(f"fit: tune_s={self.tune_s} is not 0 (no tuning) or more seconds.")
+        check_seconds("fit", "0 (no tuning) or more", tune_s=self.tune_s)
         if self.keep < 1:
             raise SettingError(f"fit: keep={self.keep} is not 1 or more snapshots.")
         if self.retries < 0 or not self.patience_s >= 0:

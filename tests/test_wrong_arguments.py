@@ -90,3 +90,37 @@ def test_data_of_another_kind(step, arrays):
 def test_evaluate_takes_a_dict_as_fit_does(step, arrays):
     metrics = rf.evaluate(step, rf.init(step), arrays)
     assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("ask", "how", "said"),
+    [
+        ("plan", {"ranks": 0}, "plan: ranks=0 is not 1 or more."),
+        ("plan", {"ranks": True}, "plan: ranks=True is not a whole number."),
+        ("plan", {"ranks": 2.5}, "plan: ranks=2.5 is not a whole number."),
+        ("plan", {"threads": 0}, "plan: threads=0 is not 1 or more."),
+        ("plan", {"threads": "a"}, "plan: threads='a' is not a whole number."),
+        ("plan", {"strategy": "pipeline", "stages": True}, "plan: stages=True is not a whole number."),
+        ("plan", {"staleness": 1.5}, "plan: staleness=1.5 is not a whole number."),
+        ("plan", {"average_every": False}, "plan: average_every=False is not a whole number."),
+        ("plan", {"overlap": 3}, "plan: overlap=3 is not True or False."),
+        ("plan", {"nccl": 1}, "plan: nccl=1 is not True or False."),
+        ("plan", {"grid": 2, "strategy": "spatial"}, "plan: grid=2 is not a number of ranks, 1 or more, for each axis"),
+        ("plan", {"shares": 3}, "plan: shares=3 is not a number above 0 for each of 2 rank(s), for strategy 'data'."),
+        ("plan", {"shares": [True, 1]}, "plan: shares=[True, 1] is not a number above 0 for each of 2 rank(s)"),
+        ("time", {"iterations": 1.5}, "time: iterations=1.5 is not a whole number."),
+        ("time", {"tune_s": True}, "time: tune_s=True is not 0 (no tuning) or more seconds."),
+        ("autotune", {"budget_s": -1}, "autotune: budget_s=-1 is not 0 or more seconds."),
+        ("autotune", {"budget_s": "a"}, "autotune: budget_s='a' is not 0 or more seconds."),
+        ("autotune", {"trials": 0}, "autotune: trials=0 is not 1 or more."),
+    ],
+)
+def test_numbers_that_are_none(step, ask, how, said):
+    how = {"ranks": 2, **how} if ask == "plan" else how
+    with pytest.raises(SettingError) as error:
+        getattr(rf, ask)(step, **how)
+    assert str(error.value).startswith(said)
+
+
+def test_numbers_of_numpy_are_numbers(step):
+    assert rf.plan(step, ranks=np.int64(2)).ranks == 2

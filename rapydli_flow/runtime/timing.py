@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from ..errors import SettingError
+from ..arguments import check_whole
 from ..graph import Graph, hoist, predicting
 from ..ops import Slice
 from ..scheduler import Call, Plan, Program, compile_program
@@ -129,8 +129,7 @@ def measure_step(
     seed: int = 0,
 ) -> Measured:
     """Time a training step, or a network that predicts."""
-    if iterations < 1:
-        raise SettingError(f"time: iterations={iterations} is not 1 or more.")
+    check_whole("time", iterations=iterations)
     graph = hoist(graph)
     (rank_graph,) = Plan(1, threads).rank_graphs(graph)
     program = compile_program(rank_graph, replace(tuning, strict=False))

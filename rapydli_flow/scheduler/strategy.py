@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from math import inf, prod
 from typing import Any
 
+from ..arguments import check_whole, is_number, is_whole
 from ..config import checked_device
 from ..errors import SettingError, ShapeError
 from ..graph import Graph, hoist
@@ -44,6 +45,13 @@ def make_plan(
     shares: Sequence[float] | None = None,
 ) -> Plan:
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
+    check_whole("plan", ranks=ranks, threads=threads, stages=stages, micro_batches=micro_batches)
+    check_whole("plan", 0, average_every=average_every, staleness=staleness)
+    for name, given in (("overlap", overlap), ("nccl", nccl)):
+        if not isinstance(given, bool):
+            raise SettingError(f"plan: {name}={given!r} is not True or False.")
+    if grid is not None and (not isinstance(grid, Sequence) or not all(is_whole(n) and n > 0 for n in grid)):
+        raise SettingError(f"plan: grid={grid!r} is not a number of ranks, 1 or more, for each axis that is divided.")
     kind = strategy or ("data" if not splits else "splits")
     if strategy is not None and strategy not in STRATEGIES:
         raise SettingError(f"plan: strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.")
@@ -53,9 +61,9 @@ def make_plan(
         if value is not None and kind not in of:
             raise SettingError(f"plan: {name} is for strategy {of[0]!r}, not {kind!r}.")
     devices = _devices(device, ranks)
-    if shares is not None and (kind != "data" or len(shares) != ranks or not all(0 < s < inf for s in shares)):
+    if shares is not None and (kind != "data" or not _are_shares(shares, ranks)):
         raise SettingError(
-            f"plan: shares={list(shares)} is not a number above 0 for each of {ranks} rank(s), for strategy 'data'."
+            f"plan: shares={shares!r} is not a number above 0 for each of {ranks} rank(s), for strategy 'data'."
         )
     if micro_batches is not None and kind not in ("pipeline", "splits"):
         raise SettingError(f"plan: micro_batches is for pipelines and splits, not for strategy {kind!r}.")
@@ -104,6 +112,13 @@ def make_plan(
     recipe |= {"nccl": nccl, "device": device, "shares": shares}
     made = replace(made, average_every=average_every or 0, staleness=staleness, overlap=overlap, wire=wire or "")
     return replace(made, nccl=nccl, recipe=recipe)
+
+
+def _are_shares(shares: object, ranks: int) -> bool:
+    """A number for each rank?"""
+    if not isinstance(shares, Sequence) or len(shares) != ranks:
+        return False
+    return all(is_number(share) and 0 < share < inf for share in shares)
 
 
 def _check_nccl(devices: Sequence[str], **others: Any) -> None:

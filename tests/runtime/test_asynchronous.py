@@ -204,7 +204,7 @@ def test_a_rank_that_fails_behind_ends_the_run(data):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"staleness": -1}, "plan: staleness=-1 is not 0 or more steps, for strategy 'data'"),
+        ({"staleness": -1}, "plan: staleness=-1 is not 0 or more"),
         ({"staleness": 1, "strategy": "spatial"}, "plan: staleness=1 is not 0 or more steps, for strategy 'data'"),
         ({"staleness": 1, "average_every": 2}, "plan: average_every is for ranks that train by themselves, staleness"),
     ],
