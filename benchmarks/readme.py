@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/speed.md from benchmarks/results/*.json, between their markers."""
+"""Write the measured tables of README.md and of the manual from benchmarks/results/*.json, between their markers."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def on_a_gpu() -> str:
         f"residual and ReLU in the same kernel {means['fp32 fused']:.2f}. {found['gpu']['device']}, "
         f"PyTorch {found['gpu']['torch']}, untuned, {found['hardware']['time'][:10]}.",
     ]
+    return "\n".join(lines)
+
+
+def resources() -> str:
+    """What kernels take on each generation of cards, and the tensor-core kernels of one of them."""
+    found = result("gpu_resources")
+    head = list(found["summary"][0])
+    lines = [_line(head), "|---" * len(head) + "|"]
+    lines += [_line([str(value) for value in row.values()]) for row in found["summary"]]
+    head = ["on an H100", "config", "registers", "threads", "shared KB", "tensor-core instructions"]
+    lines += ["", _line(head), "|---" * len(head) + "|"]
+    for row in found["rows"]:
+        if row["target"] == "sm_90a" and "tensor_core" in row:
+            shared = f"{row['shared_bytes'] / 1024:.0f}"
+            sizes = [
+                str(row["registers"]),
+                str(row["threads"]),
+                shared,
+                f"{row['tensor_core']} of {row['instructions']}",
+            ]
+            lines.append(_line([row["template"], f"`{row['config']}`", *sizes]))
+    lines += ["", f"Compiled by {found['compiler']}; every kernel, and its config, is in `gpu_resources.json`."]
     return "\n".join(lines)
 
 
@@ -265,6 +287,7 @@ def main() -> None:
         "dense": (products, "dense", "docs/speed.md"),
         "train_step": (partial(beside_torch, "train_step"), "train_step", "README.md"),
         "gpu": (on_a_gpu, "train_cuda", "README.md"),
+        "resources": (resources, "gpu_resources", "docs/gpu-speed.md"),
         "inference": (partial(beside_torch, "inference"), "inference", "README.md"),
         "overhead": (overheads, "overhead", "README.md"),
         "runtime": (together, "runtime", "README.md"),

@@ -155,7 +155,7 @@ class Card(Accelerator):
             value = ctypes.c_int()
             self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
             found[key] = value.value
-        target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] >= 9 else "")
+        target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] == 9 else "")  # for wgmma
         limits = {key: found[key] for key in ("cores", "threads", "shared_bytes", "registers")}
         sizes = {"vector_bytes": 16, "memory_bytes": total.value}
         return Device("cuda", name.value.decode(), target=target, number=self._number, **sizes, **limits)

@@ -304,3 +304,10 @@ def test_cubins_are_built_and_found(step, monkeypatch):
     building.build(request, choice, emulated)
     assert building.built([(request, choice)], emulated) == [True]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("major", "target"), [(8, "sm_80"), (9, "sm_90a"), (10, "sm_100"), (12, "sm_120")])
+def test_what_kernels_are_compiled_for(major, target):
+    """Only what is Hopper's alone asks for code that runs on no later card. A key is that of a card by its name."""
+    device = Card(0, driver=launch.Driver(Library(major=major))).describe()
+    assert (device.target, device.key) == (target, f"cuda-{target}-a-card")
