@@ -10,6 +10,7 @@ How a kernel is made and run, in the order in which it happens:
     compile         text to cubins, and the cache of them; needs CUDA's compilers, but no GPU
     emulate         the same function, run by NumPy, which refuses races and accesses out of bounds
     card            what a rank needs of a card: `launch` is the driver's, `emulated` is NumPy's
+    nccl            cards hand each other memory; `emulated_nccl` is what NumPy plays of it
     cost            a guess of seconds, where several templates serve an op and nothing was measured
     many            pointwise ops of one formula as one kernel
 
@@ -40,6 +41,6 @@ What families share, and the files of their templates:
                                           source
 
 May import `rapydli_flow` floors 0 and 1 (errors, spec, config, random, winograd, template) and NumPy. Numba and
-llvmlite are imported within rules and `compile`, cuda.core within `compile` alone, and `launch` needs nothing but the
-driver: so every kernel runs on the emulator where no CUDA package is installed.
+llvmlite are imported within rules and `compile`, cuda.core within `compile` alone, CuPy within `nccl`, and `launch`
+needs nothing but the driver: so every kernel runs on the emulator where no CUDA package is installed.
 """
