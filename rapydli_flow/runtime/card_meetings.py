@@ -29,7 +29,7 @@ from ..ops import Add
 from ..scheduler import AllReduce, Buffer, Collective, Exchange, Program
 from ..scheduler.arena import aligned
 from ..scheduler.collective import Wait
-from ..scheduler.messages import CARD_BYTES, Move, Round, Slices, rounds, staged
+from ..scheduler.messages import CARD_BYTES, Round, Slices, rounds, staged
 from ..spec import Spec
 from ..template import Device
 from .transport import Transport
@@ -194,9 +194,9 @@ class Meetings:
                 before += held[move.source].part(move.out_of).to(_flat(at, move.shape, item))
                 at += prod(move.shape) * item
             sends.append((reader, first, at - first))
-        after: list[list[_Copy | Callable[[], None]]] = []  # what is first written to each place, what is next, ...
-        adds: list[list[tuple[_Region, _Region]]] = []
-        depth: dict[tuple[Any, ...], int] = {}
+        parts = sorted({shard.part for shard in op.have})  # pieces of one part lie beside each other, never over
+        after: list[list[_Copy | Callable[[], None]]] = [[] for _ in parts]
+        adds: list[list[tuple[_Region, _Region]]] = [[] for _ in parts]
         for owner, move in now.writes:
             place = wanted[move.target].part(move.into)
             if owner == op.rank:
@@ -205,16 +205,14 @@ class Meetings:
                     continue  # it was made there
             else:
                 piece = _flat(self._staging + room.gets[owner] + move.begin, move.shape, item)
-            level = depth[_key(move)] = depth.get(_key(move), -1) + 1
-            for list_ in (after, adds):
-                list_ += [[] for _ in range(level + 1 - len(list_))]
+            turn = parts.index(op.have[move.source].part)
             if move.added:
-                adds[level].append((place, piece))
+                adds[turn].append((place, piece))
             else:
-                after[level] += piece.to(place)
+                after[turn] += piece.to(place)
         spare = self._staging + room.sums
-        for level, pairs in enumerate(adds):
-            after[level] += self._added(pairs, op.dtype, spare)
+        for turn, pairs in enumerate(adds):
+            after[turn] += self._added(pairs, op.dtype, spare)
             spare += sum(2 * aligned(place.size * item) for place, _ in pairs)
 
         def work(way: Communicator | None) -> None:
@@ -262,11 +260,6 @@ class Meetings:
 
     def _placed(self, buffer: Buffer) -> _Region:
         return _flat(self._address(buffer), buffer.spec.shape, np.dtype(buffer.spec.dtype).itemsize)
-
-
-def _key(move: Move) -> tuple[Any, ...]:
-    """Which place a move writes to."""
-    return move.target, tuple((s.start, s.stop) for s in move.into)
 
 
 class _Region(NamedTuple):

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from gpu_kernels.launch import ALIGNMENT
 from gpu_kernels.many import Alike
 
-from ..scheduler import Buffer, Call, Collective, Program
+from ..ops import Add
+from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.collective import Wait
 from ..scheduler.together import MOST, Range, Step, together
-from ..template import Device
+from ..spec import Spec
+from ..template import Device, Epilogue
 from ..tuner import Choice, Request
 from .building import MANY, alike_of
 
@@ -51,7 +53,17 @@ def kernels_of(program: Program) -> tuple[tuple[Request, Choice], ...]:
                 found[step.request, step.choice] = None
             else:
                 found[groups.setdefault(alike_of(step.request), step.request), MANY] = None
+    for request in _adding(program):
+        found[request, MANY] = None
     return tuple(found)
+
+
+def _adding(program: Program) -> list[Request]:
+    """What adds the parts of sums that come from other cards: one kernel for a dtype, whatever their sizes."""
+    meetings = [step.op for step in program.steps if isinstance(step, Collective)] if program.nccl else []
+    dtypes = dict.fromkeys(op.dtype for op in meetings if isinstance(op, Exchange) and op.sums)
+    specs = [Spec((1,), dtype) for dtype in dtypes]
+    return [Request(Add(), (spec, spec), Epilogue.none(spec), title=Add.name) for spec in specs]
 
 
 def kernels_by_device(programs: Sequence[Program]) -> dict[Device, list[tuple[Request, Choice]]]:

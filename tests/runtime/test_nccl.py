@@ -1,5 +1,6 @@
 """Ranks on cards that hand each other memory: the same numbers as through the host, and nobody waits for ever."""
 
+import itertools
 import os
 import signal
 import sys
@@ -19,16 +20,20 @@ import rapydli_flow as rf
 from gpu_kernels import nccl as nccl_module
 from gpu_kernels.emulated import Emulated
 from gpu_kernels.emulated_nccl import Meeting, new_meeting
+from gpu_kernels.many import Many
 from gpu_kernels.nccl import Nccl
 from rapydli_flow import nn
 from rapydli_flow.errors import DeviceFault, MissingDependency, RunLost, SettingError
+from rapydli_flow.runtime import card_meetings
+from rapydli_flow.runtime.building import MANY
 from rapydli_flow.runtime.card_meetings import Meetings, _flat
 from rapydli_flow.runtime.card_rank import CardRank
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.events import Recovered
+from rapydli_flow.runtime.grouped import kernels_of
 from rapydli_flow.runtime.transport import Threads
 from rapydli_flow.runtime.workers import ready_workers
-from rapydli_flow.scheduler import AllReduce, Buffer, Collective, Exchange, Plan, make_plan
+from rapydli_flow.scheduler import AllReduce, Buffer, Collective, Exchange, Plan, make_plan, messages
 from rapydli_flow.scheduler.collective import Shard, assemble
 from rapydli_flow.scheduler.messages import CARD_BYTES, rounds, staged, staged_bytes
 from rapydli_flow.scheduler.strategy import remade
@@ -309,45 +314,82 @@ def test_a_region_is_copied_to_another(case, item):
     np.testing.assert_array_equal(target, want)
 
 
+WHOLE = (5, 7)
+ALL = Block.all(WHOLE)
+ROWS, COLUMNS = Block.along(WHOLE, 0, (0, 2, 5)), Block.along(WHOLE, 1, (0, 4, 7))
+PARTS = {
+    "whole": tuple(Shard(rank, ALL, rank) for rank in range(3)),
+    "in blocks that lie across each other": (
+        *(Shard(rank, block, 0) for rank, block in enumerate(ROWS)),
+        Shard(2, ALL, 1),
+        *(Shard(rank, block, 2) for rank, block in enumerate(COLUMNS)),
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("chunk", [64, CARD_BYTES])
-def test_parts_of_sums_are_added_where_they_are_wanted(dtype, chunk, monkeypatch):
-    """Three ranks have a part of a sum each; what they want lies at odd places, and across rows."""
-    from rapydli_flow.runtime import card_meetings
-    from rapydli_flow.scheduler import messages
-
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_of_sums_are_added_where_they_are_wanted(parts, dtype, chunk, monkeypatch):
+    """Three ranks have parts of a sum; what they want lies at odd places, and across rows."""
     for module in (card_meetings, messages):
         monkeypatch.setattr(module, "CARD_BYTES", chunk)
-    whole = (5, 7)
-    have = tuple(Shard(rank, Block.all(whole), rank) for rank in range(3))
+    tables = watched_tables(monkeypatch)
+    have = PARTS[parts]
     bounds = [((0, 0), (2, 7)), ((2, 0), (5, 3)), ((2, 3), (5, 7))]
-    want = tuple((rank, Block(lo, hi, whole)) for rank, (lo, hi) in enumerate(bounds))
+    want = tuple((rank, Block(lo, hi, WHOLE)) for rank, (lo, hi) in enumerate(bounds))
     ops = [Exchange(rank=rank, have=have, want=want, dtype=dtype) for rank in range(3)]
     rng = np.random.default_rng(1)
-    arrays = [rng.normal(size=whole).astype(dtype) for _ in range(3)]
+    arrays = [rng.normal(size=shard.block.shape).astype(dtype) for shard in have]
     ends = Threads.of(3)
     assert all(staged(now, 2).size_bytes for now in rounds(ops[0], chunk))
     assert staged_bytes(ops[0]) > 0
 
     def run(rank):
         card, op = Emulated(), ops[rank]
-        ins, outs = Spec(whole, dtype), op.infer()[0]
-        base = card.reserve(4096)
-        part = Collective("x", op, (Buffer(2, ins),), (Buffer(514, outs),))
+        outs = op.infer()[0]
+        base = card.reserve(8192)
+        ins = tuple(Buffer(2 + 512 * k, Spec(arrays[i].shape, dtype)) for k, i in enumerate(op.held))
+        part = Collective("x", op, ins, (Buffer(4098, outs),))
         program = SimpleNamespace(steps=(part,), staged_bytes=staged_bytes(op))
         how = (ends[rank], card, card, lambda buffer: base + buffer.offset, card.reserve)
         meetings = Meetings(program, device_of(CARD), *how)
-        card.upload(base + 2, arrays[rank])
+        for buffer, i in zip(ins, op.held, strict=True):
+            card.upload(base + buffer.offset, arrays[i])
         meetings.meet(part)
         meetings.wait()
         found = np.empty(outs.shape, dtype)
-        card.download(found, base + 514)
+        card.download(found, base + 4098)
         meetings.abort()
         return found
 
     for rank, found in enumerate(in_threads(run, range(3))):
         (wanted,) = assemble(ops[rank], dict(enumerate(arrays)))
         assert found.tobytes() == wanted.tobytes()
+    assert tables
+
+
+def test_what_adds_is_compiled_beforehand(step):
+    tuning = Tuning(device_of(CARD))
+    for shard, adds in (("state", True), (None, False)):
+        plan = rf.plan(step, ranks=2, threads=1, nccl=True, shard=shard)
+        kernels = kernels_of(plan.programs(step, tuning)[0])
+        assert any(choice == MANY and request.title == "add" for request, choice in kernels) == adds
+
+
+def watched_tables(monkeypatch):
+    """Tables of the kernel that adds: nothing that it writes may be written by another of its blocks."""
+    made, table = [], Many.table
+
+    def watched(self, addresses):
+        item = np.dtype(self.key.outs[0]).itemsize
+        places = sorted((row[-1], row[-1] + size * item) for row, size in zip(addresses, self.sizes, strict=True))
+        assert all(end <= first for (_, end), (first, _) in itertools.pairwise(places))
+        made.append(places)
+        return table(self, addresses)
+
+    monkeypatch.setattr(Many, "table", watched)
+    return made
 
 
 # NCCL's way, played by Python ---------------------------------------------------------------------------
