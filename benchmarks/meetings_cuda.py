@@ -146,19 +146,25 @@ def sum_s(devices: Sequence[str], elements: int, *, nccl: bool, rounds: int = 7)
     empty |= {"arena_bytes": x.spec.size_bytes, "donated": 0, "copied": 0, "nccl": nccl}
     ends = Threads.of(2)
 
-    def run(number: int) -> float:
-        rank = CardRank(Program(steps=(part,), device=held[number], **empty), held[number], transport=ends[number])
+    ranks = [
+        CardRank(Program(steps=(part,), device=device, **empty), device, transport=end)
+        for device, end in zip(held, ends, strict=True)
+    ]
+
+    def run(rank: CardRank) -> float:
         times = []
         for step in range(rounds + 2):
             begin = time.perf_counter()
             rank.advance(0, step)
             rank.taken()
             times.append(time.perf_counter() - begin)
-        rank.close()
         return statistics.median(times[2:])
 
     with ThreadPoolExecutor(2) as pool:
-        return max(pool.map(run, range(2)))
+        slowest = max(pool.map(run, ranks))
+    for rank in ranks:
+        rank.close()
+    return slowest
 
 
 def main() -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 _BYTES, _SUM = 1, 0  # ncclUint8, ncclSum
+_OTHERS = (2, 3, 6)  # ncclSystemError, ncclInternalError, ncclRemoteError
 _TYPES = {  # ncclDataType_t
     "int8": 0,
     "uint8": 1,
@@ -62,10 +63,12 @@ def new_meeting() -> bytes:
 
 
 def _said(nccl: Any, ask: Callable[..., Any], *args: Any) -> Any:
-    """What NCCL answers; DeviceFault for what it refuses."""
+    """What NCCL answers; DeviceFault for what it refuses, RunLost where others are the reason."""
     try:
         return ask(*args)
     except nccl.NcclError as error:
+        if getattr(error, "status", None) in _OTHERS:
+            raise RunLost(f"another card is gone ({error}); resume from the last snapshot.") from error
         raise DeviceFault(
             f"NCCL refused ({error}). Each rank needs a GPU of its own, and GPUs and hosts that reach each other; "
             "NCCL_DEBUG=INFO has it say more. Without nccl=True it goes through the host."
@@ -76,7 +79,7 @@ class Nccl(Communicator):
     """A card's way to others, on streams of that card."""
 
     def __init__(self, card: Accelerator, meeting: bytes, rank: int, ranks: int, alive: Alive) -> None:
-        self._nccl, self._aborted = library(), False
+        self._nccl, self._aborted, self._lock = library(), False, threading.Lock()
         made: list[Any] = []
 
         def come() -> None:
@@ -103,17 +106,25 @@ class Nccl(Communicator):
         kind, stream = _TYPES[np.dtype(dtype).name], _stream(queue)
         with _Group(self._nccl):
             for source, target, elements in sums:
-                ask = self._communicator.allReduce
-                _said(self._nccl, ask, source, target, elements, kind, _SUM, stream)
+                self._ask("allReduce", source, target, elements, kind, _SUM, stream)
 
     def swap(
         self, queue: Accelerator, sends: Sequence[tuple[int, int, int]], gets: Sequence[tuple[int, int, int]]
     ) -> None:
         stream = _stream(queue)
         with _Group(self._nccl):
-            for ask, messages in ((self._communicator.send, sends), (self._communicator.recv, gets)):
+            for name, messages in (("send", sends), ("recv", gets)):
                 for rank, address, size_bytes in messages:
-                    _said(self._nccl, ask, address, size_bytes, _BYTES, rank, stream)
+                    self._ask(name, address, size_bytes, _BYTES, rank, stream)
+
+    def _ask(self, name: str, *args: int) -> None:
+        """Of one that another thread aborted nothing is asked, and what it says is not its fault."""
+        try:
+            _said(self._nccl, getattr(self._communicator, name), *args)
+        except DeviceFault:
+            if self._aborted:
+                self.check()
+            raise
 
     def check(self) -> None:
         if self._aborted:
@@ -124,8 +135,9 @@ class Nccl(Communicator):
             raise RunLost(f"another card is gone ({error}); resume from the last snapshot.") from error
 
     def abort(self) -> None:
-        if not self._aborted:
-            self._aborted = True
+        with self._lock:
+            first, self._aborted = not self._aborted, True
+        if first:
             self._communicator.abort()
 
 

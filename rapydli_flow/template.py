@@ -21,7 +21,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -77,10 +76,7 @@ class Device:
 
     @property
     def key(self) -> str:
-        """Equal keys run the same compiled kernels equally fast. GPUs of one target differ in multiprocessors and
-        memory, so a GPU's key has its name."""
-        if self.kind == "cuda" and not self.emulated:
-            return f"cuda-{self.target}-{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}"
+        """Equal keys run the same compiled kernels, about equally fast."""
         return f"{self.kind}-{self.target or self.name}-v{self.vector_bytes}" + ("-emulated" if self.emulated else "")
 
 

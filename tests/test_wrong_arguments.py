@@ -1,5 +1,7 @@
 """What users get wrong: arguments of the wrong kind get one clear error, as near to the mistake as can be."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -123,4 +125,6 @@ def test_numbers_that_are_none(step, ask, how, said):
 
 
 def test_numbers_of_numpy_are_numbers(step):
-    assert rf.plan(step, ranks=np.int64(2)).ranks == 2
+    plan = rf.plan(step, ranks=np.int64(2), shares=np.array([3, 1]))
+    assert json.loads(json.dumps(plan.to_json()))["ranks"] == 2
+    assert rf.plan(step, ranks=4, strategy="spatial", grid=(np.int64(2), 2)).ranks == 4

@@ -4,13 +4,16 @@
     exchange   round by round: pieces of arrays -> messages -> the other cards -> to their places, or added up there
 
 Each collective is bound once, to addresses, copies and the kernel that adds. What goes behind kernels has a queue and
-communicators of its own. Nothing waits for another rank but `wait`, and that looks whether the others are still there.
+communicators of its own. `wait` looks whether the others are still there; where NCCL or the driver holds a rank's
+thread, another one looks.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -34,6 +37,7 @@ from ..spec import Spec
 from ..template import Device
 from .transport import Transport
 
+WATCH_S = 0.5
 POLL_S = 20e-6  # between two looks at the card, while a rank waits for others
 Group = tuple[bool, tuple[int, ...]]  # behind kernels or not, and the ranks that meet
 Work = Callable[[Communicator | None], None]
@@ -66,6 +70,8 @@ class Meetings:
         behind = [step.name for step in meetings if step.op.behind]
         self._marks = {name: (card.mark(), beside.mark()) for name in behind}
         self._last = card.mark()
+        self._since: float | None = None  # when a call that is under way began
+        del self._address, self._reserve  # of the rank, which these would keep alive
 
     def _group(self, part: Collective) -> Group:
         """Who meets. Messages go between any two of all ranks: some may have none."""
@@ -74,9 +80,13 @@ class Meetings:
 
     def begin(self) -> None:
         """Meet the other cards, when all ranks are there; does nothing after that."""
-        if self._met:
-            return
-        self._met = True
+        if not self._met:
+            self._meet_others()
+            self._met = True
+            watch = threading.Thread(target=_watch, args=(weakref.ref(self),), name="rapydli-watch", daemon=True)
+            watch.start()
+
+    def _meet_others(self) -> None:
         mine = sorted({group for group in self._groups.values() if len(group[1]) > 1})
         each = self._share(mine)
         groups = sorted({(behind, tuple(ranks)) for found in each for behind, ranks in found})
@@ -86,7 +96,7 @@ class Meetings:
         for i, (behind, ranks) in enumerate(groups):  # all ranks in this order: so nobody waits in a circle
             if self._transport.rank in ranks:
                 where = ranks.index(self._transport.rank), len(ranks)
-                self._ways[behind, ranks] = self._card.meet(bytes.fromhex(known[i]), *where, self._alive)
+                self._ways[behind, ranks] = self._card.meet(bytes.fromhex(known[i]), *where, self._coming)
 
     def _share(self, value: Any) -> list[Any]:
         """A value of each rank, for all of them."""
@@ -99,10 +109,12 @@ class Meetings:
             raise RunLost(f"rank {self._transport.rank}: the run was given up.")
         with self._leaving():
             self.begin()
+            self._since = time.monotonic()
             if isinstance(part.op, Wait):
                 self._card.after(self._marks[part.name][1])
                 return
-            way = self._ways.get(self._groups[part.name])
+            group = self._groups[part.name]
+            way = self._ways[group] if len(group[1]) > 1 else None
             if not part.op.behind:
                 self._work[part.name](way)
                 return
@@ -118,7 +130,7 @@ class Meetings:
         begin = time.perf_counter()
         with self._leaving():
             while not self._last.passed():
-                for way in self._ways.values():
+                for way in list(self._ways.values()):
                     way.check()
                 self._alive(time.perf_counter() - begin)
                 time.sleep(POLL_S)
@@ -126,12 +138,29 @@ class Meetings:
 
     @contextmanager
     def _leaving(self) -> Iterator[None]:
-        """Who finds that another rank is gone leaves, so that nothing on the card waits for it any more."""
+        """Who cannot go on leaves, so that nothing on the card waits for others any more."""
         try:
             yield
-        except RunLost:
+        except BaseException:
             self.abort()
             raise
+        finally:
+            self._since = None
+
+    def _coming(self, waited_s: float) -> None:
+        """As `_alive`, which it is once the cards have met."""
+        if not self._met and waited_s > self._transport.timeout_s:
+            raise RunLost(
+                f"rank {self._transport.rank}: the GPUs of the ranks did not meet in {self._transport.timeout_s:g} s. "
+                "A worker may be dead, or a firewall between them; NCCL_SOCKET_IFNAME says which network NCCL uses."
+            )
+        self._alive(waited_s)
+
+    def stuck(self) -> bool:
+        """Is this rank to leave, though its own thread may not be able to look?"""
+        since = self._since
+        late = since is not None and time.monotonic() - since > self._transport.timeout_s + WATCH_S
+        return late or self._transport.given_up
 
     def _alive(self, waited_s: float) -> None:
         rank, limit_s = self._transport.rank, self._transport.timeout_s
@@ -144,10 +173,15 @@ class Meetings:
             )
 
     def abort(self) -> None:
-        """Leave the others: what is under way on the card ends, whether they came or not."""
+        """Leave the others: what is under way on the card ends, whether they came or not. All ways at once, as what is
+        queued for one may stand behind what is stuck in another."""
         self._over = True
-        while self._ways:
-            self._ways.popitem()[1].abort()
+        ways = list(self._ways.values())
+        leaving = [threading.Thread(target=way.abort, name="rapydli-abort", daemon=True) for way in ways]
+        for thread in leaving:
+            thread.start()
+        for thread in leaving:
+            thread.join()
 
     # binding ------------------------------------------------------------------------------------------
 
@@ -260,6 +294,22 @@ class Meetings:
 
     def _placed(self, buffer: Buffer) -> _Region:
         return _flat(self._address(buffer), buffer.spec.shape, np.dtype(buffer.spec.dtype).itemsize)
+
+
+def _watch(reference: weakref.ref[Meetings]) -> None:
+    """Abort for a rank whose own thread cannot: NCCL, or the driver, holds it until another rank comes. One that can
+    has the time between two looks."""
+    looks = 0
+    while True:
+        time.sleep(WATCH_S)
+        meetings = reference()
+        if meetings is None or meetings._over:
+            return
+        looks = looks + 1 if meetings.stuck() else 0
+        if looks > 1:
+            meetings.abort()
+            return
+        del meetings
 
 
 class _Region(NamedTuple):

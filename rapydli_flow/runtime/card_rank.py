@@ -140,6 +140,7 @@ class CardRank(Participant):
 
     def _look(self, buffers: Sequence[Buffer]) -> list[Array]:
         self.card.use()
+        self._settled()
         found = [np.empty(buffer.spec.shape, buffer.spec.dtype) for buffer in buffers]
         for array, buffer in zip(found, buffers, strict=True):
             self.card.download(array, self._address(buffer))
@@ -284,6 +285,11 @@ class CardRank(Participant):
         else:
             self.card.wait()
 
+    def _settled(self) -> None:
+        """Before the host reads, which holds this thread until the card has come to it: not behind another rank."""
+        if self._meetings:
+            self._wait()
+
     def _calls(self, numbers: Sequence[int]) -> tuple[Call, ...]:
         return tuple(step for step in map(self.program.steps.__getitem__, numbers) if isinstance(step, Call))
 
@@ -356,7 +362,7 @@ class CardRank(Participant):
         try:
             return self.card.capture(run.launches)
         except DeviceFault:  # a driver without graphs: launches do the same
-            self.card.wait()
+            self._wait()
             return run.plain
 
     def _launch(self, calls: Sequence[Call], launch: Callable[[], None]) -> None:
@@ -443,6 +449,7 @@ class CardRank(Participant):
     def _mirrored(self, buffers: Sequence[Buffer]) -> list[Array]:
         """Buffers as arrays of the host. They lie as in the arena: where NumPy's lie decides the bits of its sums."""
         self.card.use()
+        self._settled()
         found = [self._view(b) for b in buffers]
         for array, buffer in zip(found, buffers, strict=True):
             self.card.download(array, self._address(buffer))
@@ -467,6 +474,8 @@ class CardRank(Participant):
 
     def close(self) -> None:
         super().close()
+        for meetings in self._meetings:
+            meetings.abort()
         self._bringing.shutdown()
         self._parts, self._single = [], {}
         let_go(self._queues, self._memory, self._pages, self._meetings)
@@ -497,9 +506,9 @@ def let_go(
     nothing can be, nor need it. What waits for other cards is given up first."""
     if not memory:
         return
+    for each in meetings:
+        each.abort()
     with suppress(DeviceFault), cards[-1].briefly():
-        for each in meetings:
-            each.abort()
         for card in cards:
             card.wait()
         while memory:

@@ -82,14 +82,14 @@ class Copies:
         """All ranks have their copies of a step, or have them set aside: those before it are not needed any more,
         unless they were offered, or this rank's own is still on its way."""
         with self._lock:
-            if not self._offered and self._steps[step].state.done():
+            if not self._offered and self._steps[step].here:
                 self._steps = {at: kept for at, kept in self._steps.items() if at >= step}
 
     def offered(self) -> dict[int, list[NamedBlock]]:
         """What is kept, by step; from now on nothing is let go."""
         with self._lock:
             self._offered = True
-            return {step: kept.blocks for step, kept in self._steps.items()}
+            return {step: kept.blocks for step, kept in self._steps.items() if not kept.failed}
 
     def handed_out(self, step: int) -> list[Piece]:
         """The copies of a step that was offered; RunLost if there are none."""
@@ -111,6 +111,16 @@ class _Kept:
     program: Program
     state: Future[dict[str, Array]]
     given: list[Piece]
+
+    @property
+    def here(self) -> bool:
+        """Has it come?"""
+        return self.state.done() and self.state.exception() is None
+
+    @property
+    def failed(self) -> bool:
+        """Will it never come?"""
+        return self.state.done() and self.state.exception() is not None
 
     @property
     def blocks(self) -> list[NamedBlock]:

@@ -106,10 +106,13 @@ class Local(Backend):
         return whole_state(self.graph, held, [t.rank.state() for t in self.trainers[: holding(self.graph, held)]])
 
     def close(self, *, failed: bool) -> None:
+        if self.pool is not None:
+            if failed:  # who waits for others is told
+                for trainer in self.trainers:
+                    trainer.rank.transport.close()
+            self.pool.shutdown()  # before memory is let go that they work on
         for trainer in self.trainers:
             trainer.close()
-        if self.pool is not None:
-            self.pool.shutdown()
         self.writers.close()
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from math import inf, prod
+from numbers import Integral, Real
 from typing import Any
 
-from ..arguments import check_whole, is_number, is_whole
+import numpy as np
+
+from ..arguments import check_whole
 from ..config import checked_device
 from ..errors import SettingError, ShapeError
 from ..graph import Graph, hoist
@@ -50,8 +53,9 @@ def make_plan(
     for name, given in (("overlap", overlap), ("nccl", nccl)):
         if not isinstance(given, bool):
             raise SettingError(f"plan: {name}={given!r} is not True or False.")
-    if grid is not None and (not isinstance(grid, Sequence) or not all(is_whole(n) and n > 0 for n in grid)):
+    if grid is not None and (not isinstance(grid, Sequence) or not all(_is(Integral, n) and n > 0 for n in grid)):
         raise SettingError(f"plan: grid={grid!r} is not a number of ranks, 1 or more, for each axis that is divided.")
+    ranks, threads, grid = int(ranks), int(threads), grid and tuple(map(int, grid))
     kind = strategy or ("data" if not splits else "splits")
     if strategy is not None and strategy not in STRATEGIES:
         raise SettingError(f"plan: strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.")
@@ -116,9 +120,14 @@ def make_plan(
 
 def _are_shares(shares: object, ranks: int) -> bool:
     """A number for each rank?"""
-    if not isinstance(shares, Sequence) or len(shares) != ranks:
+    if not isinstance(shares, Sequence | np.ndarray) or len(shares) != ranks:
         return False
-    return all(is_number(share) and 0 < share < inf for share in shares)
+    return all(_is(Real, share) and 0 < share < inf for share in shares)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """A number of a kind, NumPy's too; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_nccl(devices: Sequence[str], **others: Any) -> None:

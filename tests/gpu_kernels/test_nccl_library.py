@@ -1,5 +1,7 @@
 """NCCL itself, through CuPy, without a GPU: what is asked of it is there, and what it refuses is told."""
 
+import threading
+
 import pytest
 
 from gpu_kernels import nccl
@@ -40,7 +42,7 @@ def test_numbers_of_dtypes_and_sums(library):
 def test_what_a_communicator_is_asked_for(library):
     """Of one that met nobody: the library is called, and refuses."""
     way = object.__new__(Nccl)
-    way._nccl, way._aborted = library, False
+    way._nccl, way._aborted, way._lock = library, False, threading.Lock()
     way._communicator = library.NcclCommunicator.__new__(library.NcclCommunicator)
     for ask in (
         lambda: way.all_reduce(NoCard(), [(16, 16, 1)], "float32"),

@@ -312,6 +312,9 @@ def test_a_copy_that_cannot_be_brought_is_a_lost_rank(step, monkeypatch):
         copies.keep(0, rank.aside_later())
         with pytest.raises(RunLost, match="rank 0 cannot bring its copy of step 0 from its card"):
             copies.handed_out(0)
+    assert copies.offered() == {}  # nobody can have it
+    copies.settle(0)
+    assert set(copies._steps) == {0}
     rank.close()
 
 

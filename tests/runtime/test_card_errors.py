@@ -11,6 +11,7 @@ from small_runs import make_step, records
 import rapydli_flow as rf
 from gpu_kernels import compile as compiling
 from gpu_kernels import launch
+from gpu_kernels.card import Box
 from gpu_kernels.emulated import Emulated
 from gpu_kernels.launch import Card, DeviceFault
 from rapydli_flow.cli import main
@@ -308,6 +309,29 @@ def test_cubins_are_built_and_found(step, monkeypatch):
 
 @pytest.mark.parametrize(("major", "target"), [(8, "sm_80"), (9, "sm_90a"), (10, "sm_100"), (12, "sm_120")])
 def test_what_kernels_are_compiled_for(major, target):
-    """Only what is Hopper's alone asks for code that runs on no later card. A key is that of a card by its name."""
-    device = Card(0, driver=launch.Driver(Library(major=major))).describe()
-    assert (device.target, device.key) == (target, f"cuda-{target}-a-card")
+    """Only what is Hopper's alone asks for code that runs on no later card."""
+    assert Card(0, driver=launch.Driver(Library(major=major))).describe().target == target
+
+
+def test_what_the_driver_is_asked_for_a_moment_and_a_box():
+    """A moment that is not past yet is no error; a box is told in the driver's own order."""
+    log, codes = [], [600, 0]
+
+    class Asked(Library):
+        def __getattr__(self, name):
+            def call(*args):
+                if name == "cuMemcpy3DAsync_v2":
+                    log.append(np.frombuffer(bytes(args[0]._obj), np.uint64))
+                return codes.pop(0) if name == "cuEventQuery" else 0
+
+            return call
+
+    card = Card(0, driver=launch.Driver(Asked()))
+    assert [card.mark().passed(), card.mark().passed()] == [False, True]
+    card.copy_box(1000, 2000, Box(10, 3, 2, 16, 5, 32, 7))
+    (told,) = log
+    assert (told[4] & 0xFFFFFFFF, told[6], told[9], told[10]) == (2, 2000, 32, 7)
+    assert (told[15] & 0xFFFFFFFF, told[17], told[20], told[21]) == (2, 1000, 16, 5)
+    assert tuple(told[22:]) == (10, 3, 2)
+    card.copy_box(1000, 2000, Box(0, 3, 2, 16, 5, 32, 7))
+    assert len(log) == 1

@@ -1,11 +1,13 @@
 """Ranks on cards that hand each other memory: the same numbers as through the host, and nobody waits for ever."""
 
+import gc
 import itertools
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -278,6 +280,99 @@ def test_who_comes_alone_to_a_meeting_gives_up():
         Meeting(b"1", 1, 2, alive)
 
 
+def test_a_rank_that_is_dropped_is_let_go(step):
+    """On a worker nobody closes it."""
+    ranks = bound(step, 2)
+    in_threads(lambda rank: (rank.start(0), rank.step(0, 0)), ranks)
+    gone = [weakref.ref(rank) for rank in ranks]
+    queues = [rank.card for rank in ranks]
+    del ranks
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+    assert [card._memory for card in queues] == [{}, {}]
+
+
+def test_a_meeting_that_fails_is_not_gone_on_from(step, monkeypatch):
+    """Without the others a sum would be what this rank has."""
+    ranks = bound(step, 2)
+
+    def refuses(self, *_):
+        raise DeviceFault("NCCL refused (no).")
+
+    def run(rank):
+        rank.start(0)
+        with pytest.raises(DeviceFault, match="NCCL refused"):
+            rank.step(0, 0)
+        with pytest.raises(RunLost, match="the run was given up"):
+            rank.step(0, 0)
+
+    monkeypatch.setattr(Emulated, "meeting", lambda self: b"1")
+    monkeypatch.setattr(Emulated, "meet", refuses)
+    in_threads(run, ranks)
+    for rank in ranks:
+        rank.close()
+
+
+class Late(Emulated):
+    """A card that is not done before others come, which they do not."""
+
+    def mark(self):
+        mark = super().mark()
+        mark.passed = lambda: False
+        return mark
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_who_waits_on_its_card_looks_whether_others_are_there(given_up):
+    end, card = Threads.of(2, timeout_s=0.2)[0], Late()
+    program = SimpleNamespace(steps=(), staged_bytes=0)
+    meetings = Meetings(program, device_of(CARD), end, card, card, lambda buffer: 0, card.reserve)
+    left = []
+    meetings._ways = {(False, (0, 1)): SimpleNamespace(check=lambda: None, abort=lambda: left.append(1))}
+    if given_up:
+        end.close()
+    with pytest.raises(RunLost, match="the run was given up" if given_up else r"did not end in 0\.2 s"):
+        meetings.wait()
+    assert left == [1]
+
+
+def test_all_ways_are_left_at_once():
+    """To leave one may take until another one is left."""
+    other = threading.Event()
+    card = Emulated()
+    program = SimpleNamespace(steps=(), staged_bytes=0)
+    meetings = Meetings(program, device_of(CARD), Threads.of(2)[0], card, card, lambda buffer: 0, card.reserve)
+    for order in (1, -1):
+        other.clear()
+        ways = [lambda: other.wait(20), other.set][::order]
+        meetings._ways = {(i, (0, 1)): SimpleNamespace(abort=abort) for i, abort in enumerate(ways)}
+        begin = time.monotonic()
+        meetings.abort()
+        assert time.monotonic() - begin < 10
+
+
+def test_a_thread_that_is_held_is_freed_by_another(monkeypatch):
+    """NCCL, or the driver, may hold the rank's own: it cannot look."""
+    monkeypatch.setattr(card_meetings, "WATCH_S", 0.05)
+    card, end = Emulated(), Threads.of(2, timeout_s=30.0)[0]
+    part = Collective("x", AllReduce(ranks=(0, 1)), (), ())
+    program = SimpleNamespace(steps=(), staged_bytes=0)
+    meetings = Meetings(program, device_of(CARD), end, card, card, lambda buffer: 0, card.reserve)
+    freed = threading.Event()
+
+    def holds(way):
+        end.close()
+        assert freed.wait(20)
+        raise RunLost("it was freed")
+
+    group = False, (0, 1)
+    meetings._work, meetings._groups = {"x": holds}, {"x": group}
+    monkeypatch.setattr(meetings, "_meet_others", lambda: None)
+    meetings._ways = {group: SimpleNamespace(abort=freed.set)}
+    with pytest.raises(RunLost, match="it was freed"):
+        meetings.meet(part)
+
+
 # copies and exchanges -----------------------------------------------------------------------------------
 
 
@@ -396,17 +491,19 @@ def watched_tables(monkeypatch):
 
 
 class Refused(RuntimeError):
-    pass
+    def __init__(self, text, status):
+        super().__init__(text)
+        self.status = status
 
 
-def fake(log, *, refuse="", late=()):
+def fake(log, *, refuse="", late=(), status=5):
     """CuPy's module, as far as it is used."""
 
     def say(name):
         def ask(*args):
             log.append((name, *args))
             if name == refuse:
-                raise Refused(f"NCCL_ERROR_INVALID_USAGE: {name}")
+                raise Refused(f"NCCL_ERROR_INVALID_USAGE: {name}", status)
 
         return ask
 
@@ -468,6 +565,25 @@ def test_what_nccl_refuses(monkeypatch):
     _, way = joined(monkeypatch, [], refuse="check_async_error")
     with pytest.raises(RunLost, match="another card is gone"):
         way.check()
+
+
+@pytest.mark.parametrize("name", ["init", "allReduce"])
+def test_what_nccl_says_of_others_is_a_lost_rank(name, monkeypatch):
+    """Not a fault of this one: a run would not go on after that."""
+
+    def ask():
+        card, way = joined(monkeypatch, [], refuse=name, status=6)
+        way.all_reduce(card, [(16, 32, 5)], "float32")
+
+    with pytest.raises(RunLost, match="another card is gone"):
+        ask()
+
+
+def test_what_nccl_refuses_of_one_that_was_aborted(monkeypatch):
+    card, way = joined(monkeypatch, [], refuse="send", status=4)
+    way.abort()
+    with pytest.raises(RunLost, match="given up"):
+        way.swap(card, [(0, 128, 10)], [])
 
 
 def test_a_card_that_never_comes_is_not_waited_for(monkeypatch):
