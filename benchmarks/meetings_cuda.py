@@ -24,7 +24,7 @@ from common import RESULTS, table, write
 
 import rapydli_flow as rf
 from gpu_kernels.card import Accelerator, Box
-from gpu_kernels.launch import Driver
+from gpu_kernels.driver import Driver
 from rapydli_flow import nn, optim
 from rapydli_flow.errors import MissingDependency
 from rapydli_flow.runtime.card_rank import CardRank

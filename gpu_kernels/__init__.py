@@ -9,7 +9,7 @@ How a kernel is made and run, in the order in which it happens:
     specialise      the function as straight text with constants
     compile         text to cubins, and the cache of them; needs CUDA's compilers, but no GPU
     emulate         the same function, run by NumPy, which refuses races and accesses out of bounds
-    card            what a rank needs of a card: `launch` is the driver's, `emulated` is NumPy's
+    card            what a rank needs of a card: `launch` is that of a `driver`, `emulated` is NumPy's
     nccl            cards hand each other memory; `emulated_nccl` is what NumPy plays of it
     cost            a guess of seconds, where several templates serve an op and nothing was measured
     many            pointwise ops of one formula as one kernel

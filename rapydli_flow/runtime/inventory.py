@@ -10,7 +10,7 @@ import psutil
 
 from cpu_kernels.compile import host
 from gpu_kernels.compile import missing
-from gpu_kernels.launch import Driver
+from gpu_kernels.driver import Driver
 
 from ..config import settings
 from ..errors import MissingDependency, RapydliError

@@ -9,8 +9,9 @@ import pytest
 from gpu_kernels import compile as compiling
 from gpu_kernels import launch
 from gpu_kernels.compile import Cubin
+from gpu_kernels.driver import Driver
 from gpu_kernels.grid import TensorMap
-from gpu_kernels.launch import Card, DeviceFault, Driver
+from gpu_kernels.launch import Card, DeviceFault
 from gpu_kernels.many import Many, alike
 from rapydli_flow import ops
 from rapydli_flow.errors import MissingDependency
