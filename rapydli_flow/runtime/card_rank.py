@@ -18,7 +18,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from ..config import settings
 from ..errors import DeviceFault
 from ..scheduler import Buffer, Call, Collective, Exchange, Program
 from ..scheduler.arena import aligned
-from ..spec import Array, Block, Spec
+from ..spec import Array, Block
 from ..template import Device
 from .building import card_request, many_of
 from .card_meetings import Meetings
@@ -40,7 +40,7 @@ from .devices import card_of
 from .grouped import in_groups, on_host
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
 from .rank import memory_of
-from .staging import Clocks, Feeds, Numbers
+from .staging import Clocks, Feeds, Numbers, SetAside
 from .timeline import Took
 from .transport import Transport
 
@@ -77,11 +77,7 @@ class CardRank(Participant):
         self._base = self._reserve(self._size_bytes)
         if poison:  # NaN: nothing may read what was not written
             self.card.fill(self._base, self._size_bytes, 0xFF)
-        self._aside_at, self._set_aside = 0, self.card.mark()
-        self._still = False  # are parameters and state as they were set aside?
-        self._bringing = ThreadPoolExecutor(1, thread_name_prefix="rapydli-state")
-        self._way_out: Accelerator | None = None
-        self._coming: Future[dict[str, Array]] | None = None  # what was set aside last, on its way to the host
+        self._way_out: Accelerator | None = None  # of state that was set aside
         self._mirror = memory_of(self._size_bytes + PAGE)  # pages that nothing touches are not there
         self._checked, self._replay = False, replay
         self._steps = 0
@@ -119,7 +115,7 @@ class CardRank(Participant):
         return self._base + self._offset(buffer)
 
     def put(self, values: Mapping[str, Array]) -> None:
-        self._still = False
+        self._state.still = False
         self.card.use()
         sent = []
         for name, value in values.items():
@@ -147,37 +143,16 @@ class CardRank(Participant):
         self._wait()
         return found
 
-    def _held(self) -> Iterator[tuple[str, Spec, int, int]]:
-        """Parameters and state: where each is, and where it is set aside."""
-        at = self._aside_at
-        for name in self.program.kind("param", "state"):
-            leaf = self.program.leaves[name]
-            yield name, leaf.spec, self._address(leaf), at
-            at += aligned(leaf.spec.size_bytes)
-
     def set_aside(self) -> None:
-        if self._still:
-            return
-        if self._coming is not None:
-            wait([self._coming])  # its error is that of who asks for it
-            self._coming = None
         self.card.use()
-        if not self._aside_at:
-            leaves = (self.program.leaves[name] for name in self.program.kind("param", "state"))
-            self._aside_at = self._reserve(sum(aligned(leaf.spec.size_bytes) for leaf in leaves))
-        for _, spec, now, then in self._held():
-            self.card.copy(then, now, spec.size_bytes)
-        self._set_aside.set()
-        self._still = True
+        self._state.set_aside(self._reserve)
 
     def aside(self) -> dict[str, Array]:
-        return self.aside_later().result() if self._aside_at else {}
+        return self.aside_later().result() if self._state.there else {}
 
     def aside_later(self) -> Future[dict[str, Array]]:
         """A thread brings it, by a queue of its own, while kernels go on."""
-        if self._coming is None:
-            self._coming = self._bringing.submit(self._bring)
-        return self._coming
+        return self._state.later(self._bring)
 
     def state_later(self) -> Future[dict[str, Array]]:
         self.set_aside()
@@ -187,30 +162,28 @@ class CardRank(Participant):
         """What was set aside, to the host."""
         with _explained(self.device):
             if self._way_out is None:
-                self._way_out = card_of(self.device)
-                self._queues.insert(0, self._way_out)
-            queue, found = self._way_out, {}
-            queue.use()
-            queue.after(self._set_aside)
-            for name, spec, _, then in self._held():
-                found[name] = np.empty(spec.shape, spec.dtype)
-                queue.download(found[name], then)
-            queue.wait()
-            return found
+                self._way_out = self._another_queue()
+            return self._state.bring(self._way_out)
 
     def back(self) -> None:
         self.card.use()
-        for _, spec, now, then in self._held():
-            self.card.copy(now, then, spec.size_bytes)
+        self._state.back()
+
+    def _another_queue(self) -> Accelerator:
+        """One more queue of the card, which is given back with the others."""
+        self._queues.insert(0, card_of(self.device))
+        return self._queues[0]
 
     # staging ----------------------------------------------------------------------------------------
 
     def _stage(self) -> None:
-        """Pinned memory for what is fed, for clocks, and for scalars."""
+        """Pinned memory for what is fed, for clocks, and for scalars; what is set aside."""
         leaves, outputs = self.program.leaves, self.program.outputs
         fed = {name: (self._address(leaves[name]), leaves[name].spec) for name in self.program.kind("batch")}
         scalars = {k: (self._address(b), b.spec) for k, b in outputs.items() if b.spec.shape == ()}
         clocks = {name: leaves[name] for name in clock_values(self.program, 0, 0, CLOCKS)}
+        held = {name: (self._address(leaves[name]), leaves[name].spec) for name in self.program.kind("param", "state")}
+        self._state = SetAside(self.card, held)
         self._feeds = Feeds(self.card, self._line, fed, self._reserve)
         self._clocks = Clocks(self.card, clocks, self._base, SLOTS)
         self._numbers = Numbers(self.card, scalars, SLOTS)
@@ -220,7 +193,7 @@ class CardRank(Participant):
         self._feeds.send(batch)
 
     def set_clock(self, seed: int, step: int, clocks: Mapping[str, float] = CLOCKS) -> None:
-        self._still = False  # a step begins
+        self._state.still = False  # a step begins
         self.card.use()
         self._clocks.send(self._steps, clock_values(self.program, seed, step, clocks))
 
@@ -272,9 +245,7 @@ class CardRank(Participant):
 
     def _meet_on_card(self) -> None:
         """Bind collectives to the card. Those behind kernels have a queue of their own."""
-        beside = card_of(self.device) if self.program.behind else self.card
-        if self.program.behind:
-            self._queues.insert(0, beside)
+        beside = self._another_queue() if self.program.behind else self.card
         how: Any = (self.transport, self.card, beside, self._address, self._reserve)
         self._meetings.append(Meetings(self.program, self.device, *how))
 
@@ -476,7 +447,7 @@ class CardRank(Participant):
         super().close()
         for meetings in self._meetings:
             meetings.abort()
-        self._bringing.shutdown()
+        self._state.close()
         self._parts, self._single = [], {}
         let_go(self._queues, self._memory, self._pages, self._meetings)
 

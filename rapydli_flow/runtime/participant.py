@@ -33,7 +33,8 @@ class Participant(ABC):
     def __init__(self, program: Program, device: Device, *, threads: int, transport: Transport | None) -> None:
         self.program, self.device, self.threads = program, device, threads
         self.transport = transport or Alone()
-        self._behind = ThreadPoolExecutor(1, thread_name_prefix="rapydli-sums") if program.behind else None
+        behind = program.behind and not program.nccl  # a card carries out its own
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="rapydli-sums") if behind else None
         self._begun: dict[str, tuple[Future[None], Collective]] = {}
 
     # memory -----------------------------------------------------------------------------------------

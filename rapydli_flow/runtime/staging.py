@@ -1,13 +1,18 @@
-"""Staging: what goes between a rank on a card and the host in every step, through pinned memory.
+"""Staging: what goes between a rank on a card and the host while kernels go on; in every step, through pinned memory,
 
 Feeds     a batch, by a queue of its own while kernels read the one before; two in turn
 Clocks    seed, step and rates, one place for each step that may be under way
 Numbers   scalar outputs, the same the other way
+
+and when it is asked for
+
+SetAside  parameters and state: a copy on the card, and from there to the host by a queue and a thread of their own
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -110,6 +115,68 @@ class Numbers:
     def read(self, slots: int) -> list[dict[str, float]]:
         """What the first few slots have."""
         return [{name: float(view[0]) for name, view, _ in slot} for slot in self.slots[:slots]]
+
+
+class SetAside:
+    """A copy on the card of parameters and state, by name and address: to go back to, and to be brought to the host."""
+
+    def __init__(self, card: Accelerator, held: Addressed) -> None:
+        self.card, self.held, self.first, self.taken = card, held, 0, card.mark()
+        self.still = False  # are parameters and state as they were set aside?
+        self._bringing = ThreadPoolExecutor(1, thread_name_prefix="rapydli-state")
+        self._coming: Future[dict[str, Array]] | None = None  # what was set aside last, on its way to the host
+
+    @property
+    def there(self) -> bool:
+        """Was anything set aside?"""
+        return self.first > 0
+
+    def _places(self) -> Iterator[tuple[str, Spec, int, int]]:
+        """Where each is, and where it is set aside."""
+        at = self.first
+        for name, (address, spec) in self.held.items():
+            yield name, spec, address, at
+            at += aligned(spec.size_bytes)
+
+    def set_aside(self, reserve: Callable[[int], int]) -> None:
+        """Copy what is there now. What is on its way to the host is waited for, as it lies at the same place."""
+        if self.still:
+            return
+        if self._coming is not None:
+            wait([self._coming])  # its error is that of who asks for it
+            self._coming = None
+        if not self.there:
+            self.first = reserve(sum(aligned(spec.size_bytes) for _, spec in self.held.values()))
+        for _, spec, now, then in self._places():
+            self.card.copy(then, now, spec.size_bytes)
+        self.taken.set()
+        self.still = True
+
+    def later(self, bring: Callable[[], dict[str, Array]]) -> Future[dict[str, Array]]:
+        """What was set aside, once it is on the host: a thread has it brought, once."""
+        if self._coming is None:
+            self._coming = self._bringing.submit(bring)
+        return self._coming
+
+    def bring(self, queue: Accelerator) -> dict[str, Array]:
+        """What was set aside, by another queue of the card."""
+        queue.use()
+        queue.after(self.taken)
+        found = {}
+        for name, spec, _, then in self._places():
+            found[name] = np.empty(spec.shape, spec.dtype)
+            queue.download(found[name], then)
+        queue.wait()
+        return found
+
+    def back(self) -> None:
+        """Have what was set aside where it was taken from."""
+        for _, spec, now, then in self._places():
+            self.card.copy(now, then, spec.size_bytes)
+
+    def close(self) -> None:
+        """Return when nothing is on its way any more."""
+        self._bringing.shutdown()
 
 
 def _view(memory: Array, at: int, spec: Spec) -> Array:
