@@ -50,11 +50,7 @@ def make_plan(
     """A plan of a strategy, or of splits alone; see `rapydli_flow.plan`."""
     check_whole("plan", ranks=ranks, threads=threads, stages=stages, micro_batches=micro_batches)
     check_whole("plan", 0, average_every=average_every, staleness=staleness)
-    for name, given in (("overlap", overlap), ("nccl", nccl)):
-        if not isinstance(given, bool):
-            raise SettingError(f"plan: {name}={given!r} is not True or False.")
-    if grid is not None and (not isinstance(grid, Sequence) or not all(_is(Integral, n) and n > 0 for n in grid)):
-        raise SettingError(f"plan: grid={grid!r} is not a number of ranks, 1 or more, for each axis that is divided.")
+    _check_kinds(grid, overlap=overlap, nccl=nccl)
     ranks, threads, grid = int(ranks), int(threads), grid and tuple(map(int, grid))
     kind = strategy or ("data" if not splits else "splits")
     if strategy is not None and strategy not in STRATEGIES:
@@ -73,22 +69,8 @@ def make_plan(
         raise SettingError(f"plan: micro_batches is for pipelines and splits, not for strategy {kind!r}.")
     if grid is not None and prod(grid) != ranks:
         raise SettingError(f"plan: a grid of {'x'.join(map(str, grid))} needs {prod(grid)} ranks, not {ranks}.")
-    if kind == "pipeline":
-        stages = ranks if stages is None else stages
-        micro_batches = 2 * stages if micro_batches is None else micro_batches
-        if stages < 1 or ranks % stages:
-            raise SettingError(f"plan: {ranks} ranks do not go evenly on {stages} stages.")
-        made = pipeline(graph, stages, micro_batches, data=ranks // stages, threads=threads)
-    elif kind == "spatial":
-        made = spatial(graph, grid or (ranks,), threads=threads)
-    elif kind in ("filters", "channels"):
-        made = model_parallel(graph, ranks, kind, threads=threads)
-    elif kind == "splits":
-        made = Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
-    elif kind == "hybrid":
-        made = hybrid(graph, ranks, threads=threads)
-    else:
-        made = data_parallel(graph, ranks, threads=threads, shares=shares)
+    sizes: dict[str, Any] = {"grid": grid, "stages": stages, "micro_batches": micro_batches, "shares": shares}
+    made = _divided(graph, ranks, kind, threads=threads, **sizes)
     apart = {"average_every": (average_every, 1), "staleness": (staleness, 0)}
     for name, (value, least) in apart.items():
         if value is not None and (kind != "data" or splits or shard or value < least):
@@ -97,13 +79,8 @@ def make_plan(
             )
     if average_every is not None and staleness is not None:
         raise SettingError("plan: average_every is for ranks that train by themselves, staleness for ones that do not.")
-    if wire not in (None, *WIRES):
-        raise SettingError(f"plan: wire={wire!r} is not {' or '.join(map(repr, WIRES))}, or None (as they are).")
-    if wire is not None and (shard or staleness is not None or average_every is not None):
-        raise SettingError(
-            f"plan: wire={wire!r} is for gradients that all ranks get the sum of; with shard, staleness or "
-            "average_every there are none."
-        )
+    if wire is not None:
+        _check_wire(wire, shard=shard, staleness=staleness, average_every=average_every)
     if nccl:
         _check_nccl(devices, wire=wire, staleness=staleness, average_every=average_every)
     if splits:
@@ -116,6 +93,55 @@ def make_plan(
     recipe |= {"nccl": nccl, "device": device, "shares": shares}
     made = replace(made, average_every=average_every or 0, staleness=staleness, overlap=overlap, wire=wire or "")
     return replace(made, nccl=nccl, recipe=recipe)
+
+
+def _divided(
+    graph: Graph,
+    ranks: int,
+    kind: str,
+    *,
+    threads: int,
+    grid: Sequence[int] | None,
+    stages: int | None,
+    micro_batches: int | None,
+    shares: Sequence[float] | None,
+) -> Plan:
+    """The plan of a strategy."""
+    if kind == "pipeline":
+        stages = ranks if stages is None else stages
+        micro_batches = 2 * stages if micro_batches is None else micro_batches
+        if ranks % stages:
+            raise SettingError(f"plan: {ranks} ranks do not go evenly on {stages} stages.")
+        return pipeline(graph, stages, micro_batches, data=ranks // stages, threads=threads)
+    if kind == "spatial":
+        return spatial(graph, grid or (ranks,), threads=threads)
+    if kind in ("filters", "channels"):
+        return model_parallel(graph, ranks, kind, threads=threads)
+    if kind == "splits":
+        return Plan(ranks, threads, micro_batches=1 if micro_batches is None else micro_batches, graph=graph)
+    if kind == "hybrid":
+        return hybrid(graph, ranks, threads=threads)
+    return data_parallel(graph, ranks, threads=threads, shares=shares)
+
+
+def _check_kinds(grid: object, **flags: object) -> None:
+    """SettingError for a grid that is not of numbers, and flags that are none."""
+    for name, given in flags.items():
+        if not isinstance(given, bool):
+            raise SettingError(f"plan: {name}={given!r} is not True or False.")
+    if grid is not None and (not isinstance(grid, Sequence) or not all(_is(Integral, n) and n > 0 for n in grid)):
+        raise SettingError(f"plan: grid={grid!r} is not a number of ranks, 1 or more, for each axis that is divided.")
+
+
+def _check_wire(wire: str, **others: Any) -> None:
+    """SettingError for what gradients cannot be rounded to, or for plans in which none go to all ranks."""
+    if wire not in WIRES:
+        raise SettingError(f"plan: wire={wire!r} is not {' or '.join(map(repr, WIRES))}, or None (as they are).")
+    if any(value is not None for value in others.values()):
+        raise SettingError(
+            f"plan: wire={wire!r} is for gradients that all ranks get the sum of; with shard, staleness or "
+            "average_every there are none."
+        )
 
 
 def _are_shares(shares: object, ranks: int) -> bool:
