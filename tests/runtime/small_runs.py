@@ -6,6 +6,7 @@ Also a program, for the tests that kill it: ``python small_runs.py DATA RUN_DIR 
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ class Once(rf.Callback):
         if self.at is None and isinstance(event, Stepped) and event.first > self.step:
             self.at = time.monotonic()
             self.action()
+
+
+def in_threads(function, ranks):
+    """What a function gives for each rank, all at once."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(function, ranks))
 
 
 def same_bits(one, other):

@@ -1,45 +1,36 @@
 """Ranks on cards that hand each other memory: the same numbers as through the host, and nobody waits for ever."""
 
 import gc
-import itertools
 import os
 import signal
 import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ml_dtypes  # noqa: F401 - makes bfloat16 a dtype
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small_runs import Once, make_step, records, same_bits
+from small_runs import Once, in_threads, make_step, records, same_bits
 
 import rapydli_flow as rf
 from gpu_kernels import nccl as nccl_module
 from gpu_kernels.emulated import Emulated
 from gpu_kernels.emulated_nccl import Meeting, new_meeting
-from gpu_kernels.many import Many
-from gpu_kernels.nccl import Nccl
 from rapydli_flow import nn
 from rapydli_flow.errors import DeviceFault, MissingDependency, RunLost, SettingError
 from rapydli_flow.runtime import card_meetings
 from rapydli_flow.runtime.building import MANY
-from rapydli_flow.runtime.card_meetings import Meetings, _flat
+from rapydli_flow.runtime.card_meetings import Meetings
 from rapydli_flow.runtime.card_rank import CardRank
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.events import Recovered
 from rapydli_flow.runtime.grouped import kernels_of
 from rapydli_flow.runtime.transport import Threads
 from rapydli_flow.runtime.workers import ready_workers
-from rapydli_flow.scheduler import AllReduce, Buffer, Collective, Exchange, Plan, make_plan, messages
-from rapydli_flow.scheduler.collective import Shard, assemble
-from rapydli_flow.scheduler.messages import CARD_BYTES, rounds, staged, staged_bytes
+from rapydli_flow.scheduler import AllReduce, Collective, Plan, make_plan
 from rapydli_flow.scheduler.strategy import remade
-from rapydli_flow.spec import Block, Spec
 from rapydli_flow.template import Device
 from rapydli_flow.tuner import Tuning
 
@@ -213,6 +204,14 @@ def test_without_cupy(monkeypatch):
             nccl_module.library()
 
 
+def test_what_adds_is_compiled_beforehand(step):
+    tuning = Tuning(device_of(CARD))
+    for shard, adds in (("state", True), (None, False)):
+        plan = rf.plan(step, ranks=2, threads=1, nccl=True, shard=shard)
+        kernels = kernels_of(plan.programs(step, tuning)[0])
+        assert any(choice == MANY and request.title == "add" for request, choice in kernels) == adds
+
+
 # ranks that do not come ---------------------------------------------------------------------------------
 
 
@@ -222,11 +221,6 @@ def bound(step, count, *, timeout_s=120.0, **how):
     programs = make_plan(step, count, nccl=True, **how).programs(step, Tuning(device))
     ends = Threads.of(count, timeout_s=timeout_s)
     return [CardRank(program, device, transport=end) for program, end in zip(programs, ends, strict=True)]
-
-
-def in_threads(function, ranks):
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(function, ranks))
 
 
 def test_a_rank_that_does_not_come_is_waited_for_so_long(step):
@@ -371,228 +365,3 @@ def test_a_thread_that_is_held_is_freed_by_another(monkeypatch):
     meetings._ways = {group: SimpleNamespace(abort=freed.set)}
     with pytest.raises(RunLost, match="it was freed"):
         meetings.meet(part)
-
-
-# copies and exchanges -----------------------------------------------------------------------------------
-
-
-@st.composite
-def regions(draw):
-    """The shapes of two arrays, and a region of the same shape in each of them."""
-    axes = draw(st.integers(0, 5))
-    sizes = [draw(st.integers(1, 4)) for _ in range(axes)]
-    shapes, slices = [], []
-    for _ in range(2):
-        before = [draw(st.integers(0, 2)) for _ in range(axes)]
-        behind = [draw(st.integers(0, 2)) for _ in range(axes)]
-        shapes.append(tuple(map(sum, zip(before, sizes, behind, strict=True))))
-        slices.append(tuple(slice(lo, lo + size) for lo, size in zip(before, sizes, strict=True)))
-    return shapes, slices
-
-
-@settings(max_examples=300, deadline=None)
-@given(regions(), st.sampled_from([1, 2, 4, 8]))
-def test_a_region_is_copied_to_another(case, item):
-    (one, other), (out_of, into) = case
-    rng = np.random.default_rng(0)
-    source, target = (rng.integers(0, 99, shape).astype(f"u{item}") for shape in (one, other))
-    want = target.copy()
-    want[(..., *into)] = source[(..., *out_of)]
-    card = Emulated()
-    source_at, target_at = (_flat(x.ctypes.data, x.shape, item) for x in (source, target))
-    for copy in source_at.part(out_of).to(target_at.part(into)):
-        assert copy.box.target_pitch >= copy.box.width
-        assert copy.box.source_pitch >= copy.box.width
-        assert copy.box.source_height >= copy.box.rows
-        assert copy.box.target_height >= copy.box.rows
-        copy(card)
-    np.testing.assert_array_equal(target, want)
-
-
-WHOLE = (5, 7)
-ALL = Block.all(WHOLE)
-ROWS, COLUMNS = Block.along(WHOLE, 0, (0, 2, 5)), Block.along(WHOLE, 1, (0, 4, 7))
-PARTS = {
-    "whole": tuple(Shard(rank, ALL, rank) for rank in range(3)),
-    "in blocks that lie across each other": (
-        *(Shard(rank, block, 0) for rank, block in enumerate(ROWS)),
-        Shard(2, ALL, 1),
-        *(Shard(rank, block, 2) for rank, block in enumerate(COLUMNS)),
-    ),
-}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("chunk", [64, CARD_BYTES])
-@pytest.mark.parametrize("parts", PARTS)
-def test_parts_of_sums_are_added_where_they_are_wanted(parts, dtype, chunk, monkeypatch):
-    """Three ranks have parts of a sum; what they want lies at odd places, and across rows."""
-    for module in (card_meetings, messages):
-        monkeypatch.setattr(module, "CARD_BYTES", chunk)
-    tables = watched_tables(monkeypatch)
-    have = PARTS[parts]
-    bounds = [((0, 0), (2, 7)), ((2, 0), (5, 3)), ((2, 3), (5, 7))]
-    want = tuple((rank, Block(lo, hi, WHOLE)) for rank, (lo, hi) in enumerate(bounds))
-    ops = [Exchange(rank=rank, have=have, want=want, dtype=dtype) for rank in range(3)]
-    rng = np.random.default_rng(1)
-    arrays = [rng.normal(size=shard.block.shape).astype(dtype) for shard in have]
-    ends = Threads.of(3)
-    assert all(staged(now, 2).size_bytes for now in rounds(ops[0], chunk))
-    assert staged_bytes(ops[0]) > 0
-
-    def run(rank):
-        card, op = Emulated(), ops[rank]
-        outs = op.infer()[0]
-        base = card.reserve(8192)
-        ins = tuple(Buffer(2 + 512 * k, Spec(arrays[i].shape, dtype)) for k, i in enumerate(op.held))
-        part = Collective("x", op, ins, (Buffer(4098, outs),))
-        program = SimpleNamespace(steps=(part,), staged_bytes=staged_bytes(op))
-        how = (ends[rank], card, card, lambda buffer: base + buffer.offset, card.reserve)
-        meetings = Meetings(program, device_of(CARD), *how)
-        for buffer, i in zip(ins, op.held, strict=True):
-            card.upload(base + buffer.offset, arrays[i])
-        meetings.meet(part)
-        meetings.wait()
-        found = np.empty(outs.shape, dtype)
-        card.download(found, base + 4098)
-        meetings.abort()
-        return found
-
-    for rank, found in enumerate(in_threads(run, range(3))):
-        (wanted,) = assemble(ops[rank], dict(enumerate(arrays)))
-        assert found.tobytes() == wanted.tobytes()
-    assert tables
-
-
-def test_what_adds_is_compiled_beforehand(step):
-    tuning = Tuning(device_of(CARD))
-    for shard, adds in (("state", True), (None, False)):
-        plan = rf.plan(step, ranks=2, threads=1, nccl=True, shard=shard)
-        kernels = kernels_of(plan.programs(step, tuning)[0])
-        assert any(choice == MANY and request.title == "add" for request, choice in kernels) == adds
-
-
-def watched_tables(monkeypatch):
-    """Tables of the kernel that adds: nothing that it writes may be written by another of its blocks."""
-    made, table = [], Many.table
-
-    def watched(self, addresses):
-        item = np.dtype(self.key.outs[0]).itemsize
-        places = sorted((row[-1], row[-1] + size * item) for row, size in zip(addresses, self.sizes, strict=True))
-        assert all(end <= first for (_, end), (first, _) in itertools.pairwise(places))
-        made.append(places)
-        return table(self, addresses)
-
-    monkeypatch.setattr(Many, "table", watched)
-    return made
-
-
-# NCCL's way, played by Python ---------------------------------------------------------------------------
-
-
-class Refused(RuntimeError):
-    def __init__(self, text, status):
-        super().__init__(text)
-        self.status = status
-
-
-def fake(log, *, refuse="", late=(), status=5):
-    """CuPy's module, as far as it is used."""
-
-    def say(name):
-        def ask(*args):
-            log.append((name, *args))
-            if name == refuse:
-                raise Refused(f"NCCL_ERROR_INVALID_USAGE: {name}", status)
-
-        return ask
-
-    class NcclCommunicator:
-        def __init__(self, ranks, meeting, rank):
-            for each in late:
-                each.wait(5)
-            say("init")(ranks, meeting, rank)
-
-        def __getattr__(self, name):
-            return say(name)
-
-    ask = {name: say(name) for name in ("groupStart", "groupEnd")}
-    return SimpleNamespace(
-        available=True, NcclError=Refused, NcclCommunicator=NcclCommunicator, get_unique_id=lambda: b"7" * 128, **ask
-    )
-
-
-def joined(monkeypatch, log, alive=lambda waited_s: None, **how):
-    monkeypatch.setattr(nccl_module, "library", lambda: fake(log, **how))
-    card = SimpleNamespace(use=lambda: log.append(("use",)), stream=9)
-    return card, Nccl(card, nccl_module.new_meeting(), 1, 2, alive)
-
-
-def test_what_nccl_is_asked_for(monkeypatch):
-    log = []
-    card, way = joined(monkeypatch, log)
-    way.all_reduce(card, [(16, 32, 5), (64, 64, 7)], "bfloat16")
-    way.swap(card, [(0, 128, 10)], [(0, 256, 20)])
-    way.check()
-    way.abort()
-    way.abort()
-    assert log == [
-        ("use",),
-        ("init", 2, b"7" * 128, 1),
-        ("groupStart",),
-        ("allReduce", 16, 32, 5, 9, 0, 9),
-        ("allReduce", 64, 64, 7, 9, 0, 9),
-        ("groupEnd",),
-        ("groupStart",),
-        ("send", 128, 10, 1, 0, 9),
-        ("recv", 256, 20, 1, 0, 9),
-        ("groupEnd",),
-        ("check_async_error",),
-        ("abort",),
-    ]
-    with pytest.raises(RunLost, match="given up"):
-        way.check()
-
-
-def test_what_nccl_refuses(monkeypatch):
-    with pytest.raises(DeviceFault, match=r"NCCL refused \(NCCL_ERROR_INVALID_USAGE: init\)\. Each rank needs a GPU"):
-        joined(monkeypatch, [], refuse="init")
-    log = []
-    card, way = joined(monkeypatch, log, refuse="send")
-    with pytest.raises(DeviceFault, match="NCCL refused"):
-        way.swap(card, [(0, 128, 10)], [])
-    assert log[-1] == ("groupEnd",)
-    _, way = joined(monkeypatch, [], refuse="check_async_error")
-    with pytest.raises(RunLost, match="another card is gone"):
-        way.check()
-
-
-@pytest.mark.parametrize("name", ["init", "allReduce"])
-def test_what_nccl_says_of_others_is_a_lost_rank(name, monkeypatch):
-    """Not a fault of this one: a run would not go on after that."""
-
-    def ask():
-        card, way = joined(monkeypatch, [], refuse=name, status=6)
-        way.all_reduce(card, [(16, 32, 5)], "float32")
-
-    with pytest.raises(RunLost, match="another card is gone"):
-        ask()
-
-
-def test_what_nccl_refuses_of_one_that_was_aborted(monkeypatch):
-    card, way = joined(monkeypatch, [], refuse="send", status=4)
-    way.abort()
-    with pytest.raises(RunLost, match="given up"):
-        way.swap(card, [(0, 128, 10)], [])
-
-
-def test_a_card_that_never_comes_is_not_waited_for(monkeypatch):
-    came = threading.Event()
-
-    def alive(waited_s):
-        if waited_s > 0.1:
-            raise RunLost("nobody is there")
-
-    with pytest.raises(RunLost, match="nobody is there"):
-        joined(monkeypatch, [], alive, late=[came])
-    came.set()
