@@ -19,7 +19,8 @@ from ..ops import Leaf
 from ..scheduler import Plan
 from ..spec import Array, Block
 from ..tuner import Tuning
-from .lower import Ref, lower, pick
+from .bodies import pick
+from .lower import Ref, lower
 from .participant import CLOCKS
 from .remembered import known
 

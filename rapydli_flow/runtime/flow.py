@@ -27,10 +27,11 @@ from ..scheduler import Plan
 from ..spec import Array, Block, floating
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, whole_state
+from .bodies import pick
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
-from .lower import Ref, lower, pick
+from .lower import Ref, lower
 from .participant import CLOCKS
 from .segment import KEPT, SegmentResult, fallen, finite
 

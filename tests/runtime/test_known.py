@@ -12,7 +12,7 @@ from rapydli_flow.config import settings
 from rapydli_flow.errors import SettingError
 from rapydli_flow.graph import to_json
 from rapydli_flow.runtime import predict
-from rapydli_flow.runtime.lower import Group
+from rapydli_flow.runtime.bodies import Group
 from rapydli_flow.runtime.tuning import cache, known, requests_of
 from rapydli_flow.tuner import Choice, Trial, Tuning
 
