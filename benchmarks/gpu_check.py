@@ -4,9 +4,9 @@
     there: python benchmarks/gpu_check.py                 check, sanitise, time; into $OUT or --out
 
 Parts, in this order (``--parts`` picks): ``devices``: what `rapydli devices` says; ``checks``: each template's default
-and other configs against float64 references; ``launch``: what launches cost; ``meetings``: what GPUs tell each other by
-NCCL, as far as there are several; ``train``, ``conv``, ``memory``, ``dense``: the benchmarks of those names
-beside PyTorch and a copy; ``tune``: the kernels of a small network, and what was found, exported; ``sanitizer``:
+and other configs against float64 references; ``launch``: what launches cost; ``runs``: small runs of every kind beside
+the processor's; ``meetings``: what GPUs tell each other by NCCL, as far as there are several; ``train``, ``conv``,
+``memory``, ``dense``: the benchmarks of those names beside PyTorch and a copy; ``tune``: the kernels of a small network, and what was found, exported; ``sanitizer``:
 compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda,
 or kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a
 folder of wheels (``--wheels``), without network.
@@ -75,7 +75,8 @@ BENCHMARKS = {  # command, and its share of the time
     "dense": (["dense.py", "--device", "cuda"], 0.1),
 }
 LONG_S = 900  # a budget from which on other configs than defaults are checked
-PARTS = ("devices", "checks", "launch", "meetings", *BENCHMARKS, "tune", "sanitizer")
+CHECKS = {"runs": "gpu_runs.py", "meetings": "meetings_cuda.py"}  # of the runtime, by what checks it
+PARTS = ("devices", "checks", "launch", *CHECKS, *BENCHMARKS, "tune", "sanitizer")
 
 
 def versions() -> dict[str, str]:
@@ -389,9 +390,10 @@ def main() -> int:
         )
     if right and "launch" in parts:
         launch_costs(card, report)
-    if "meetings" in parts and time.monotonic() < end:
-        command = [sys.executable, str(ROOT / "benchmarks" / "meetings_cuda.py"), "--results", str(report.folder)]
-        right &= _run("meetings", command, report, 0.1 * args.budget_s)
+    for name, script in CHECKS.items():
+        if name in parts and time.monotonic() < end:
+            command = [sys.executable, str(ROOT / "benchmarks" / script), "--results", str(report.folder)]
+            right &= _run(name, command, report, 0.1 * args.budget_s)
     for name, (_, share) in BENCHMARKS.items():
         if name in parts and time.monotonic() < end:
             right &= benchmark(name, report, limit_s=min(share * args.budget_s, end - time.monotonic()))

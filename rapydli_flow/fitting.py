@@ -220,7 +220,7 @@ class Fitting:
         workers = self._workers(plan)
         plan = plan or self._plan(workers)
         devices = devices_for("fit", names_of("fit", options.device, plan), workers)
-        self._check_granularity(devices)
+        self._check_granularity(plan, devices)
         if options.tune_s and tuning is None and before is None:
             self._tune(plan)
         tunings = tuple(frozen(each, before, plan) for each in tunings_for("fit", devices, tuning))
@@ -359,13 +359,25 @@ class Fitting:
         names = names_of("fit", self.options.device, plan)
         return workers_for(self.client, plan.ranks if plan else None, self.options.timeout_s, names)
 
-    def _check_granularity(self, devices: Sequence[Device]) -> None:
-        """SettingError where a device cannot do what is asked for."""
-        card = next((device for device in devices if device.kind != "cpu"), None)
-        if card is not None and self.options.granularity != "segment":
+    def _check_granularity(self, plan: Plan, devices: Sequence[Device]) -> None:
+        """SettingError for a plan that only ranks that stay on workers carry out."""
+        granularity = self.options.granularity
+        if granularity == "segment":
+            return
+        if plan.apart or plan.nccl:
+            what = "nccl" if plan.nccl else "average_every or staleness"
+            raise SettingError(f"fit: a plan with {what} is for granularity 'segment', not {granularity!r}.")
+        if self.client is not None and len(devices) > 1:
+            kinds = " and ".join(device.name for device in devices)
             raise SettingError(
-                f"fit: granularity={self.options.granularity!r} is for processors, not for {card.name}. Use 'segment'."
+                f"fit: granularity={granularity!r} is for workers of one kind, not for {kinds}. Use 'segment'."
             )
+
+    def _some(self, workers: Mapping[str, Any]) -> tuple[str, ...]:
+        """These workers, where they are not all."""
+        assert self.client is not None
+        everyone = self.client.scheduler_info(n_workers=-1)["workers"]
+        return () if set(workers) == set(everyone) else tuple(workers)
 
     def _tune(self, plan: Plan) -> None:
         """Tune what ranks run, for each kind of device in turn."""
@@ -403,14 +415,10 @@ class Fitting:
         loose = [replace(tuning, strict=False) for tuning in tunings]  # nobody tunes the kernels of validation
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs))
-        if options.granularity != "segment" and plan.apart:
-            raise SettingError(
-                "fit: a plan with average_every or staleness is for granularity 'segment', not "
-                f"{options.granularity!r}."
-            )
         if options.granularity != "segment":
-            flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client}
-            return Flow(self.step, plan, loose[0], *data, **flow, **where)
+            only = () if self.client is None else self._some(workers)
+            flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client, "workers": only}
+            return Flow(self.step, plan, loose, *data, **flow, **where)
         if self.client is None:
             return Local(self.step, plan, programs, loose[0], *data, timeout_s=options.timeout_s, **where)
 

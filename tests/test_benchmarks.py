@@ -39,21 +39,23 @@ def test_a_benchmark_without_pytorch_says_so_in_a_line(name):
     assert line.endswith("on a machine with a GPU, install torch there.")
 
 
-def test_what_cards_tell_each_other_is_checked_on_cards_that_numpy_plays(tmp_path):
-    """All that `make gpu-check` does of it on a machine with several GPUs."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        FOLDER / "meetings_cuda.py",
-        "--device",
-        "emulated",
-        "--results",
-        tmp_path,
-    ]
+def emulated(name, folder):
+    """What a script of `make gpu-check` finds on a card that NumPy plays."""
+    command = [sys.executable, "-W", "ignore", FOLDER / f"{name}.py", "--device", "emulated", "--results", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "meetings_cuda.json").read_text())
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_runs_of_every_kind_are_those_of_the_processor(tmp_path):
+    rows = emulated("gpu_runs", tmp_path)["rows"]
+    assert len(rows) == 18
+    assert {row[""] for row in rows} == {"right"}
+
+
+def test_what_cards_tell_each_other_is_checked_on_cards_that_numpy_plays(tmp_path):
+    """All that `make gpu-check` does of it on a machine with several GPUs."""
+    found = emulated("meetings_cuda", tmp_path)
     assert found["right"] == {"copies": True, "NCCL with one rank": True}
     assert [row["same bits"] for row in found["rows"]] == [True] * 6
     assert [row["MB"] for row in found["sums"]] == [1]

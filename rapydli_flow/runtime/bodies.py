@@ -1,4 +1,7 @@
-"""What the tasks of a flow do: run nodes, and collectives, on arrays that other tasks gave."""
+"""What the tasks of a flow do: run nodes, and collectives, on arrays that other tasks gave.
+
+On a card a node gives arrays that stay there (`card_array`); collectives have them on the host.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from distributed import get_worker
 
 from cpu_kernels.driver import run_kernel
 
+from ..errors import DeviceMismatch
 from ..scheduler import AllReduce, Exchange
 from ..scheduler.collective import assemble, halves
 from ..spec import Array, Block
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
+from .card_array import CardArray, desk_of
+from .devices import device_of
 from .participant import at_array, run_reference
 from .rank import kernel_of
 
@@ -39,9 +46,12 @@ class Group:
     threads: int
 
 
-def run_node(kernel: Kernel, arrays: Sequence[Array], device: Device, threads: int) -> tuple[Array, ...]:
+def run_node(kernel: Kernel, given: Sequence[Any], device: Device, threads: int) -> tuple[Array | CardArray, ...]:
     """One kernel on arrays of its own; the results are new arrays."""
     request, choice = kernel.request, kernel.choice
+    if device.kind != "cpu" and not choice.reference:
+        return desk_of(device).run(request, choice, given, kernel.at)
+    arrays = [np.asarray(x) for x in given]
     if choice.reference:
         return run_reference(request, arrays, kernel.at)
     n = len(request.ins)
@@ -54,13 +64,14 @@ def run_node(kernel: Kernel, arrays: Sequence[Array], device: Device, threads: i
     return outs
 
 
-def run_group(group: Group, picks: tuple[Any, ...], *sources: Any) -> tuple[Array, ...]:
+def run_group(group: Group, picks: tuple[Any, ...], *sources: Any) -> tuple[Array | CardArray, ...]:
     """The body of a task: run a group of nodes on what other tasks gave."""
-    arguments = [pick(sources[i], item) for i, item in picks]
-    made: list[tuple[Array, ...]] = []
+    device = at_hand(group.device)
+    arguments = [item_of(sources[i], item) for i, item in picks]
+    made: list[tuple[Array | CardArray, ...]] = []
     for kernel, inputs in zip(group.kernels, group.inputs, strict=True):
         arrays = [arguments[at] if outer else made[at[0]][at[1]] for outer, at in inputs]
-        made.append(run_node(kernel, arrays, group.device, group.threads))
+        made.append(run_node(kernel, arrays, device, group.threads))
     return tuple(made[i][k] for i, k in group.gives)
 
 
@@ -72,6 +83,39 @@ def run_collective(op: AllReduce | Exchange, picks: tuple[Any, ...], *sources: A
     return assemble(op, dict(zip((i for r in op.ranks for i in op.held_by(r)), arguments, strict=True)))
 
 
+def item_of(value: Any, item: int | str | None) -> Any:
+    """An item of what a task gave, where it is."""
+    return value if item is None else value[item]
+
+
 def pick(value: Any, item: int | str | None) -> Array:
-    """An item of what a task gave."""
-    return np.asarray(value if item is None else value[item])
+    """An item of what a task gave, on the host."""
+    return np.asarray(item_of(value, item))
+
+
+def at_hand(like: Device) -> Device:
+    """The device of this process that runs the kernels of another one: of a worker the GPU that it was started with."""
+    if like.kind == "cpu" or like.emulated or (own := worker_gpu()) is None:
+        return like
+    if own.key == like.key:
+        return own
+    raise DeviceMismatch(
+        f"worker {get_worker().address} has {own.name} ({own.key}), kernels were chosen for {like.name} ({like.key}). "
+        "Say which workers compute: compute(workers=addresses)."
+    )
+
+
+def worker_gpu() -> Device | None:
+    """The GPU that the worker of this process was started with, DeviceMismatch where it has none; None where this
+    process is no worker."""
+    try:
+        worker = get_worker()
+    except ValueError:
+        return None
+    own = device_of()
+    if own.kind == "cuda" and not own.emulated:
+        return own
+    raise DeviceMismatch(
+        f"worker {worker.address} has device {own.name}, and no GPU. Say which workers compute: "
+        "compute(workers=addresses)."
+    )

@@ -15,7 +15,6 @@ The first step waits for each kernel, so that one that fails is named.
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,7 +35,7 @@ from ..spec import Array, Block
 from ..template import Device
 from .building import card_request, many_of
 from .card_meetings import Meetings
-from .devices import card_of
+from .devices import card_of, tell_hosted
 from .grouped import in_groups, on_host
 from .participant import CLOCKS, Participant, Scalars, at_array, clock_values, described, run_reference
 from .rank import memory_of
@@ -45,7 +44,6 @@ from .timeline import Took
 from .transport import Transport
 
 SLOTS = 512  # steps that may be under way before the card is waited for
-_told: set[str] = set()  # ops of this process that were said to run on the host
 
 
 class CardRank(Participant):
@@ -235,13 +233,7 @@ class CardRank(Participant):
             self._meet_on_card()
         else:
             self._pin()
-        if new := [title for title in hosted if title not in _told]:
-            _told.update(new)
-            warnings.warn(
-                f"no GPU kernel serves {', '.join(new)}: these ops run on the host, which is correct but slow.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        tell_hosted(hosted)
 
     def _meet_on_card(self) -> None:
         """Bind collectives to the card. Those behind kernels have a queue of their own."""

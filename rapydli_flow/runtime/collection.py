@@ -11,8 +11,6 @@ from dask.base import DaskMethodsMixin, tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.threaded import get
 
-from cpu_kernels.compile import host
-
 from ..errors import SettingError
 from ..graph import Graph, to_json
 from ..ops import Leaf
@@ -22,7 +20,7 @@ from ..tuner import Tuning
 from .bodies import pick
 from .lower import Ref, lower
 from .participant import CLOCKS
-from .remembered import known
+from .workers import tuning_there
 
 
 class Compiled(DaskMethodsMixin):  # type: ignore[misc]
@@ -81,13 +79,18 @@ def compile_graph(
     granularity: str = "op",
     tuning: Tuning | None = None,
     threads: int = 1,
+    device: str | None = None,
 ) -> Compiled:
     """Lower a graph to Dask tasks; ``feeds`` are arrays for its inputs, ``state`` defaults to the initial one.
 
     An input that is not fed is an error of the task that reads it, so that a graph can be looked at
-    without data.
+    without data. ``device``: what kernels run on, as of `predict`; arrays between tasks stay on a GPU. ``tuning``: by
+    default what is known for it here.
+
+    Raises SettingError for inputs or a device that mean nothing, MissingDependency for a device that is not there,
+    DeviceMismatch where no worker has it.
     """
-    tuning = known(host()) if tuning is None else tuning
+    tuning = tuning_there("compile", device, tuning)
     (fused,) = Plan(1, threads).rank_graphs(graph)
     feeds = dict(feeds or {})
     unknown = [name for name in feeds if name not in {x.name for x in graph.leaves("batch")}]
@@ -109,7 +112,7 @@ def compile_graph(
         key = (f"{node.op.kind}-{token}", node.name)
         tasks[key] = Task(key, read_leaf, node.op, value, seed)
         leaves[node.name] = Ref(key)
-    lowered = lower([fused], [leaves], tuning, token=token, granularity=granularity, threads=threads)
+    lowered = lower([fused], [leaves], [tuning], token=token, granularity=granularity, threads=threads)
     tasks.update(lowered.tasks)
     name = f"outputs-{token}"
     for output, ref in lowered.outputs[0].items():

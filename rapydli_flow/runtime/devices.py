@@ -9,6 +9,8 @@ A process without a name for it runs on what RAPYDLI_DEVICE says; so does a Dask
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..errors import MissingDependency
 from ..template import Device
 
 LEAST = (8, 0)  # the oldest capability that kernels are written for
+_told: set[str] = set()  # ops of this process that were said to run on the host
 
 
 def device_of(name: str | None = None, where: str = "") -> Device:
@@ -74,6 +77,17 @@ def here(like: Device) -> Device:
 def card_of(device: Device) -> Accelerator:
     """A queue of its own on a card."""
     return emulated.Emulated() if device.emulated else Card(device.number)
+
+
+def tell_hosted(titles: Iterable[str]) -> None:
+    """Say of ops for a card that they run on the host; each is said once in a process."""
+    if new := [title for title in dict.fromkeys(titles) if title not in _told]:
+        _told.update(new)
+        warnings.warn(
+            f"no GPU kernel serves {', '.join(new)}: these ops run on the host, which is correct but slow.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def free_bytes(device: Device) -> tuple[int, str]:

@@ -6,10 +6,12 @@ and all of it can be looked at: each kernel is a task on the dashboard's task st
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,18 +19,18 @@ from typing import Any
 import numpy as np
 from dask._task_spec import Task, TaskRef
 from dask.local import get_sync
-from distributed import Client
+from distributed import Client, Future
 
 from ..data import Dataset
 from ..errors import NonFinite
 from ..graph import Graph, broken
 from ..ops import Leaf
 from ..scheduler import Plan
-from ..spec import Array, Block, floating
+from ..spec import Array, Block, even_bounds, floating
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, whole_state
-from .bodies import pick
-from .evaluate import Scorer
+from .bodies import at_hand, pick
+from .evaluate import Scorer, mean_scores
 from .events import SNAPSHOTS
 from .feeding import RankFeed, label_classes
 from .lower import Ref, lower
@@ -43,25 +45,27 @@ class Flow(Backend):
         self,
         step: Graph,
         plan: Plan,
-        tuning: Tuning,
+        tunings: Sequence[Tuning],
         data: Dataset,
         validation: Dataset | None,
         *,
         granularity: str,
         client: Client | None,
+        workers: Sequence[str] = (),
         seed: int,
         shuffle: bool = True,
         run_dir: Path | None = None,
         keep: int = 3,
     ) -> None:
-        self.graph, self.plan, self.graphs, self.tuning = step, plan, plan.rank_graphs(step), tuning
+        self.graph, self.plan, self.graphs, self.tunings = step, plan, plan.rank_graphs(step), plan.tunings(tunings)
         self.data, self.validation = data, validation
         self.granularity, self.client, self.seed, self.shuffle = granularity, client, seed, shuffle
         self.leaves: list[dict[str, Ref]] = [{} for _ in self.graphs]
-        self.scorer = Scorer(step, validation, tuning, threads=plan.threads, ranks=plan.ranks)
+        self.where = {"workers": list(workers), "allow_other_workers": True} if workers else {}
         self.writers = Writers(run_dir, keep)
         self.clocks: Mapping[str, float] = CLOCKS
         self.token = uuid.uuid4().hex
+        self.scoring, self.scorings = Scoring(step, validation, self.tunings[0], plan.threads, self.token), 0
         self.inputs = {leaf.name for leaf in step.leaves("batch")}
         self.held = [
             {x.name: graph.nodes[x.node].at or Block.all(x.shape) for x in graph.leaves()} for graph in self.graphs
@@ -109,7 +113,7 @@ class Flow(Backend):
             values = {**self.clocks, "seed": self.seed, "step": step}
             clock = {x.name: Ref(np.asarray(values[x.name], x.dtype)) for x in self.graph.leaves("clock")}
             fed.append({**leaves[rank], **clock, **{name: Ref(key, name) for name in reader.layout}})
-        lowered = lower(self.graphs, fed, self.tuning, token=token, granularity=granularity, threads=self.plan.threads)
+        lowered = lower(self.graphs, fed, self.tunings, token=token, granularity=granularity, threads=self.plan.threads)
         tasks.update(lowered.tasks)
         return lowered, tasks
 
@@ -119,33 +123,34 @@ class Flow(Backend):
         key = f"scalars-{self.token}-{step}"
         tasks[key] = Task(key, read_scalars, *_picked(outputs))
         wanted: list[Hashable] = list(dict.fromkeys(r.source for u in lowered.updates for r in u.values()))
-        if self.client is None:
-            values = dict(zip([key, *wanted], get_sync(tasks, [key, *wanted]), strict=True))
-            numbers = values[key]
-        else:
-            futures = self.client.get(tasks, [key, *wanted], sync=False)
-            values = dict(zip([key, *wanted], futures, strict=True))
-            numbers = values[key].result()
+        values = dict(zip([key, *wanted], self._carried_out(tasks, [key, *wanted]), strict=True))
+        numbers = _result(values[key])
         for leaves, updates in zip(self.leaves, lowered.updates, strict=True):
             leaves.update({name: Ref(values[ref.source], ref.item) for name, ref in updates.items()})
         return dict(zip(outputs, numbers, strict=True))
 
+    def _carried_out(self, tasks: dict[Any, Any], keys: Sequence[Hashable]) -> Sequence[Any]:
+        """What these tasks give, or futures of it."""
+        if self.client is None:
+            return get_sync(tasks, list(keys))  # type: ignore[no-any-return]
+        return self.client.get(tasks, list(keys), sync=False, **self.where)  # type: ignore[no-any-return]
+
     def _explain(self, before: Sequence[Mapping[str, Ref]], step: int, loss: float) -> None:
-        """Run the step again here, one op at a time, and raise NonFinite with the first that is not finite."""
-        here = [{name: Ref(self._value(ref)) for name, ref in leaves.items()} for leaves in before]
-        lowered, tasks = self._tasks(here, step, "op")
-        names = {key: self.graphs[0].nodes[key[2]].name for key in lowered.tasks}
-        keys = list(lowered.tasks)
-        for key, values in zip(keys, get_sync(tasks, keys), strict=True):
-            if any(floating(v) and not np.isfinite(v).all() for v in values):
-                where = f"The first output that is not finite is of {names[key]} at step {step}."
+        """Run the step again, one op at a time, and raise NonFinite with the first that is not finite."""
+        lowered, tasks = self._tasks(before, step, "op")
+        made = list(lowered.tasks)
+        looks = [("finite", *key) for key in made]
+        tasks.update({look: Task(look, all_finite, TaskRef(key)) for look, key in zip(looks, made, strict=True)})
+        for (_, rank, node), well in zip(made, map(_result, self._carried_out(tasks, looks)), strict=True):
+            if not well:
+                name = self.graphs[rank].nodes[node].name
+                where = f"The first output that is not finite is of {name} at step {step}."
                 end = fallen(self.graph, f"{where} ", ", or look at its inputs")
                 raise NonFinite(f"loss is {loss} at step {step}{end} {KEPT}")
         raise NonFinite(f"loss is {loss} at step {step}, but it was finite when the step was run again.")
 
     def _value(self, ref: Ref) -> Array:
-        source = ref.source.result() if hasattr(ref.source, "result") else ref.source
-        return pick(source, ref.item)
+        return pick(_result(ref.source), ref.item)
 
     def state(self) -> dict[str, Array]:
         return finite(self._gather())
@@ -157,7 +162,16 @@ class Flow(Backend):
         return whole_state(self.graph, self.held, parts)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:
-        metrics = self.scorer(self._gather())
+        """One task for the share of each rank."""
+        assert self.scoring.validation is not None
+        state: Any = self._gather()
+        if self.client is not None:
+            (state,) = self.client.scatter([state], workers=self.where.get("workers"), hash=False)
+        shares = pairwise(even_bounds(len(self.scoring.validation), self.plan.ranks))
+        self.scorings += 1
+        keys = [(f"evaluate-{self.token}-{self.scorings}", *share) for share in shares]
+        tasks = {key: Task(key, score_share, self.scoring, state, *key[1:]) for key in keys}
+        metrics = mean_scores([_result(part) for part in self._carried_out(tasks, keys)])
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
@@ -167,6 +181,7 @@ class Flow(Backend):
     def close(self, *, failed: bool) -> None:
         self.writers.close()
         self.leaves = []
+        _scorer.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,35 @@ class Reader:
     seed: int = field(compare=False)
     shuffle: bool = field(compare=False)
     key: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a process scores records of the validation set: made into a scorer once."""
+
+    step: Graph = field(compare=False)
+    validation: Dataset | None = field(compare=False)
+    tuning: Tuning = field(compare=False)
+    threads: int = field(compare=False)
+    key: str
+
+
+@lru_cache(maxsize=1)
+def _scorer(scoring: Scoring) -> tuple[Scorer, threading.Lock]:
+    tuning = replace(scoring.tuning, device=at_hand(scoring.tuning.device))
+    return Scorer(scoring.step, scoring.validation, tuning, threads=scoring.threads), threading.Lock()
+
+
+def score_share(scoring: Scoring, state: Mapping[str, Array], first: int, last: int) -> dict[str, float]:
+    """The body of a task: sums over some records of the validation set."""
+    scorer, alone = _scorer(scoring)
+    with alone:
+        return scorer.part(state, first, last)
+
+
+def all_finite(values: Sequence[Any]) -> bool:
+    """The body of a task: has a node given numbers that are all finite?"""
+    return all(np.isfinite(v).all() for v in map(np.asarray, values) if floating(v))
 
 
 @lru_cache(maxsize=16)
@@ -194,6 +238,11 @@ def load_batch(reader: Reader, step: int) -> dict[str, Array]:
 def read_scalars(items: Sequence[Any], *sources: Any) -> tuple[float, ...]:
     """The body of a task: scalar outputs as numbers."""
     return tuple(float(pick(source, item)) for source, item in zip(sources, items, strict=True))
+
+
+def _result(value: Any) -> Any:
+    """What a future is of, or what is there."""
+    return value.result() if isinstance(value, Future) else value
 
 
 def _picked(refs: Mapping[str, Ref]) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from ..scheduler import AllReduce, side_by_side
 from ..spec import Block
 from ..tuner import Tuning
 from .bodies import Group, Kernel, run_collective, run_group
+from .devices import tell_hosted
 
 GRANULARITIES = ("op", "stage")
 
@@ -54,16 +55,17 @@ class Lowered:
 def lower(
     graphs: Sequence[Graph],
     leaves: Sequence[Mapping[str, Ref]],
-    tuning: Tuning,
+    tunings: Sequence[Tuning],
     *,
     token: str,
     granularity: str = "op",
     threads: int = 1,
 ) -> Lowered:
-    """The Dask tasks of one run of rank graphs; ``leaves`` says for each rank where its leaves come from."""
+    """The Dask tasks of one run of rank graphs; ``leaves`` says for each rank where its leaves come from, ``tunings``
+    what it is on."""
     if granularity not in GRANULARITIES:
         raise SettingError(f"granularity {granularity!r} is not one of {', '.join(GRANULARITIES)}.")
-    return _Lower(graphs, leaves, tuning, token, granularity, threads).run()
+    return _Lower(graphs, leaves, tunings, token, granularity, threads).run()
 
 
 class _Lower:
@@ -71,14 +73,15 @@ class _Lower:
         self,
         graphs: Sequence[Graph],
         leaves: Sequence[Mapping[str, Ref]],
-        tuning: Tuning,
+        tunings: Sequence[Tuning],
         token: str,
         granularity: str,
         threads: int,
     ) -> None:
-        self.graphs, self.leaves, self.tuning = graphs, leaves, tuning
+        self.graphs, self.leaves, self.tunings = graphs, leaves, tunings
         self.token, self.granularity, self.threads = token, granularity, threads
         self.tasks: dict[Any, Any] = {}
+        self.hosted: dict[str, None] = {}  # ops for a card that no kernel serves
         self.where: list[dict[Value, Ref]] = [{} for _ in graphs]
         self.waiting: list[list[int]] = [[] for _ in graphs]
 
@@ -100,6 +103,7 @@ class _Lower:
                     self.flush(rank)
         for rank in range(len(self.graphs)):
             self.flush(rank)
+        tell_hosted(self.hosted)
         outputs = [{k: self.where[r][v] for k, v in g.outputs.items()} for r, g in enumerate(self.graphs)]
         updates = [{k: self.where[r][v] for k, v in g.updates.items()} for r, g in enumerate(self.graphs)]
         return Lowered(self.tasks, outputs, updates)
@@ -124,8 +128,11 @@ class _Lower:
                     refs.append((True, arguments.setdefault(v, len(arguments))))
             inputs.append(tuple(refs))
         gives = [v for v in self.read_outside(graph, place)]
-        kernels = tuple(kernel_for(graph.nodes[i], graph, self.tuning) for i in members)
-        group = Group(kernels, tuple(inputs), tuple((place[i], k) for i, k in gives), self.tuning.device, self.threads)
+        tuning = self.tunings[rank]
+        kernels = tuple(kernel_for(graph.nodes[i], graph, tuning) for i in members)
+        if tuning.device.kind != "cpu":
+            self.hosted |= {kernel.request.title: None for kernel in kernels if kernel.choice.reference}
+        group = Group(kernels, tuple(inputs), tuple((place[i], k) for i, k in gives), tuning.device, self.threads)
         title = graph.nodes[members[0]].op.title if len(members) == 1 else "stage"
         key = self.key(title, rank, members[0])
         self.emit(key, run_group, group, [self.where[rank][v] for v in arguments])

@@ -13,21 +13,20 @@ import numpy as np
 from dask._task_spec import DataNode, Task, TaskRef
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
-from distributed import Client, default_client, get_worker
+from distributed import get_worker
 
-from ..config import checked_device, settings
+from ..config import settings
 from ..data import Dataset
-from ..errors import DeviceMismatch, SettingError
+from ..errors import SettingError
 from ..graph import Graph, from_json, predicting, to_json
 from ..spec import Array, Spec
 from ..template import Device
 from ..tuner import Tuning
+from .bodies import worker_gpu
 from .devices import device_of
 from .evaluate import Predictor, batches, check_state
-from .remembered import known, tuning_of, tuning_on
-from .workers import workers_for
-
-LOOK_S = 30.0  # for workers to come, and to say what they are
+from .remembered import known
+from .workers import tuning_there
 
 
 def predict(
@@ -64,7 +63,7 @@ def predict(
     spec = network.spec(network.outputs[output])
     text = to_json(network)
     given = tuning is not None
-    tuning = _tuning(device, tuning)
+    tuning = tuning_there("predict", device, tuning)
     fed = records if isinstance(records, dict) else records.__getstate__()
     token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given, device)
     held, chosen = f"state-{token}", f"tuning-{token}"
@@ -111,34 +110,9 @@ def predict_batch(
         return shared.predictor(feeds)[output]
 
 
-def _tuning(device: str | None, tuning: Tuning | None) -> Tuning:
-    """What the tasks begin with: of a GPU of the workers, where it is asked for and there are workers."""
-    client = _client()
-    if client is None or device is None or checked_device(device, "predict: device=").partition(":")[0] != "cuda":
-        return tuning_on("predict", device, tuning)
-    workers = workers_for(client, None, LOOK_S, device, "predict")
-    return tuning_of("predict", next(iter(workers.values()))["device"], tuning)
-
-
-def _client() -> Client | None:
-    """The client whose workers compute, unless it is said otherwise."""
-    try:
-        return default_client()  # type: ignore[no-any-return]
-    except ValueError:
-        return None
-
-
 def _own(name: str | None) -> Device:
     """The device with a name in this process. A worker's GPU is the one that it was started with."""
-    if name != "cuda" or not _on_worker():
-        return device_of(name, "predict")
-    own = device_of()
-    if own.kind == "cuda" and not own.emulated:
-        return own
-    raise DeviceMismatch(
-        f"predict: worker {get_worker().address} has device {own.name}, not {name!r}. Say which workers compute: "
-        "rf.predict(...).compute(workers=addresses)."
-    )
+    return (worker_gpu() if name == "cuda" else None) or device_of(name, "predict")
 
 
 def _on_worker() -> bool:

@@ -12,16 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distributed import Client
+from distributed import Client, default_client
 
 from ..config import checked_device, settings
 from ..errors import DeviceMismatch, MissingDependency, NoWorkers, SettingError, VersionMismatch
 from ..graph import Graph
 from ..scheduler import Plan, make_plan
 from ..scheduler.devices import kind_of
+from ..tuner import Tuning
 from ..version import __version__
 from . import worker as tasks
+from .remembered import tuning_of, tuning_on
 from .worker import Resident
+
+LOOK_S = 30.0  # for workers to come, and to say what they are
 
 
 def answers(
@@ -171,6 +175,24 @@ def _who(dask_worker: Any) -> Any:
         return tasks.who(dask_worker)
     except (MissingDependency, SettingError) as error:
         return error
+
+
+def tuning_there(where: str, device: str | None, tuning: Tuning | None) -> Tuning:
+    """What tasks that any worker may get begin with: `tuning_on`, or, where a GPU is asked for and there is a client,
+    of a GPU of its workers."""
+    client = _client()
+    if client is None or device is None or kind_of(checked_device(device, f"{where}: device=")) != "cuda":
+        return tuning_on(where, device, tuning)
+    workers = workers_for(client, None, LOOK_S, device, where)
+    return tuning_of(where, next(iter(workers.values()))["device"], tuning)
+
+
+def _client() -> Client | None:
+    """The client whose workers compute, unless it is said otherwise."""
+    try:
+        return default_client()  # type: ignore[no-any-return]
+    except ValueError:
+        return None
 
 
 class Usual(NamedTuple):

@@ -113,7 +113,7 @@ class Plan:
 
     def programs(self, graph: Graph, *tunings: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step; ``tunings``: of each kind of device that ranks are on."""
-        each = [self._tuning(rank, tunings) for rank in range(self.ranks)]
+        each = self.tunings(tunings)
         nccl = self.nccl and self.ranks > 1
         if nccl and any(tuning.device.kind == "cpu" for tuning in each):
             raise SettingError("plan: nccl=True is for ranks on GPUs. Run it with device='cuda', or leave it out.")
@@ -123,6 +123,10 @@ class Plan:
             return made
         ahead = self.staleness or 0
         return tuple(replace(u, gradients=p, ahead=ahead) for p, u in zip(made, updates, strict=True))
+
+    def tunings(self, tunings: Sequence[Tuning]) -> list[Tuning]:
+        """Of the tunings of each kind of device, that of each rank."""
+        return [self._tuning(rank, tunings) for rank in range(self.ranks)]
 
     def _tuning(self, rank: int, tunings: Sequence[Tuning]) -> Tuning:
         """That of a rank's device."""

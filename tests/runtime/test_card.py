@@ -371,7 +371,7 @@ def test_each_step_reads_its_own_batch(step):
 
 
 def test_ops_without_a_kernel_run_on_the_host_and_are_told_once(step, runs, monkeypatch):
-    monkeypatch.setattr(card_rank, "_told", set())
+    monkeypatch.setattr(devices, "_told", set())
     device = device_of(CARD)
     (program,) = make_plan(step, 1).programs(step, Tuning(device))
     reference = {request.key(device): REFERENCE for request, _ in program.requests}
@@ -397,8 +397,6 @@ def test_too_little_memory_is_said_before_anything_is_reserved(step, data, monke
 
 
 def test_what_cards_do_not_do_is_said(step, data):
-    with pytest.raises(SettingError, match="granularity='op' is for processors, not for emulated"):
-        rf.fit(step, data, steps=1, device=CARD, granularity="op")
     plan = rf.plan(step, ranks=2, threads=1, staleness=1)
     with pytest.raises(SettingError, match="staleness has its ranks on processors, not on emulated"):
         rf.fit(step, data, steps=1, device=CARD, plan=plan)

@@ -16,7 +16,7 @@ from gpu_kernels.emulated import Emulated
 from gpu_kernels.launch import Card, DeviceFault
 from rapydli_flow.cli import main
 from rapydli_flow.errors import MissingDependency, TooLittleMemory
-from rapydli_flow.runtime import building, card_rank, devices, inventory, predict
+from rapydli_flow.runtime import building, card_rank, devices, inventory, workers
 from rapydli_flow.runtime.card_rank import CardRank
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.scheduler import make_plan
@@ -60,10 +60,11 @@ def no_library(name):
 
 def test_without_a_driver(step, monkeypatch, forgotten):
     monkeypatch.setattr(launch.ctypes, "CDLL", no_library)
-    monkeypatch.setattr(predict, "_client", lambda: None)  # with a client it asks the workers
+    monkeypatch.setattr(workers, "_client", lambda: None)  # with a client it asks the workers
     for ask in (
         lambda: rf.fit(step, records(dtype="float32"), steps=1, device="cuda"),
         lambda: rf.predict(step.network, rf.init(step), records(dtype="float32")["x"], device="cuda"),
+        lambda: rf.compile(step, device="cuda"),
         lambda: rf.time(step, device="cuda"),
         lambda: rf.stepper(step, device="cuda:1"),
         lambda: rf.autotune(step, budget_s=1, device="cuda"),

@@ -11,6 +11,7 @@ import rapydli_flow as rf
 from cpu_kernels.compile import host
 from rapydli_flow.errors import DeviceMismatch, SettingError
 from rapydli_flow.graph import predicting, with_batch
+from rapydli_flow.runtime import bodies, workers
 from rapydli_flow.runtime import predict as tasks
 from rapydli_flow.runtime.evaluate import Predictor
 from rapydli_flow.runtime.remembered import known
@@ -122,12 +123,12 @@ GPU = Device("cuda", "a card", target="sm_90a", cores=132, vector_bytes=16, numb
 def test_a_gpu_is_one_of_the_workers(client, run, data, monkeypatch):
     """The process of the client has none."""
     asked = []
-    monkeypatch.setattr(tasks, "workers_for", lambda *how: asked.append(how[3:]) or {"a": {"device": GPU}})
+    monkeypatch.setattr(workers, "workers_for", lambda *how: asked.append(how[3:]) or {"a": {"device": GPU}})
     lazy = rf.predict(run.graph, run.state, data["test"], device="cuda")
     assert asked == [("cuda", "predict")]
     (told,) = [node.value for key, node in dict(lazy.dask).items() if str(key).startswith("tuning-")]
     assert (told[0].device, told[1:]) == (GPU, (False, "cuda"))
-    with pytest.raises(DeviceMismatch, match=r"^predict: worker tcp://\S+ has device .*, not 'cuda'\. Say which"):
+    with pytest.raises(DeviceMismatch, match=r"^worker tcp://\S+ has device .*, and no GPU\. Say which"):
         lazy.compute()
 
 
@@ -135,6 +136,7 @@ def test_a_worker_predicts_on_the_gpu_that_it_has(monkeypatch):
     named = []
     monkeypatch.setattr(tasks, "device_of", lambda *how: named.append(how) or GPU)
     assert tasks._own("cuda") == GPU
-    monkeypatch.setattr(tasks, "_on_worker", lambda: True)
+    monkeypatch.setattr(bodies, "get_worker", object)
+    monkeypatch.setattr(bodies, "device_of", lambda: GPU)
     assert tasks._own("cuda").number == 1
-    assert named == [("cuda", "predict"), ()]
+    assert named == [("cuda", "predict")]
