@@ -3,13 +3,13 @@
     here:  python benchmarks/gpu_check.py --rehearse      compile what is checked, stop at the first device call
     there: python benchmarks/gpu_check.py                 check, sanitise, time; into $OUT or --out
 
-Parts, in this order (``--parts`` picks): ``devices``: what `rapydli devices` says; ``checks``: each template's default
-and other configs against float64 references; ``launch``: what launches cost; ``runs``: small runs of every kind beside
-the processor's; ``meetings``: what GPUs tell each other by NCCL, as far as there are several; ``train``, ``conv``,
-``memory``, ``dense``: the benchmarks of those names beside PyTorch and a copy; ``tune``: the kernels of a small network, and what was found, exported; ``sanitizer``:
-compute-sanitizer's memcheck and racecheck on every family. Parts share ``--budget-s``. Needs the driver; numba-cuda,
-or kernels that a rehearsal compiled (``--cache``); PyTorch for the benchmarks. What else is missing comes from a
-folder of wheels (``--wheels``), without network.
+Parts, in this order (``--parts`` picks): ``devices``: what `rapydli devices` says; ``checks``: each template's
+default and other configs against float64 references; ``launch``: what launches cost; ``runs``: small runs of every
+kind beside the processor's; ``meetings``: what GPUs tell each other by NCCL, as far as there are several; ``train``,
+``conv``, ``memory``, ``dense``: the benchmarks of those names beside PyTorch and a copy; ``tune``: the kernels of a
+small network, and what was found, exported; ``sanitizer``: compute-sanitizer's memcheck and racecheck on every
+family. Parts share ``--budget-s``. Needs the driver; numba-cuda, or kernels that a rehearsal compiled (``--cache``);
+PyTorch for the benchmarks. What else is missing comes from a folder of wheels (``--wheels``), without network.
 Exit code 0: all right; 1: wrong numbers; 2: no GPU.
 """
 
