@@ -11,6 +11,7 @@ card's memory is too small. Each is compared with the processor, or with itself 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 import time
@@ -87,6 +88,9 @@ class Runs:
         yield "prediction", self.predicted
         yield "gradients", self.gradients
         yield "timing", lambda: rf.time(self.step, device=card, iterations=3) is not None
+        yield "kernels on arrays of the card", self.on_arrays
+        if self.device == "cuda" and importlib.util.find_spec("torch"):
+            yield "kernels on PyTorch's tensors", on_tensors
         yield "too little memory is said before anything is reserved", self.too_little
 
     def tasks(self, granularity: str) -> Any:
@@ -117,6 +121,25 @@ class Runs:
         )
         return alike(there, here)
 
+    def on_arrays(self) -> bool:
+        rng = np.random.default_rng(1)
+        x, w = (rng.normal(size=size).astype(np.float32) for size in ((4, 9, 9, 16), (3, 3, 16, 32)))
+        how = {"padding": 1, "stride": 2}
+        y = rf.kernels.conv(x, w, **how)
+        there = [rf.kernels.to_device(array, self.device) for array in (x, w, y)]
+        pairs = [
+            (rf.kernels.conv(*there[:2], **how), y),
+            (
+                rf.kernels.conv_input_grad(*there[:0:-1], x.shape, **how),
+                rf.kernels.conv_input_grad(y, w, x.shape, **how),
+            ),
+            (
+                rf.kernels.conv_filter_grad(*there[::2], w.shape, **how),
+                rf.kernels.conv_filter_grad(x, y, w.shape, **how),
+            ),
+        ]
+        return all(close(np.asarray(found), wanted) for found, wanted in pairs)
+
     def too_little(self) -> bool:
         graph = rf.trace(lambda x: nn.dense(x, 1 << 20), rf.Spec((1, 1 << 20)))  # 4 TiB of weights
         record = {"x": np.zeros((1, 1 << 20), np.float32), "label": np.zeros(1, np.int64)}
@@ -125,6 +148,28 @@ class Runs:
         except TooLittleMemory:
             return True
         return False
+
+
+def on_tensors() -> bool:
+    """The layer of examples/kernels/torch_layer.py beside PyTorch's own, on a stream of its own as well."""
+    import torch
+
+    path = Path(__file__).parents[1] / "examples" / "kernels" / "torch_layer.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    layers: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layers)
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    right = True
+    for dtype, tolerance in ((torch.float32, ROUNDING), (torch.bfloat16, 0.03), (torch.float16, 0.01)):
+        ours, theirs = (layer.to(dtype) for layer in layers.pair(16, 32, 3, padding=1, device="cuda"))
+        for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                x, dy = (torch.randn(8, n, 20, 20, device="cuda", dtype=dtype) for n in (16, 32))
+                pairs = list(zip(layers.step(ours, x, dy), layers.step(theirs, x, dy), strict=True))
+                right &= all(float((a - b).abs().max()) <= tolerance * float(b.abs().max()) for a, b in pairs)
+    return right
 
 
 def close(found: Array, wanted: Array) -> bool:

@@ -140,10 +140,10 @@ class Accelerator(ABC):
 
     @abstractmethod
     def prepare(self, request: Request) -> Any:
-        """The kernels of a call: ``bind(addresses, at=address)`` gives a function that launches them.
+        """The kernels of a call: ``bind(addresses, at=address, stream=handle)`` gives a function that launches them.
 
         ``addresses``: of inputs, outputs, workspaces and extras; ``at``: of lo and whole of the output's block, for ops
-        that read them.
+        that read them; ``stream``: one that another library has made, in place of this queue.
         """
 
     @abstractmethod
@@ -173,6 +173,10 @@ class Accelerator(ABC):
     @abstractmethod
     def wait(self) -> None:
         """Until everything is done; what failed on the card is raised here."""
+
+    @abstractmethod
+    def wait_for(self, stream: int) -> None:
+        """Until everything in a stream of another library is done."""
 
     @abstractmethod
     def close(self) -> None:

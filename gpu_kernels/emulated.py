@@ -138,6 +138,9 @@ class Emulated(Accelerator):
     def wait(self) -> None:
         pass
 
+    def wait_for(self, stream: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -148,7 +151,7 @@ class Kernel:
     def __init__(self, request: Request) -> None:
         self.request, self.grids = request, request.grids()
 
-    def bind(self, addresses: Sequence[int], *, at: int = 0) -> Callable[[], None]:
+    def bind(self, addresses: Sequence[int], *, at: int = 0, stream: int | None = None) -> Callable[[], None]:
         request = self.request
         specs = (*request.ins, *request.outs, *request.work, *request.epilogue.extras)
         arrays = [array_at(address, spec) for address, spec in zip(addresses, specs, strict=True)]

@@ -29,6 +29,7 @@ from .nccl import Nccl, new_meeting
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
 _ON_CARD = 2  # CU_MEMORYTYPE_DEVICE
+_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _OPT_IN_SHARED_BYTES = 48 * 1024
 _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
     "cores": 16,
@@ -114,7 +115,17 @@ class Card(Accelerator):
 
     def wait(self) -> None:
         """Until all work of the stream is done; faults of kernels are raised here."""
-        self.call("cuStreamSynchronize", _Pointer(self.stream))
+        self.wait_for(self.stream)
+
+    def wait_for(self, stream: int) -> None:
+        self.call("cuStreamSynchronize", _Pointer(stream))
+
+    def number_of(self, address: int) -> int:
+        """Of the card on which an address is."""
+        number = ctypes.c_int()
+        what = ctypes.byref(number), ctypes.c_int(_ORDINAL), ctypes.c_uint64(address)
+        self.call("cuPointerGetAttribute", *what)
+        return number.value
 
     # memory -----------------------------------------------------------------------------------------
 

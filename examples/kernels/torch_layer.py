@@ -4,9 +4,10 @@
     y = layer(x)                              x: N,C,H,W, best in memory_format=torch.channels_last
 
 A tensor of N,C,H,W in channels_last lies in memory as N,H,W,C, and filters K,C,R,S can lie as R,S,C,K: permuted views
-of both are the contiguous NumPy arrays that kernels take, so nothing is copied on the way in or out.
+of both are the contiguous arrays that kernels take, so nothing is copied on the way in or out. Tensors on a GPU are
+taken as they are, and computed there, on PyTorch's stream.
 
-Run, with PyTorch: `python examples/kernels/torch_layer.py [seconds of tuning for each kernel]`
+Run, with PyTorch: `python examples/kernels/torch_layer.py [seconds of tuning for each kernel] [cuda]`
 """
 
 import sys
@@ -18,19 +19,35 @@ import torch
 from rapydli_flow import kernels
 
 
+def array(x):
+    """A tensor as kernels take it: an array of NumPy in the same memory, or itself on a GPU."""
+    x = x.detach().contiguous()
+    return x if x.is_cuda else x.numpy()
+
+
+def tensor(y):
+    """What a kernel gave as a tensor: the same memory."""
+    return y if isinstance(y, torch.Tensor) else torch.from_numpy(y)
+
+
 def last(x):
     """N,C,H,W as an array N,H,W,C: the same memory where that is channels_last, else a copy."""
-    return x.detach().permute(0, 2, 3, 1).contiguous().numpy()
+    return array(x.permute(0, 2, 3, 1))
 
 
 def filters(w):
     """K,C,R,S as an array R,S,C,K: the same memory for the parameter of `Conv2d`."""
-    return w.detach().permute(2, 3, 1, 0).contiguous().numpy()
+    return array(w.permute(2, 3, 1, 0))
 
 
 def first(y):
     """An array N,H,W,C as a tensor N,C,H,W in channels_last: the same memory."""
-    return torch.from_numpy(y).permute(0, 3, 1, 2)
+    return tensor(y).permute(0, 3, 1, 2)
+
+
+def where(x):
+    """The stream that kernels go to."""
+    return {"stream": torch.cuda.current_stream(x.device)} if x.is_cuda else {}
 
 
 class Convolution(torch.autograd.Function):
@@ -40,7 +57,8 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, x, w, bias, how):
         ctx.save_for_backward(x, w)
         ctx.how = how
-        return first(kernels.conv(last(x), filters(w), bias=None if bias is None else bias.detach().numpy(), **how))
+        bias = None if bias is None else array(bias)
+        return first(kernels.conv(last(x), filters(w), bias=bias, **how, **where(x)))
 
     @staticmethod
     def backward(ctx, dy):
@@ -48,18 +66,18 @@ class Convolution(torch.autograd.Function):
         n, c, *space = x.shape
         k, each, *window = w.shape
         g, dx, dw, db = last(dy), None, None, None
+        how = {**ctx.how, **where(dy)}
         if ctx.needs_input_grad[0]:
-            dx = first(kernels.conv_input_grad(g, filters(w), (n, *space, c), **ctx.how))
+            dx = first(kernels.conv_input_grad(g, filters(w), (n, *space, c), **how))
         if ctx.needs_input_grad[1]:
-            dw = torch.from_numpy(kernels.conv_filter_grad(last(x), g, (*window, each, k), **ctx.how))
-            dw = dw.permute(3, 2, 0, 1)
+            dw = tensor(kernels.conv_filter_grad(last(x), g, (*window, each, k), **how)).permute(3, 2, 0, 1)
         if ctx.needs_input_grad[2]:
             db = dy.sum((0, 2, 3))
         return dx, dw, db, None
 
 
 class Conv2d(torch.nn.Conv2d):
-    """`torch.nn.Conv2d` with zero padding, on the CPU, in float32 or float64."""
+    """`torch.nn.Conv2d` with zero padding, in float32 or float64 on the CPU, in float32 or halves on a GPU."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -79,19 +97,23 @@ def tune(layer, shape, budget_s):
     n, c, *space = shape
     k, each, *window = layer.weight.shape
     x, w = (n, *space, c), (*window, each, k)
-    y = tuple(layer(torch.zeros(shape).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).shape)
+    on = layer.weight.device
+    like = torch.zeros(shape, device=on).contiguous(memory_format=torch.channels_last)
+    y = tuple(layer(like).permute(0, 2, 3, 1).shape)
     bias = None if layer.bias is None else (k,)
     for name, operands, more in (
         ("conv", (x, w), {"bias": bias}),
         ("conv_input_grad", (y, w, x), {}),
         ("conv_filter_grad", (x, y, w), {}),
     ):
-        print(kernels.tune(name, *operands, **more, **how, budget_s=budget_s))
+        device = str(on) if on.type == "cuda" else None
+        print(kernels.tune(name, *operands, **more, **how, budget_s=budget_s, device=device))
 
 
-def pair(*args, **how):
+def pair(*args, device="cpu", **how):
     """Our layer and PyTorch's, with the same parameters."""
-    ours, theirs = Conv2d(*args, **how), torch.nn.Conv2d(*args, **how).to(memory_format=torch.channels_last)
+    ours, theirs = (layer(*args, **how).to(device) for layer in (Conv2d, torch.nn.Conv2d))
+    theirs = theirs.to(memory_format=torch.channels_last)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -105,9 +127,10 @@ def step(layer, x, dy):
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
-def main(budget_s=0.0):
+def main(budget_s=0.0, device="cpu"):
     """Compare numbers and times of a few layers, forward and backward, in turns."""
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # float32 beside float32
     print(f"{'layer':34} {'ours':>9} {'torch':>9} {'torch / ours':>13} {'difference':>11}")
     for shape, args, how in (
         ((8, 64, 56, 56), (64, 64, 3), {"padding": 1}),
@@ -115,11 +138,11 @@ def main(budget_s=0.0):
         ((8, 64, 56, 56), (64, 64, 3), {"padding": 1, "stride": 2}),
         ((8, 256, 14, 14), (256, 64, 1), {}),
     ):
-        ours, theirs = pair(*args, **how)
+        ours, theirs = pair(*args, device=device, **how)
         if budget_s:
             tune(ours, shape, budget_s)
-        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        dy = torch.randn(ours(x).shape).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        dy = torch.randn(ours(x).shape, device=device).contiguous(memory_format=torch.channels_last)
         results = zip(step(ours, x, dy), step(theirs, x, dy), strict=True)
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in results)
         times = {layer: [] for layer in (ours, theirs)}
@@ -128,6 +151,8 @@ def main(budget_s=0.0):
                 for timed in (False, True, True, True):  # the other side's threads may still spin at first
                     begin = time.perf_counter()
                     step(layer, x, dy)
+                    if x.is_cuda:
+                        torch.cuda.synchronize()
                     if timed:
                         taken.append(time.perf_counter() - begin)
         a, b = (median(taken) * 1e3 for taken in times.values())
@@ -136,4 +161,4 @@ def main(budget_s=0.0):
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0)
+    main(*map(float, sys.argv[1:2]), *sys.argv[2:3])

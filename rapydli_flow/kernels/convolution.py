@@ -1,4 +1,4 @@
-"""Convolution on arrays, with bias, residual and activation in the same kernel, and its two gradients.
+"""Convolution on arrays, of NumPy or of a GPU, with a tail in the same kernel, and its two gradients.
 
 x is ``N,*space,C``, w is ``*window,C/groups,K``, with 1 to 3 spatial axes; what is computed is said in `ops.conv`.
 """
@@ -12,11 +12,11 @@ from ..errors import ShapeError
 from ..nn.layer import Padding, Sizes, pairs, sizes
 from ..ops import Conv, ConvFilterGrad, ConvInputGrad, Op
 from ..ops.conv import LAYOUT
-from ..spec import Array, Spec
+from ..spec import Spec
 from .form import Form, Specs, frozen, listed, with_tail
 from .prepared import called
 
-GEOMETRY = ("stride", "padding", "dilation", "groups", "exact")
+GEOMETRY = ("stride", "padding", "dilation", "groups", "exact", "tf32")
 
 
 def conv(
@@ -28,30 +28,39 @@ def conv(
     dilation: Sizes = 1,
     groups: int = 1,
     exact: bool = False,
+    tf32: bool = False,
     bias: Any = None,
     activation: str | Op | None = None,
     residual: Any = None,
-    out: Array | None = None,
+    out: Any = None,
     threads: int | None = None,
-) -> Array:
+    stream: Any = None,
+) -> Any:
     """``activation(convolution of x with w, + bias + residual)``, of shape ``N,*out,K``, in one kernel.
 
-    x is ``N,*space,C`` and w is ``*window,C/groups,K``, with 1 to 3 spatial axes, all float32 or all float64; bias has
-    K numbers, residual the shape of the result. ``stride`` and ``dilation`` are a number or one for each axis;
-    ``padding`` with zeros a number, one for each axis, or a (low, high) pair for each. ``activation`` is a name: elu,
-    gelu, leaky_relu, relu, sigmoid, silu, softplus, swish, tanh; or an operator: ``ops.LeakyRelu(slope=0.2)``.
-    ``exact``: no faster algorithm with larger rounding errors, such as Winograd's.
+    x is ``N,*space,C`` and w is ``*window,C/groups,K``, with 1 to 3 spatial axes, all float32 or all float64, on a GPU
+    also all bfloat16 or float16; bias has K numbers, residual the shape of the result. ``stride`` and ``dilation`` are
+    a number or one for each axis; ``padding`` with zeros a number, one for each axis, or a (low, high) pair for each.
+    ``activation`` is a name: elu, gelu, leaky_relu, relu, sigmoid, silu, softplus, swish, tanh; or an operator:
+    ``ops.LeakyRelu(slope=0.2)``.
+    ``exact``: no faster algorithm with larger rounding errors, such as Winograd's. ``tf32``: products of float32 may be
+    rounded to 10 bits of mantissa where that is faster, on GPUs.
     ``out``: a C-contiguous array for the result, which shares no memory with an operand. ``threads``: at most so
     many, by default those of the settings; the result does not depend on it.
+
+    Arrays of CuPy, PyTorch and others that lie on a GPU (``__cuda_array_interface__``) are computed there, and so are
+    those of `to_device`; the result is of the same library. They are C-contiguous, and none is copied. Kernels go to
+    ``stream``, an object of that library or a handle; by default to that which the operands name, or to CUDA's default
+    stream. Nothing is waited for.
 
     Operands that are not C-contiguous, aligned, or in this machine's byte order are copied first. A call for new shapes
     compiles, a second or so, or loads a kernel; later ones find it prepared. Each Python thread keeps the 256 calls it
     used last, and one workspace, as large as the largest of them needs; `release` lets go of them.
 
-    Raises ShapeError, DTypeError or SettingError for what does not fit together.
+    Raises ShapeError, DTypeError or SettingError for what does not fit together, or what no GPU kernel serves.
     """
-    how = (*_geometry(CONV, stride, padding, dilation, groups, exact), frozen(CONV, "activation", activation))
-    return called(CONV, (x, w, bias, residual), how, out, threads)
+    how = (*_geometry(CONV, stride, padding, dilation, groups, exact, tf32), frozen(CONV, "activation", activation))
+    return called(CONV, (x, w, bias, residual), how, out, threads, stream)
 
 
 def conv_input_grad(
@@ -64,16 +73,21 @@ def conv_input_grad(
     dilation: Sizes = 1,
     groups: int = 1,
     exact: bool = False,
-    out: Array | None = None,
+    tf32: bool = False,
+    out: Any = None,
     threads: int | None = None,
-) -> Array:
+    stream: Any = None,
+) -> Any:
     """The gradient of `conv` with respect to x, of shape ``x_shape``: ``N,*space,C``.
 
     dy, ``N,*out,K``, is the gradient with respect to the convolution's own result, before bias and activation. The
     other arguments are those of `conv`. Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
-    how = (*_geometry(INPUT_GRAD, stride, padding, dilation, groups, exact), frozen(INPUT_GRAD, "x_shape", x_shape))
-    return called(INPUT_GRAD, (dy, w), how, out, threads)
+    how = (
+        *_geometry(INPUT_GRAD, stride, padding, dilation, groups, exact, tf32),
+        frozen(INPUT_GRAD, "x_shape", x_shape),
+    )
+    return called(INPUT_GRAD, (dy, w), how, out, threads, stream)
 
 
 def conv_filter_grad(
@@ -86,16 +100,21 @@ def conv_filter_grad(
     dilation: Sizes = 1,
     groups: int = 1,
     exact: bool = False,
-    out: Array | None = None,
+    tf32: bool = False,
+    out: Any = None,
     threads: int | None = None,
-) -> Array:
+    stream: Any = None,
+) -> Any:
     """The gradient of `conv` with respect to w, of shape ``w_shape``: ``*window,C/groups,K``.
 
     dy, ``N,*out,K``, is the gradient with respect to the convolution's own result, before bias and activation. The
     other arguments are those of `conv`. Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
-    how = (*_geometry(FILTER_GRAD, stride, padding, dilation, groups, exact), frozen(FILTER_GRAD, "w_shape", w_shape))
-    return called(FILTER_GRAD, (x, dy), how, out, threads)
+    how = (
+        *_geometry(FILTER_GRAD, stride, padding, dilation, groups, exact, tf32),
+        frozen(FILTER_GRAD, "w_shape", w_shape),
+    )
+    return called(FILTER_GRAD, (x, dy), how, out, threads, stream)
 
 
 def _geometry(form: Form, *values: Any) -> tuple[Any, ...]:
@@ -103,7 +122,7 @@ def _geometry(form: Form, *values: Any) -> tuple[Any, ...]:
 
 
 def _forward(
-    form: Form, x: Spec, w: Spec, stride: Any, padding: Any, dilation: Any, groups: Any, exact: Any
+    form: Form, x: Spec, w: Spec, stride: Any, padding: Any, dilation: Any, groups: Any, exact: Any, tf32: Any
 ) -> tuple[Conv, Spec]:
     """The convolution, and the spec of its result."""
     space = len(x.shape) - 2
@@ -118,6 +137,7 @@ def _forward(
         dilation=sizes(title, "dilation", dilation, space),
         groups=groups,
         exact=bool(exact),
+        tf32=bool(tf32),
     )
     return op, op.infer(x, w)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from ..errors import SettingError
 from ..ops import Matmul, Op
-from ..spec import Array
 from .form import Form, Specs, frozen, with_tail
+from .on_card import on_card, turned
 from .prepared import called
 
 
@@ -19,36 +19,40 @@ def matmul(
     *,
     ta: bool = False,
     tb: bool = False,
+    tf32: bool = False,
     bias: Any = None,
     activation: str | Op | None = None,
     residual: Any = None,
-    out: Array | None = None,
+    out: Any = None,
     threads: int | None = None,
-) -> Array:
+    stream: Any = None,
+) -> Any:
     """``activation(a b + bias + residual)``, of shape M,K, in one kernel; a dense layer and its gradients.
 
     a is M,I, or I,M with ``ta``; b is I,K, or K,I with ``tb``; bias has K numbers, residual the shape of the result;
-    all are float32, or all float64. The transposed view ``w.T`` of a matrix is taken as it lies in memory, not copied.
-    The other arguments, and what is kept between calls, are those of `conv`.
+    all are float32, or all float64, on a GPU also bfloat16 or float16. The transposed view ``w.T`` of a matrix is taken
+    as it lies in memory, not copied. The other arguments, and what is kept between calls, are those of `conv`.
 
     Raises ShapeError, DTypeError or SettingError for what does not fit together.
     """
     if type(ta) is not bool or type(tb) is not bool:
         raise SettingError(f"kernels.matmul: ta={ta!r} and tb={tb!r} must be True or False.")
     (a, turned_a), (b, turned_b) = _as_it_lies(a), _as_it_lies(b)
-    how = (ta ^ turned_a, tb ^ turned_b, frozen(MATMUL, "activation", activation))
-    return called(MATMUL, (a, b, bias, residual), how, out, threads)
+    how = (ta ^ turned_a, tb ^ turned_b, bool(tf32), frozen(MATMUL, "activation", activation))
+    return called(MATMUL, (a, b, bias, residual), how, out, threads, stream)
 
 
 def _as_it_lies(x: Any) -> tuple[Any, bool]:
     """A matrix whose columns lie one behind the other, as its transpose."""
-    if type(x) is np.ndarray and x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous:
-        return x.T, True
-    return x, False
+    if type(x) is np.ndarray:
+        columns = x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
+    else:
+        columns = on_card(x) and turned(x)
+    return (x.T, True) if columns else (x, False)
 
 
-def _matmul(form: Form, specs: Specs, ta: bool, tb: bool, activation: Any) -> Op:
-    return with_tail(form, Matmul(ta=ta, tb=tb), specs, activation)
+def _matmul(form: Form, specs: Specs, ta: bool, tb: bool, tf32: bool, activation: Any) -> Op:
+    return with_tail(form, Matmul(ta=ta, tb=tb, tf32=tf32), specs, activation)
 
 
-MATMUL = Form("matmul", ("a", "b", "bias", "residual"), ("ta", "tb", "activation"), _matmul)
+MATMUL = Form("matmul", ("a", "b", "bias", "residual"), ("ta", "tb", "tf32", "activation"), _matmul)

@@ -41,20 +41,21 @@ class Form:
     how: tuple[str, ...]
     op: Callable[..., Op]
 
-    def of(self, specs: Specs, how: Sequence[Any]) -> tuple[Op, tuple[Spec, ...]]:
+    def of(self, specs: Specs, how: Sequence[Any], dtypes: Sequence[str] = FLOATS) -> tuple[Op, tuple[Spec, ...]]:
         """The operator and its inputs; ShapeError, DTypeError or SettingError for what does not fit together."""
         for name, spec in specs.items():
-            if spec.dtype not in FLOATS:
-                raise refused_dtype(self, name, spec.dtype)
+            if spec.dtype not in dtypes:
+                raise refused_dtype(self, name, spec.dtype, dtypes)
         if len({spec.dtype for spec in specs.values()}) > 1:
             raise DTypeError(f"kernels.{self.name}: operands need one dtype ({listed(specs)}). Cast them first.")
         return self.op(self, specs, *how), tuple(specs.values())
 
 
-def refused_dtype(form: Form, name: str, dtype: object) -> DTypeError:
-    """What is told of an operand that is neither float32 nor float64."""
+def refused_dtype(form: Form, name: str, dtype: object, dtypes: Sequence[str] = FLOATS) -> DTypeError:
+    """What is told of an operand that is none of these dtypes."""
+    *most, last = dtypes
     return DTypeError(
-        f"kernels.{form.name}: {name} has dtype {dtype}, but kernels compute in float32 or float64. Cast all "
+        f"kernels.{form.name}: {name} has dtype {dtype}, but kernels compute in {', '.join(most)} or {last}. Cast all "
         "operands to one of them."
     )
 

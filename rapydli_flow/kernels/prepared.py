@@ -1,4 +1,5 @@
-"""Prepared calls: what a function needs beside its arrays is made once for each shape, and kept.
+"""Prepared calls: what a function needs beside its arrays is made once for each shape, and kept. `on_card` has those
+on arrays of a GPU.
 
     conv(x, w, stride=2) --key: form, how, shapes, dtypes--> Prepared: kernel, call list, place of its workspace
                                                              point it at x, w, out; run
@@ -28,6 +29,7 @@ from ..runtime.remembered import known
 from ..spec import Array, Block, Spec
 from ..tuner import Tuning
 from .form import Form
+from .on_card import CardCall, Scratch, called_on_card, on_card
 from .operands import check_apart, taken, target
 
 MOST_CALLS = 256  # of one thread
@@ -96,6 +98,8 @@ class _Own(threading.local):
         self.calls: OrderedDict[tuple[Any, ...], Prepared] = OrderedDict()
         self.memory = np.empty(0, np.uint8)
         self.work = 0  # its address
+        self.on_cards: OrderedDict[tuple[Any, ...], CardCall] = OrderedDict()
+        self.scratches: dict[tuple[int, int], Scratch] = {}  # by card and stream
 
     def keep(self, key: tuple[Any, ...], made: Prepared) -> None:
         """Remember a prepared call, in place of the one that was not used for longest; there is room for its work."""
@@ -122,7 +126,9 @@ def release() -> None:
     _own.clear()
 
 
-def called(form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, threads: int | None) -> Array:
+def called(
+    form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, threads: int | None, stream: Any
+) -> Any:
     """The result of a form on arrays; operands that are None are not given. ``how`` is hashable: see `frozen`."""
     arrays: list[Array] = []
     names: list[str] = []
@@ -131,6 +137,8 @@ def called(form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, 
         if x is None:
             continue
         if type(x) is not np.ndarray or not (x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative):
+            if type(x) is not np.ndarray and on_card(x):
+                return _on_card(form, operands, how, out, threads, stream)
             x = taken(form, name, x)
         arrays.append(x)
         names.append(name)
@@ -139,6 +147,8 @@ def called(form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, 
         threads = settings().threads
     elif type(threads) is not int or threads < 1:
         raise SettingError(f"kernels.{form.name}: threads={threads!r} is not a number of 1 or more.")
+    if stream is not None:
+        raise SettingError(f"kernels.{form.name}: stream={stream!r} is for arrays of a GPU; these are on the host.")
     own, where = _own, tuple(key)
     if own.round != _round:
         own.clear()
@@ -155,4 +165,18 @@ def called(form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, 
         result = target(form, out, prepared.out, prepared.dtype)
         check_apart(form, names, arrays, result)
     prepared.run(arrays, result, own.work, threads)
+    return result
+
+
+def _on_card(
+    form: Form, operands: Sequence[Any], how: tuple[Any, ...], out: Any, threads: int | None, stream: Any
+) -> Any:
+    """The same on arrays of a GPU."""
+    if threads is not None:
+        raise SettingError(f"kernels.{form.name}: threads={threads!r} is for arrays of the host; these are on a GPU.")
+    if _own.round != _round:
+        _own.clear()
+    result = called_on_card(_own.on_cards, _own.scratches, form, operands, how, out, stream)
+    if len(_own.on_cards) > MOST_CALLS:
+        _own.on_cards.popitem(last=False)
     return result

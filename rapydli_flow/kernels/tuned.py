@@ -6,17 +6,18 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cpu_kernels.compile import host
-
 from ..arguments import nearest
 from ..config import settings
 from ..errors import ArgumentError
+from ..runtime.devices import device_of
 from ..space import Rules
 from ..spec import Spec
+from ..template import Device
 from ..tuner import Request, Tuning
 from .convolution import CONV, FILTER_GRAD, INPUT_GRAD, conv, conv_filter_grad, conv_input_grad
 from .dense import MATMUL, matmul
-from .form import Form, frozen
+from .form import FLOATS, Form, frozen
+from .on_card import DTYPES, device_with, on_card, seen
 from .operands import taken
 from .prepared import release
 
@@ -40,6 +41,7 @@ def tune(
     strategy: str = "guided",
     soft: Rules = (),
     threads: int | None = None,
+    device: str | None = None,
     watch: Callable[[Progress], None] | None = None,
     **how: Any,
 ) -> TuningReport:
@@ -47,18 +49,21 @@ def tune(
 
     ``function`` is its name: 'conv', 'conv_input_grad', 'conv_filter_grad' or 'matmul'; operands and ``how`` are what
     it is called with. An operand may be an array, a `Spec`, or a tuple that is its shape in float32; only shapes and
-    dtypes count, and random numbers are drawn. ``trials``, ``strategy``, ``soft`` and ``watch`` are those of
-    `rapydli_flow.autotune`; results are kept with those of networks, and a network's serve here.
+    dtypes count, and random numbers are drawn. ``device``: what it is tuned for, 'cpu', 'cuda' and so on; by default
+    that on which the operands lie, and the processor for Specs and shapes. ``trials``, ``strategy``, ``soft`` and
+    ``watch`` are those of `rapydli_flow.autotune`; results are kept with those of networks, and a network's serve
+    here.
 
     Calls use what was found from now on, in every process of this user on this host that has not prepared them yet.
     Raises what the function would raise, and SettingError where RAPYDLI_TUNING lets nothing be tuned.
     """
-    request = _request(function, operands, how)
+    request, on = _request(function, operands, how, device)
     from ..runtime.tuning import tune_one  # here: it loads Dask, which calls do without
 
     report: TuningReport = tune_one(
         request,
         threads or settings().threads,
+        on,
         budget_s=budget_s,
         trials=trials,
         strategy=strategy,
@@ -69,8 +74,10 @@ def tune(
     return report
 
 
-def _request(function: str, operands: tuple[Any, ...], how: dict[str, Any]) -> Request:
-    """The kernel that a call would need."""
+def _request(
+    function: str, operands: tuple[Any, ...], how: dict[str, Any], device: str | None
+) -> tuple[Request, Device]:
+    """The kernel that a call would need, and what it is for."""
     if function not in FUNCTIONS:
         raise ArgumentError(
             f"kernels.tune: there is no function {function!r}.{nearest(str(function), FUNCTIONS)} There are "
@@ -83,9 +90,12 @@ def _request(function: str, operands: tuple[Any, ...], how: dict[str, Any]) -> R
         raise ArgumentError(f"kernels.tune: {function} is not called like this: {error}.") from None
     bound.apply_defaults()
     given = bound.arguments
+    there = [given[name] for name in form.operands if on_card(given[name])]
+    on = device_with(there[0]) if there and device is None else device_of(device or "cpu", "kernels.tune")
     specs = {name: _spec(form, name, given[name]) for name in form.operands if given[name] is not None}
-    op, ins = form.of(specs, [frozen(form, name, given[name]) for name in form.how])
-    return Tuning(host()).serve(op, ins)[0]
+    settled = [frozen(form, name, given[name]) for name in form.how]
+    op, ins = form.of(specs, settled, FLOATS if on.kind == "cpu" else DTYPES)
+    return Tuning(on).serve(op, ins)[0], on
 
 
 def _spec(form: Form, name: str, x: Any) -> Spec:
@@ -93,5 +103,7 @@ def _spec(form: Form, name: str, x: Any) -> Spec:
         return x
     if isinstance(x, tuple) and all(type(size) is int for size in x):
         return Spec(x)
+    if on_card(x):
+        return seen(form, name, x).spec
     array = taken(form, name, x)
     return Spec(array.shape, array.dtype.name)

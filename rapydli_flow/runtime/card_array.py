@@ -35,7 +35,7 @@ class CardArray:
     def __init__(self, desk: Desk, spec: Spec) -> None:
         self.spec, self.desk = spec, desk
         self.address = desk.card.reserve(spec.size_bytes)
-        weakref.finalize(self, _free, desk.card, self.address).atexit = False
+        weakref.finalize(self, give_back, desk.card, self.address).atexit = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +61,14 @@ class CardArray:
             card.download(found, self.address)
         return found if dtype is None else found.astype(dtype, copy=False)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """What CuPy, PyTorch, Numba and others take it by, without a copy."""
+        if self.desk.device.emulated:
+            raise AttributeError("an array of an emulated card lies on the host; np.asarray(x) reads it")
+        typestr = "<V2" if self.spec.dtype == "bfloat16" else self.dtype.str
+        return {"shape": self.shape, "typestr": typestr, "data": (self.address, False), "strides": None, "version": 3}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return np.asarray, (np.asarray(self),)
 
@@ -68,7 +76,8 @@ class CardArray:
         return f"<CardArray: {self.spec} on {self.desk.card.name}>"
 
 
-def _free(card: Accelerator, address: int) -> None:
+def give_back(card: Accelerator, address: int) -> None:
+    """Free memory in the middle of whatever the thread does."""
     with suppress(DeviceFault), card.briefly():  # of a card that failed nothing can be given back
         card.free(address)
 
@@ -94,27 +103,48 @@ class Desk:
                 raise
             self.card.wait()
 
-    def run(self, request: Request, choice: Choice, arrays: Sequence[Any], at: Block | None) -> tuple[CardArray, ...]:
-        """One kernel; results are new arrays on the card."""
+    def put(self, array: Array) -> CardArray:
+        """A copy of an array of the host."""
+        with self.at_work():
+            return self._there(array, [])
+
+    def bind(
+        self, request: Request, choice: Choice, addresses: Sequence[int], *, at: int = 0, stream: int | None = None
+    ) -> Any:
+        """What launches a kernel, in the card's own queue or in another stream."""
+        with self._lock:
+            if (request, choice) not in self._kernels:
+                self._kernels[request, choice] = self.card.prepare(card_request(request, choice, self.device))
+            return self._kernels[request, choice].bind(addresses, at=at, stream=stream)
+
+    def run(
+        self,
+        request: Request,
+        choice: Choice,
+        arrays: Sequence[Any],
+        at: Block | None,
+        outs: Sequence[CardArray] = (),
+    ) -> tuple[CardArray, ...]:
+        """One kernel; results are new arrays on the card, unless there are ``outs``."""
         try:
             with self.at_work():
-                return self._run(request, choice, arrays, at)
+                return self._run(request, choice, arrays, at, outs)
         except DeviceFault as error:
             kernel = f"{request.title} ({', '.join(map(str, request.outs))}) with {choice}"
             message = f"{kernel} on {self.device.name}: {error} Snapshots written before are kept."
             raise DeviceFault(message, sticky=error.sticky, kernel=kernel) from error
 
-    def _run(self, request: Request, choice: Choice, arrays: Sequence[Any], at: Block | None) -> tuple[CardArray, ...]:
+    def _run(
+        self, request: Request, choice: Choice, arrays: Sequence[Any], at: Block | None, into: Sequence[CardArray]
+    ) -> tuple[CardArray, ...]:
         sent: list[Array] = []  # to the card, which reads them until it has done this
         given = [self._there(array, sent) for array in arrays]
-        outs = tuple(CardArray(self, spec) for spec in request.outs)
+        outs = tuple(into) or tuple(CardArray(self, spec) for spec in request.outs)
         work = [CardArray(self, spec) for spec in Tuning(self.device).workspace(request, choice)]
         where = None if at is None else self._there(at_array(at), sent)
         n = len(request.ins)
-        if (request, choice) not in self._kernels:
-            self._kernels[request, choice] = self.card.prepare(card_request(request, choice, self.device))
         addresses = [array.address for array in (*given[:n], *outs, *work, *given[n:])]
-        launch = self._kernels[request, choice].bind(addresses, at=0 if where is None else where.address)
+        launch = self.bind(request, choice, addresses, at=0 if where is None else where.address)
         launch()
         self.card.wait()
         return outs

@@ -136,6 +136,7 @@ def autotune(
 def tune_one(
     request: Request,
     threads: int,
+    device: Device | None = None,
     *,
     budget_s: float,
     trials: int | None = None,
@@ -145,9 +146,10 @@ def tune_one(
     operands: Sequence[Array] | None = None,
     watch: Callable[[Progress], None] | None = None,
 ) -> TuningReport:
-    """Tune one kernel on this host and keep the result. ``operands``: what to measure on, not random numbers."""
+    """Tune one kernel on a device of this host, by default its processor, and keep the result. ``operands``: what to
+    measure on, not random numbers."""
     check_allowed()
-    device, store = host(), cache()
+    device, store = device or host(), cache()
     check_soft(soft, [request], device)
     job = _job(store, device, request, 1, threads)
     options = Options(threads, budget_s, trials, strategy, soft, seed)

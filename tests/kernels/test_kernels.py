@@ -204,7 +204,7 @@ def test_tuning_is_remembered_with_the_rest_and_used(fresh):
 
 
 def test_what_was_chosen_runs(fresh, monkeypatch):
-    request = kernels.tuned._request("matmul", (random(24, 16), random(16, 32)), {})
+    request = kernels.tuned._request("matmul", (random(24, 16), random(16, 32)), {}, None)[0]
     (template, *_) = request.templates(host())
     _, other, *_ = template.configs(request.op, request.ins, request.outs, host())
     asked = []
