@@ -63,11 +63,14 @@ class Card(Accelerator):
     def __init__(self, number: int = 0, *, driver: Driver | None = None) -> None:
         self.name = f"cuda:{number}"
         self.call = driver or Driver()
-        device, context, stream = ctypes.c_int(), _Pointer(), _Pointer()
+        device, context, stream, before = ctypes.c_int(), _Pointer(), _Pointer(), _Pointer()
         self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(number))
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxGetCurrent", ctypes.byref(before))
         self.call("cuCtxSetCurrent", context)
         self.call("cuStreamCreate", ctypes.byref(stream), _Unsigned(_NON_BLOCKING))
+        if before.value:  # of another library, which goes on with its device
+            self.call("cuCtxSetCurrent", before)
         self._device, self._context, self.stream = device, context, int(stream.value or 0)
         self._number, self._pinned, self.places = number, list[int](), Places()
 

@@ -153,7 +153,8 @@ class CardCall:
             if len(self.launches) > MOST_LAUNCHES:
                 self.launches.popitem(last=False)
         self.launches.move_to_end(key)
-        self.launches[key]()
+        with self.desk.naming(self.request, self.choice):
+            self.launches[key]()
 
 
 class Scratch:
@@ -195,6 +196,8 @@ def stream_of(form: Form, stream: Any, given: Sequence[Given]) -> int:
 
 def empty(form: Form, like: Any, spec: Spec) -> Any:
     """A new array of the library that ``like`` is of."""
+    if type(like) is CardArray:
+        return CardArray(like.desk, spec)
     if hasattr(like, "new_empty"):  # PyTorch
         return like.new_empty(spec.shape)
     cupy = sys.modules.get("cupy")

@@ -126,13 +126,17 @@ class Desk:
         outs: Sequence[CardArray] = (),
     ) -> tuple[CardArray, ...]:
         """One kernel; results are new arrays on the card, unless there are ``outs``."""
+        with self.naming(request, choice), self.at_work():
+            return self._run(request, choice, arrays, at, outs)
+
+    @contextmanager
+    def naming(self, request: Request, choice: Choice) -> Iterator[None]:
+        """What fails is said to be this kernel's."""
         try:
-            with self.at_work():
-                return self._run(request, choice, arrays, at, outs)
+            yield
         except DeviceFault as error:
             kernel = f"{request.title} ({', '.join(map(str, request.outs))}) with {choice}"
-            message = f"{kernel} on {self.device.name}: {error} Snapshots written before are kept."
-            raise DeviceFault(message, sticky=error.sticky, kernel=kernel) from error
+            raise DeviceFault(f"{kernel} on {self.device.name}: {error}", sticky=error.sticky, kernel=kernel) from error
 
     def _run(
         self, request: Request, choice: Choice, arrays: Sequence[Any], at: Block | None, into: Sequence[CardArray]

@@ -22,7 +22,7 @@ from dask.local import get_sync
 from distributed import Client, Future
 
 from ..data import Dataset
-from ..errors import NonFinite
+from ..errors import DeviceFault, NonFinite
 from ..graph import Graph, broken
 from ..ops import Leaf
 from ..scheduler import Plan
@@ -92,7 +92,11 @@ class Flow(Backend):
         scalars: dict[str, list[float]] = {}
         for step in range(first, first + steps):
             before = [dict(leaves) for leaves in self.leaves]
-            for name, value in self._step(step).items():
+            try:
+                found = self._step(step)
+            except DeviceFault as error:
+                raise DeviceFault(f"{error} {KEPT}", sticky=error.sticky, kernel=error.kernel) from error
+            for name, value in found.items():
                 scalars.setdefault(name, []).append(value)
             if broken(self.graph, {name: values[-1:] for name, values in scalars.items()}) is not None:
                 self._explain(before, step, scalars["loss"][-1])

@@ -9,7 +9,7 @@ import pytest
 
 from gpu_kernels.launch import Card
 from rapydli_flow import kernels, ops
-from rapydli_flow.errors import DTypeError, SettingError, ShapeError
+from rapydli_flow.errors import DeviceFault, DTypeError, SettingError, ShapeError
 from rapydli_flow.kernels import on_card, prepared
 from rapydli_flow.runtime import card_array
 from rapydli_flow.runtime.card_array import CardArray, Desk
@@ -208,6 +208,26 @@ def test_packed_arguments_are_kept_for_the_latest_addresses(launched, monkeypatc
         close(out, np.asarray(a) @ np.asarray(a))
 
 
+def test_arrays_of_this_package_on_a_stream_of_another(launched):
+    a = there(random(8, 8))
+    y = kernels.matmul(a, a, stream=4)
+    assert type(y) is CardArray
+    assert launched == [4]
+    close(y, np.asarray(a) @ np.asarray(a))
+
+
+def test_a_launch_that_fails_is_named(launched, monkeypatch):
+    def refused():
+        raise DeviceFault("cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (719).", sticky=True)
+
+    monkeypatch.setattr(Desk, "bind", lambda *_, **how: refused)
+    with pytest.raises(
+        DeviceFault, match=r"^matmul \(f32\[8,8\]\) with \w+.* on emulated: cuLaunchKernel: .*"
+    ) as caught:
+        kernels.matmul(*[foreign(random(8, 8))] * 2)
+    assert caught.value.sticky
+
+
 def test_a_workspace_grows_and_goes(launched, monkeypatch):
     desk, log = Desk(device_of(CARD)), []
     monkeypatch.setattr(desk.card, "wait_for", lambda stream: log.append(stream))
@@ -330,6 +350,23 @@ def test_which_card_an_array_is_on(monkeypatch):
     for device in ({"device": SimpleNamespace(index=1)}, {"device": SimpleNamespace(id=2)}, {}):
         assert on_card.device_with(SimpleNamespace(**device, **said)) == "it"
     assert named == ["cuda:1", "cuda:2", "cuda:3"]
+
+
+@pytest.mark.parametrize("before", [None, 0x500])
+def test_a_card_leaves_another_librarys_device_as_it_was(before):
+    current = []
+
+    class Driver:
+        def __call__(self, name, *args):
+            if name == "cuCtxGetCurrent":
+                args[0]._obj.value = before
+            elif name == "cuDevicePrimaryCtxRetain":
+                args[0]._obj.value = 0x900
+            elif name == "cuCtxSetCurrent":
+                current.append(args[0].value)
+
+    Card(driver=Driver())
+    assert current == [0x900, *([before] if before else [])]
 
 
 def test_the_driver_says_which_card_an_address_is_on():
