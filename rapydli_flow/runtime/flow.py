@@ -22,7 +22,7 @@ from dask.local import get_sync
 from distributed import Client, Future
 
 from ..data import Dataset
-from ..errors import DeviceFault, NonFinite
+from ..errors import DeviceFault, NonFinite, RunLost
 from ..graph import Graph, broken
 from ..ops import Leaf
 from ..scheduler import Plan
@@ -36,6 +36,8 @@ from .feeding import RankFeed, label_classes
 from .lower import Ref, lower
 from .participant import CLOCKS
 from .segment import KEPT, SegmentResult, fallen, finite
+
+LOOK_S = 5.0  # without a result, until somebody looks whether workers are still there
 
 
 class Flow(Backend):
@@ -61,7 +63,7 @@ class Flow(Backend):
         self.data, self.validation = data, validation
         self.granularity, self.client, self.seed, self.shuffle = granularity, client, seed, shuffle
         self.leaves: list[dict[str, Ref]] = [{} for _ in self.graphs]
-        self.where = {"workers": list(workers), "allow_other_workers": True} if workers else {}
+        self.where = {"workers": list(workers)} if workers else {}
         self.writers = Writers(run_dir, keep)
         self.clocks: Mapping[str, float] = CLOCKS
         self.token = uuid.uuid4().hex
@@ -128,7 +130,7 @@ class Flow(Backend):
         tasks[key] = Task(key, read_scalars, *_picked(outputs))
         wanted: list[Hashable] = list(dict.fromkeys(r.source for u in lowered.updates for r in u.values()))
         values = dict(zip([key, *wanted], self._carried_out(tasks, [key, *wanted]), strict=True))
-        numbers = _result(values[key])
+        numbers = self._result(values[key])
         for leaves, updates in zip(self.leaves, lowered.updates, strict=True):
             leaves.update({name: Ref(values[ref.source], ref.item) for name, ref in updates.items()})
         return dict(zip(outputs, numbers, strict=True))
@@ -145,7 +147,7 @@ class Flow(Backend):
         made = list(lowered.tasks)
         looks = [("finite", *key) for key in made]
         tasks.update({look: Task(look, all_finite, TaskRef(key)) for look, key in zip(looks, made, strict=True)})
-        for (_, rank, node), well in zip(made, map(_result, self._carried_out(tasks, looks)), strict=True):
+        for (_, rank, node), well in zip(made, map(self._result, self._carried_out(tasks, looks)), strict=True):
             if not well:
                 name = self.graphs[rank].nodes[node].name
                 where = f"The first output that is not finite is of {name} at step {step}."
@@ -154,7 +156,25 @@ class Flow(Backend):
         raise NonFinite(f"loss is {loss} at step {step}, but it was finite when the step was run again.")
 
     def _value(self, ref: Ref) -> Array:
-        return pick(_result(ref.source), ref.item)
+        return pick(self._result(ref.source), ref.item)
+
+    def _result(self, value: Any) -> Any:
+        """What a future is of, or what is there; RunLost where no worker is left that could make it."""
+        while isinstance(value, Future):
+            try:
+                return value.result(timeout=LOOK_S)
+            except TimeoutError:
+                if value.done():
+                    raise
+                self._look_for_workers()
+        return value
+
+    def _look_for_workers(self) -> None:
+        """Tasks that only some workers may run wait for ever if these are gone."""
+        if self.where and self.client is not None:
+            there = self.client.scheduler_info(n_workers=-1)["workers"]
+            if not any(address in there for address in self.where["workers"]):
+                raise RunLost(f"no worker with {self.tunings[0].device.name} is left. Start one, and resume the run.")
 
     def state(self) -> dict[str, Array]:
         return finite(self._gather())
@@ -175,7 +195,7 @@ class Flow(Backend):
         self.scorings += 1
         keys = [(f"evaluate-{self.token}-{self.scorings}", *share) for share in shares]
         tasks = {key: Task(key, score_share, self.scoring, state, *key[1:]) for key in keys}
-        metrics = mean_scores([_result(part) for part in self._carried_out(tasks, keys)])
+        metrics = mean_scores([self._result(part) for part in self._carried_out(tasks, keys)])
         return lambda: metrics
 
     def snapshot(self, step: int, meta: Mapping[str, Any], *, name: str = SNAPSHOTS) -> Callable[[], object]:
@@ -242,11 +262,6 @@ def load_batch(reader: Reader, step: int) -> dict[str, Array]:
 def read_scalars(items: Sequence[Any], *sources: Any) -> tuple[float, ...]:
     """The body of a task: scalar outputs as numbers."""
     return tuple(float(pick(source, item)) for source, item in zip(sources, items, strict=True))
-
-
-def _result(value: Any) -> Any:
-    """What a future is of, or what is there."""
-    return value.result() if isinstance(value, Future) else value
 
 
 def _picked(refs: Mapping[str, Ref]) -> tuple[Any, ...]:

@@ -1,8 +1,10 @@
 """Kernels of a card as tasks of Dask: arrays stay there between tasks, in this process and on workers."""
 
 import gc
+import os
 import pickle
 import sys
+from contextlib import suppress
 
 import dask
 import numpy as np
@@ -15,9 +17,9 @@ from small_runs import make_step, many, records, same_bits
 import rapydli_flow as rf
 from gpu_kernels import emulated
 from rapydli_flow import nn
-from rapydli_flow.errors import DeviceFault, DeviceMismatch, NonFinite, SettingError
+from rapydli_flow.errors import DeviceFault, DeviceMismatch, NonFinite, RunLost, SettingError
 from rapydli_flow.ops import Relu
-from rapydli_flow.runtime import bodies, card_array, devices
+from rapydli_flow.runtime import bodies, card_array, devices, flow
 from rapydli_flow.runtime.card_array import CardArray, Desk, desk_of
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.spec import Spec
@@ -246,3 +248,22 @@ def test_workers_with_a_card_beside_others(loose, step, data, tmp_path):
         rf.fit(step, records_["train"], steps=1, plan=mixed, client=client, granularity="op")
     with pytest.raises(DeviceMismatch, match=r"^compile needs 1 worker.s. with device 'cuda' but 0 of 3 have one"):
         rf.compile(step, device="cuda")
+
+
+def test_the_last_worker_with_a_card_is_lost(loose, step, data, monkeypatch):
+    monkeypatch.setattr(flow, "LOOK_S", 0.5)
+    client, start = loose
+    start(1, RAPYDLI_DEVICE=CARD)
+    start(1, RAPYDLI_DEVICE="cpu")
+    client.wait_for_workers(2, timeout=60)
+    (card,) = (address for address, name in client.run(lambda: device_of().called).items() if name == CARD)
+
+    class Accident(rf.Callback):
+        def on_event(self, event):
+            if type(event).__name__ == "Stepped":
+                with suppress(Exception):
+                    client.run(os._exit, 1, workers=[card])
+
+    how = {"granularity": "stage", "device": CARD, "client": client, "callbacks": [Accident()]}
+    with pytest.raises(RunLost, match=r"^no worker with emulated is left\. Start one, and resume the run"):
+        rf.fit(step, data, steps=40, **how)
