@@ -55,7 +55,7 @@ from .runtime.process import this_process
 from .runtime.publish import publishing
 from .runtime.sheet import sheet
 from .runtime.train import Loop, Schedule
-from .runtime.workers import Usual, workers_for
+from .runtime.workers import Usual, some_of, workers_for
 from .scheduler import Placement, Plan, Program, remade, traffic
 from .spec import Array
 from .template import Device
@@ -373,12 +373,6 @@ class Fitting:
                 f"fit: granularity={granularity!r} is for workers of one kind, not for {kinds}. Use 'segment'."
             )
 
-    def _some(self, workers: Mapping[str, Any]) -> tuple[str, ...]:
-        """These workers, where they are not all."""
-        assert self.client is not None
-        everyone = self.client.scheduler_info(n_workers=-1)["workers"]
-        return () if set(workers) == set(everyone) else tuple(workers)
-
     def _tune(self, plan: Plan) -> None:
         """Tune what ranks run, for each kind of device in turn."""
         names = plan.devices or (self.options.device,) * plan.ranks
@@ -416,7 +410,7 @@ class Fitting:
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs))
         if options.granularity != "segment":
-            only = () if self.client is None else self._some(workers)
+            only = () if self.client is None else some_of(self.client, workers)
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client, "workers": only}
             return Flow(self.step, plan, loose, *data, **flow, **where)
         if self.client is None:

@@ -84,13 +84,13 @@ def compile_graph(
     """Lower a graph to Dask tasks; ``feeds`` are arrays for its inputs, ``state`` defaults to the initial one.
 
     An input that is not fed is an error of the task that reads it, so that a graph can be looked at
-    without data. ``device``: what kernels run on, as of `predict`; arrays between tasks stay on a GPU. ``tuning``: by
-    default what is known for it here.
+    without data. ``device``: what kernels run on, as of `predict`; arrays between tasks stay on a GPU. Where only some
+    workers have one, the tasks go to these. ``tuning``: by default what is known for it here.
 
     Raises SettingError for inputs or a device that mean nothing, MissingDependency for a device that is not there,
     DeviceMismatch where no worker has it.
     """
-    tuning = tuning_there("compile", device, tuning)
+    tuning, workers = tuning_there("compile", device, tuning)
     (fused,) = Plan(1, threads).rank_graphs(graph)
     feeds = dict(feeds or {})
     unknown = [name for name in feeds if name not in {x.name for x in graph.leaves("batch")}]
@@ -117,8 +117,8 @@ def compile_graph(
     name = f"outputs-{token}"
     for output, ref in lowered.outputs[0].items():
         tasks[name, output] = Task((name, output), pick, TaskRef(ref.source), ref.item)
-    layered = HighLevelGraph({name: MaterializedLayer(tasks)}, {name: set()})
-    return Compiled(layered, name, tuple(lowered.outputs[0]))
+    layer = MaterializedLayer(tasks, annotations={"workers": list(workers)} if workers else None)
+    return Compiled(HighLevelGraph({name: layer}, {name: set()}), name, tuple(lowered.outputs[0]))
 
 
 def read_leaf(leaf: Leaf, value: Any, seed: int) -> Array:

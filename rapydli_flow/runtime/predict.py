@@ -63,7 +63,7 @@ def predict(
     spec = network.spec(network.outputs[output])
     text = to_json(network)
     given = tuning is not None
-    tuning = tuning_there("predict", device, tuning)
+    tuning, _ = tuning_there("predict", device, tuning)  # where arrays are computed is not kept by Dask
     fed = records if isinstance(records, dict) else records.__getstate__()
     token = tokenize(text, state, fed, tuning.device.key, sorted(tuning.choices.items()), given, device)
     held, chosen = f"state-{token}", f"tuning-{token}"

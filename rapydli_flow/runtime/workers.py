@@ -177,14 +177,20 @@ def _who(dask_worker: Any) -> Any:
         return error
 
 
-def tuning_there(where: str, device: str | None, tuning: Tuning | None) -> Tuning:
-    """What tasks that any worker may get begin with: `tuning_on`, or, where a GPU is asked for and there is a client,
-    of a GPU of its workers."""
+def tuning_there(where: str, device: str | None, tuning: Tuning | None) -> tuple[Tuning, tuple[str, ...]]:
+    """What tasks begin with that nobody has sent to a worker yet: `tuning_on`, or, where a GPU is asked for and there is
+    a client, of a GPU of its workers; and the workers that have one, unless all do."""
     client = _client()
     if client is None or device is None or kind_of(checked_device(device, f"{where}: device=")) != "cuda":
-        return tuning_on(where, device, tuning)
+        return tuning_on(where, device, tuning), ()
     workers = workers_for(client, None, LOOK_S, device, where)
-    return tuning_of(where, next(iter(workers.values()))["device"], tuning)
+    return tuning_of(where, next(iter(workers.values()))["device"], tuning), some_of(client, workers)
+
+
+def some_of(client: Client, workers: Mapping[str, Any]) -> tuple[str, ...]:
+    """The addresses of some workers; () where they are all that the cluster has."""
+    everyone = client.scheduler_info(n_workers=-1)["workers"]
+    return () if set(workers) == set(everyone) else tuple(workers)
 
 
 def _client() -> Client | None:

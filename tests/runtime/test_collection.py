@@ -11,6 +11,7 @@ import rapydli_flow as rf
 from rapydli_flow.errors import SettingError
 from rapydli_flow.graph import predicting
 from rapydli_flow.ops import Leaf
+from rapydli_flow.runtime import devices, workers
 from rapydli_flow.testing.interpret import interpret
 
 
@@ -155,6 +156,18 @@ def test_wrong_feeds(net, feeds, scheduler):
         rf.compile(net, {**feeds, "label": feeds["label"] + 0.5}).compute(scheduler=scheduler)
     with pytest.raises(SettingError, match="granularity 'segment' is not one of op, stage"):
         rf.compile(net, feeds, granularity="segment")
+
+
+def test_tasks_for_a_gpu_go_to_workers_that_have_one(client, net, feeds, monkeypatch):
+    cpu = devices.device_of("cpu")
+    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    for some in (addresses[:1], addresses):
+        found = {address: {"device": cpu} for address in some}
+        monkeypatch.setattr(workers, "workers_for", lambda *how, found=found: found)
+        shifted = {**feeds, "x": feeds["x"] + len(some)}
+        with get_task_stream(client) as stream:
+            rf.compile(net, shifted, device="cuda").compute()
+        assert {task["worker"] for task in stream.data} <= set(some)
 
 
 def test_float32_is_cast_on_the_way_in(feeds):
