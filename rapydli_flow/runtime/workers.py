@@ -178,8 +178,8 @@ def _who(dask_worker: Any) -> Any:
 
 
 def tuning_there(where: str, device: str | None, tuning: Tuning | None) -> tuple[Tuning, tuple[str, ...]]:
-    """What tasks begin with that nobody has sent to a worker yet: `tuning_on`, or, where a GPU is asked for and there is
-    a client, of a GPU of its workers; and the workers that have one, unless all do."""
+    """What tasks begin with that nobody has sent to a worker yet: `tuning_on`, or, where a GPU is asked for and there
+    is a client, of a GPU of its workers; and the workers that have one, unless all do."""
     client = _client()
     if client is None or device is None or kind_of(checked_device(device, f"{where}: device=")) != "cuda":
         return tuning_on(where, device, tuning), ()
