@@ -390,6 +390,9 @@ def main() -> int:
         )
     if right and "launch" in parts:
         launch_costs(card, report)
+    if missing() is not None and (left := parts & {*CHECKS, "tune"}):
+        report.say(f"{', '.join(sorted(left))} left out, as they compile kernels of their own: {missing()}")
+        parts -= left
     for name, script in CHECKS.items():
         if name in parts and time.monotonic() < end:
             command = [sys.executable, str(ROOT / "benchmarks" / script), "--results", str(report.folder)]
