@@ -80,6 +80,7 @@ class Runs:
             words = ", ".join(f"{k}={v}" for k, v in how.items())
             both = self.plan(card, "cpu", **how | ({"micro_batches": 1} if "stages" in how else {}))
             yield f"a card and a processor, {words}", lambda plan=both: near(self.fit(plan=plan), cpu)
+        yield "gradients of the card, updates of the host", self.behind
         for name, step in self.halves.items():
             yield f"precision {name}", lambda s=step, n=name: self.half(s, HALVES[n])
         yield "resumed, the same bits", lambda: equal(self.resumed(card, card).state, self.card.state)
@@ -95,6 +96,11 @@ class Runs:
 
     def tasks(self, granularity: str) -> Any:
         return self.fit(device=self.device, granularity=granularity)
+
+    def behind(self) -> bool:
+        """An asynchronous plan that waits in each step; norms are those of each rank's own records."""
+        here, there = (self.plan("cpu", other, staleness=0) for other in ("cpu", self.device))
+        return near(self.fit(plan=there), self.fit(plan=here))
 
     def compiled(self) -> bool:
         here, there = (rf.compile(self.step, self.feeds, device=name).compute() for name in ("cpu", self.device))

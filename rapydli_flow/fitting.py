@@ -442,9 +442,10 @@ class Fitting:
     def _meta(self, plan: Plan, programs: Sequence[Program]) -> dict[str, Any]:
         """What a snapshot says of its run: enough to go on with the same bits."""
         choices = {
-            request.key(program.device): [choice.template, [list(pair) for pair in choice.config]]
+            request.key(half.device): [choice.template, [list(pair) for pair in choice.config]]
             for program in programs
-            for request, choice in program.requests
+            for half in program.halves
+            for request, choice in half.requests
         }
         return {
             "graph": to_json(self.step),
@@ -481,13 +482,13 @@ def as_dataset(data: Dataset | Mapping[str, Array], scratch: str, name: str) -> 
 
 def _on_cards(plan: Plan, programs: Sequence[Program]) -> Plan:
     """A plan that says no device, for what it turned out to be: memory is counted with the kernels of cards."""
-    names = tuple(program.device.called for program in programs)
+    names = tuple(program.on.called for program in programs)
     return plan if plan.devices or set(names) == {"cpu"} else replace(plan, devices=names)
 
 
 def _keys(programs: Sequence[Program]) -> str:
     """The kinds of device that ranks are on."""
-    return ", ".join(dict.fromkeys(program.device.key for program in programs))
+    return ", ".join(dict.fromkeys(program.on.key for program in programs))
 
 
 def frozen(tuning: Tuning, before: Snapshot | None, plan: Plan) -> Tuning:

@@ -49,7 +49,7 @@ def emulated(name, folder):
 
 def test_runs_of_every_kind_are_those_of_the_processor(tmp_path):
     rows = emulated("gpu_runs", tmp_path)["rows"]
-    assert len(rows) == 19
+    assert len(rows) == 20
     assert {row[""] for row in rows} == {"right"}
 
 

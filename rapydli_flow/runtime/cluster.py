@@ -310,7 +310,8 @@ class Cluster(Backend):
         kernels = kernels_by_device([*self.job.programs, *self._scoring(self.job)])
         hosts: dict[tuple[str, Device], list[str]] = {}
         for address, program in zip(self.addresses, self.job.programs, strict=True):
-            hosts.setdefault((self.workers[address]["host"], program.device), []).append(address)
+            for device in dict.fromkeys(half.device for half in program.halves):
+                hosts.setdefault((self.workers[address]["host"], device), []).append(address)
         futures = []
         for (_, device), members in hosts.items():
             for i, address in enumerate(members):

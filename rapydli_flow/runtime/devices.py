@@ -25,6 +25,7 @@ from gpu_kernels.launch import Card
 from ..config import checked_device, settings
 from ..errors import MissingDependency
 from ..template import Device
+from ..tuner import ANY_CPU
 
 LEAST = (8, 0)  # the oldest capability that kernels are written for
 _told: set[str] = set()  # ops of this process that were said to run on the host
@@ -69,7 +70,7 @@ def card_named(name: str) -> Card:
 def here(like: Device) -> Device:
     """The device of this process, where it runs the same kernels; else that device itself."""
     if like.kind == "cpu":
-        return like
+        return host() if like == ANY_CPU else like
     own = device_of()
     return own if own.key == like.key else like
 

@@ -65,7 +65,7 @@ class Elastic(Recovering):
         self.client, self.job_of, self.ranks, self.policy = client, job_of, ranks, policy
         job, self.meta = job_of(ranks)
         self.cluster = self._placed(job, workers, known_links(client, workers, ranks, job.timeout_s))
-        self.devices = Counter(program.device.key for program in job.programs)  # how many ranks each kind has
+        self.devices = Counter(program.on.key for program in job.programs)  # how many ranks each kind has
         self.losses, self.stuck, self.looked, self.reached = 0, 0, time.monotonic(), -1
         self.initial: Mapping[str, Array] | None = None
         self.first: int | None = None  # the first step of all

@@ -39,20 +39,19 @@ def in_groups(program: Program) -> list[tuple[int, ...]]:
 
 
 def kernels_of(program: Program) -> tuple[tuple[Request, Choice], ...]:
-    """What has to be compiled for a program: on a card one kernel for all groups of a kind."""
+    """What has to be compiled for a program, or a half of one: on a card one kernel for all groups of a kind."""
     if program.device.kind == "cpu":
         return program.requests
     found: dict[tuple[Request, Choice], None] = {}
     groups: dict[Alike | None, Request] = {}
-    for part in (program, *((program.gradients,) if program.gradients else ())):
-        for numbers in in_groups(part):
-            step = part.steps[numbers[0]]
-            if isinstance(step, Collective):
-                continue
-            if len(numbers) == 1:
-                found[step.request, step.choice] = None
-            else:
-                found[groups.setdefault(alike_of(step.request), step.request), MANY] = None
+    for numbers in in_groups(program):
+        step = program.steps[numbers[0]]
+        if isinstance(step, Collective):
+            continue
+        if len(numbers) == 1:
+            found[step.request, step.choice] = None
+        else:
+            found[groups.setdefault(alike_of(step.request), step.request), MANY] = None
     for request in _adding(program):
         found[request, MANY] = None
     return tuple(found)
@@ -69,8 +68,8 @@ def _adding(program: Program) -> list[Request]:
 def kernels_by_device(programs: Sequence[Program]) -> dict[Device, list[tuple[Request, Choice]]]:
     """What has to be compiled for programs, each kernel once, by device."""
     found: dict[Device, dict[tuple[Request, Choice], None]] = {}
-    for program in programs:
-        found.setdefault(program.device, {}).update(dict.fromkeys(kernels_of(program)))
+    for half in (half for program in programs for half in program.halves):
+        found.setdefault(half.device, {}).update(dict.fromkeys(kernels_of(half)))
     return {device: list(kernels) for device, kernels in found.items()}
 
 

@@ -15,7 +15,7 @@ from ..spec import Array
 from ..template import Device
 from ..tuner import Tuning
 from .backend import Backend, Writers, holding, one_result, whole_state
-from .devices import free_bytes
+from .devices import free_bytes, here
 from .evaluate import Scorer
 from .events import SNAPSHOTS
 from .feeding import fed_layout, feed_of, label_classes
@@ -51,10 +51,10 @@ class Local(Backend):
         many = plan.ranks > 1
         transports: Sequence[Transport] = Threads.of(plan.ranks, timeout_s=timeout_s) if many else (Alone(),)
         for device, kernels in kernels_by_device(programs).items():
-            warm(kernels, device)
+            warm(kernels, here(device))
         self.trainers = []
         for number, (program, transport) in enumerate(zip(programs, transports, strict=True)):
-            rank = rank_of(programs, number, program.device, threads=plan.threads, transport=transport)
+            rank = rank_of(programs, number, program.on, threads=plan.threads, transport=transport)
             feed = feed_of(data, fed_layout(program), label_classes(step), seed=seed, shuffle=shuffle)
             average = average_of(plan, programs, number)
             self.trainers.append(Trainer(rank, feed, seed, step, number=number, average=average))
@@ -120,7 +120,7 @@ def _check_memory(programs: Sequence[Program]) -> None:
     """TooLittleMemory where what is free on a device is not enough for the ranks there."""
     free: dict[Device, int] = {}
     for number, program in enumerate(programs):
-        bytes_now, where = free_bytes(program.device)
-        left = free.setdefault(program.device, bytes_now)
+        bytes_now, where = free_bytes(program.on)
+        left = free.setdefault(program.on, bytes_now)
         program.check_memory(left, number, where=where)
-        free[program.device] = left - program.needed_bytes
+        free[program.on] = left - program.needed_bytes

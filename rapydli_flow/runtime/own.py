@@ -68,10 +68,10 @@ def defined_outside(graph: Graph, programs: Sequence[Program]) -> dict[str, Defi
         for op in map(type, _ops(node.op)):
             if (op.__module__ != "__main__" or op.by_name) and "<locals>" not in op.__qualname__:
                 out.setdefault(op.__module__, Defined(f"the op {op.name!r}", op.__qualname__))
-    for program in programs:
-        for request, choice in program.requests:
+    for half in (half for program in programs for half in program.halves):
+        for request, choice in half.requests:
             if not choice.reference:
-                template = choice.find(request, program.device)
+                template = choice.find(request, half.device)
                 what = f"the template {template.family}/{template.name}"
                 out.setdefault(template.build.__module__, Defined(what, template.build.__qualname__, True))
     return {module: defined for module, defined in out.items() if not module.startswith(OURS)}

@@ -41,7 +41,7 @@ def placed(
         needs=[program.needed_bytes for program in programs],
         reads=[read_bytes(data, layout) if data is not None and layout else 0 for layout in layouts],
         threads=plan.threads,
-        devices=[program.device.key for program in programs],
+        devices=[program.on.key for program in programs],
     )
 
 

@@ -3,8 +3,10 @@
     this thread    gradients of step 7       of step 8                of step 9 (waits until the update of 6 is done)
     behind it      sums for step 6, update, parts to all | sums for step 7, ...
 
-All that ranks tell each other is told by the thread behind, in the order of the steps, so messages of several steps
-are never mixed up; see `rapydli_flow.scheduler.stale` for the two halves.
+A rank on a card makes gradients there; sums and updates are the host's, where gradients come to anyway, and parameters
+go out from: so it does not matter what the others are on. All that ranks tell each other is told by the thread behind,
+in the order of the steps, so messages of several steps are never mixed up; see `rapydli_flow.scheduler.stale` for the
+two halves.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RunLost, SettingError
+from ..errors import RunLost
 from ..scheduler import Program
 from ..scheduler.collective import EXCHANGE, halves
 from ..scheduler.stale import HANDED
 from ..spec import Array
 from ..template import Device
 from .card_rank import CardRank
+from .devices import here
 from .participant import CLOCKS, Participant, Scalars
 from .rank import Rank
 from .timeline import Took
@@ -34,11 +37,6 @@ def rank_of(programs: Sequence[Program], number: int, device: Device, **how: Any
     """A rank of a plan, as its program and its device ask for it; ``how`` as for `Rank`."""
     if programs[number].gradients is None:
         return rank_on(programs[number], device, **how)
-    if device.kind != "cpu":
-        raise SettingError(
-            f"a plan with staleness has its ranks on processors, not on {device.name}. Use device='cpu', or another "
-            "plan."
-        )
     return StaleRank(programs, number, device, **how)
 
 
@@ -48,7 +46,7 @@ def rank_on(program: Program, device: Device, **how: Any) -> Participant:
 
 
 class StaleRank(Rank):
-    """The update of what a rank owns, and in front of it the program that makes gradients."""
+    """The update of what a rank owns, and in front of it the program that makes gradients, which has the device."""
 
     together = False
 
@@ -63,13 +61,15 @@ class StaleRank(Rank):
         poison: bool = False,
     ) -> None:
         program = programs[number]
-        super().__init__(program, device, threads=threads, transport=transport, poison=poison)
+        own = device if device.kind == "cpu" else here(program.device)
+        super().__init__(program, own, threads=threads, transport=transport, poison=poison)
         assert program.gradients is not None
-        self.front = Rank(program.gradients, device, threads=threads, poison=poison)
+        self.front = rank_on(program.gradients, device, threads=threads, poison=poison)
         self.programs, self.number = tuple(programs), number
         self._updater = ThreadPoolExecutor(1, thread_name_prefix="rapydli-update")
         self._under_way: deque[Future[None]] = deque()
-        self._fresh = {name: np.empty_like(self.front.leaf(name)) for name in program.gradients.kind("param", "state")}
+        held = [(name, program.gradients.leaves[name].spec) for name in program.gradients.kind("param", "state")]
+        self._fresh = {name: np.empty(spec.shape, spec.dtype) for name, spec in held}
         self._lock = threading.Lock()  # of what is fresh
         self._changed = self._known = self._broken = False
 
@@ -115,6 +115,7 @@ class StaleRank(Rank):
 
     def close(self) -> None:
         super().close()
+        self.front.close()
         self._updater.shutdown(wait=False, cancel_futures=True)
 
     # this thread --------------------------------------------------------------------------------------
@@ -135,8 +136,7 @@ class StaleRank(Rank):
             self._under_way.popleft().result()
         with self._lock:
             if self._changed:
-                for name, value in self._fresh.items():
-                    self.front.leaf(name)[...] = value
+                self.front.put(self._fresh)
                 self._changed = False
 
     def _hand_over(self, seed: int, step: int, clocks: Mapping[str, float]) -> None:

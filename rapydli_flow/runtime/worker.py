@@ -166,7 +166,7 @@ def beat() -> int:
 
 def warm(requests: Sequence[tuple[Request, Choice]], device: Device) -> int:
     """Compile kernels into this host's cache; the error of the first that cannot be compiled."""
-    warm_up(requests, device).check()
+    warm_up(requests, here(device)).check()
     return len(requests)
 
 
@@ -197,7 +197,7 @@ def join(job: Job, number: int, *addresses: str) -> int:
     held = _find(job.run, number)
     held.transport = connected(job, number, held.transport, addresses)
     program = job.programs[number]
-    rank = rank_of(job.programs, number, here(program.device), threads=job.threads, transport=held.transport)
+    rank = rank_of(job.programs, number, here(program.on), threads=job.threads, transport=held.transport)
     how: dict[str, Any] = {"seed": job.seed, "shuffle": job.shuffle, "like": _feed_before(job.before)}
     feed = feed_of(job.data, fed_layout(program), label_classes(job.step), **how)
     copies = Copies(rank, job.programs, number) if job.keeps_copies else None
@@ -266,7 +266,7 @@ def evaluate(run: str, number: int, *before: Any) -> dict[str, float]:
     job = held.job
     assert job.validation is not None
     if held.scorer is None:
-        device = here(job.programs[number].device)
+        device = here(job.programs[number].on)
         tuning = job.tuning(device)
         assert tuning is not None
         tuning = replace(tuning, device=device)

@@ -140,8 +140,8 @@ def place(
 def check_room(programs: Sequence[Program], slots: Sequence[Slot]) -> None:
     """TooLittleMemory where a rank fits on no worker that is left for it, if of those for one device the ranks that
     need most get the workers with most memory free."""
-    for device in dict.fromkeys(program.device.key for program in programs):
-        ranks = [rank for rank, program in enumerate(programs) if program.device.key == device]
+    for device in dict.fromkeys(program.on.key for program in programs):
+        ranks = [rank for rank, program in enumerate(programs) if program.on.key == device]
         ranks.sort(key=lambda rank: -programs[rank].needed_bytes)
         free = {s.address: math.inf if s.free_bytes is None else s.free_bytes for s in slots if s.runs(device)}
         roomy = sorted(free, key=lambda address: (-free[address], address))

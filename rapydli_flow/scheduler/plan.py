@@ -114,10 +114,12 @@ class Plan:
     def programs(self, graph: Graph, *tunings: Tuning) -> tuple[Program, ...]:
         """What each rank runs for one step; ``tunings``: of each kind of device that ranks are on."""
         each = self.tunings(tunings)
+        behind = [tuning if tuning.device.kind == "cpu" else Tuning(ANY_CPU) for tuning in each]
         nccl = self.nccl and self.ranks > 1
         if nccl and any(tuning.device.kind == "cpu" for tuning in each):
             raise SettingError("plan: nccl=True is for ranks on GPUs. Run it with device='cuda', or leave it out.")
-        made, updates = (tuple(map(compile_program, parts, each)) for parts in self.rank_halves(graph))
+        parts, behind_them = self.rank_halves(graph)
+        made, updates = tuple(map(compile_program, parts, each)), tuple(map(compile_program, behind_them, behind))
         made = tuple(replace(program, nccl=nccl) for program in made)
         if not updates:
             return made
@@ -218,9 +220,10 @@ class Plan:
             arena = 0
             card = bool(self.devices) and self.devices[rank] != "cpu"
             for half in both:
-                key = (card, *(str(node.specs) for node in half), *borders(half).items())
+                there = card and half is part
+                key = (there, *(str(node.specs) for node in half), *borders(half).items())
                 if key not in planned:
-                    program = compile_program(half, Tuning(ANY_CARD if card else ANY_CPU))
+                    program = compile_program(half, Tuning(ANY_CARD if there else ANY_CPU))
                     planned[key] = program.arena_bytes + program.aside_bytes
                 arena += planned[key]
             sent += sum(sends(handed, owned, rank).values())

@@ -72,8 +72,9 @@ class Program:
     """What one rank runs for one step, on a ``device``. ``lent``: leaves that lie outside of the arena, where their
     owner has them.
 
-    Of an asynchronous plan it is the update of what the rank owns; ``gradients`` is what comes before it, which may be
-    ``ahead`` of it by so many steps. ``nccl``: what ranks tell each other goes from card to card.
+    Of an asynchronous plan it is the update of what the rank owns, on a processor; ``gradients`` is what comes before
+    it, which may be ``ahead`` of it by so many steps, and on a card. ``nccl``: what ranks tell each other goes from
+    card to card.
     """
 
     steps: tuple[Call | Collective, ...]
@@ -103,6 +104,16 @@ class Program:
         return self.gradients or self
 
     @property
+    def on(self) -> Device:
+        """The device that the rank has."""
+        return self.trained.device
+
+    @property
+    def halves(self) -> tuple[Program, ...]:
+        """All that the rank runs for a step, each with a device of its own."""
+        return (self,) if self.gradients is None else (self, self.gradients)
+
+    @property
     def memory_bytes(self) -> int:
         """What a rank allocates: its arena, and of an asynchronous plan both, and what is under way between them."""
         if self.gradients is None:
@@ -116,10 +127,10 @@ class Program:
     def aside_bytes(self) -> int:
         """What a rank takes of its device beside that: on a card the state it sets aside, batches on their way, and
         messages that go from there to another card."""
-        if self.device.kind == "cpu":
+        if self.on.kind == "cpu":
             return 0
         held, fed = (
-            sum(self.leaves[name].spec.size_bytes for name in self.kind(*kinds))
+            sum(self.trained.leaves[name].spec.size_bytes for name in self.trained.kind(*kinds))
             for kinds in (("param", "state"), ("batch",))
         )
         return held + 2 * fed + (self.staged_bytes if self.nccl else 0)
@@ -132,8 +143,9 @@ class Program:
 
     @property
     def needed_bytes(self) -> int:
-        """All that a rank takes of its device's memory."""
-        return self.memory_bytes + self.aside_bytes
+        """All that a rank takes of its device's memory; what is updated beside a card is in the host's."""
+        apart = self.device.kind != self.on.kind
+        return (self.trained.arena_bytes if apart else self.memory_bytes) + self.aside_bytes
 
     def kind(self, *kinds: str) -> tuple[str, ...]:
         """Names of the leaves of these kinds, in order."""
@@ -141,9 +153,8 @@ class Program:
 
     @property
     def requests(self) -> tuple[tuple[Request, Choice], ...]:
-        """The distinct kernels of the program."""
-        steps = (*self.steps, *(self.gradients.steps if self.gradients else ()))
-        return tuple(dict.fromkeys((s.request, s.choice) for s in steps if isinstance(s, Call)))
+        """The distinct kernels of this half."""
+        return tuple(dict.fromkeys((s.request, s.choice) for s in self.steps if isinstance(s, Call)))
 
     def check_memory(self, limit_bytes: int, rank: int = 0, *, where: str = "in this process") -> None:
         """Raise TooLittleMemory, with what would help and what takes it, if a rank needs more than the limit."""

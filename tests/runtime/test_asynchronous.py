@@ -12,9 +12,11 @@ from small_runs import deviation, many, same_bits
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
 from rapydli_flow.errors import NonFinite, SettingError
+from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.stale import StaleRank
 from rapydli_flow.runtime.transport import Threads
 from rapydli_flow.testing import plans
+from rapydli_flow.tuner import Tuning
 
 # local SGD ----------------------------------------------------------------------------------------------
 
@@ -221,6 +223,31 @@ def test_where_a_step_is_one_of_all_ranks(data):
         rf.stepper(step, plan=plan)
     with pytest.raises(SettingError, match="average_every or staleness is for granularity 'segment'"):
         rf.fit(step, data["train"], steps=2, plan=plan, granularity="stage")
+
+
+CARDS = [("emulated", "emulated"), ("emulated", "cpu"), ("cpu", "emulated")]
+
+
+@pytest.mark.filterwarnings("ignore:no GPU kernel serves")
+@pytest.mark.parametrize("devices", CARDS, ids=str)
+def test_ranks_on_cards_make_gradients_that_hosts_update_with(devices, tmp_path):
+    step, data = small_runs.make_step(net=plain, dtype="float32"), small_runs.records(dtype="float32")
+    want = rf.fit(step, data, steps=9, plan=asynchronous(step, 2, 0), seed=3)
+    plan = rf.plan(step, device=devices, threads=1, staleness=0)
+    how = {"plan": plan, "seed": 3, "run_dir": tmp_path, "snapshot_every": 3}
+    rf.fit(step, data, steps=6, **how)
+    run = rf.fit(step, data, steps=9, resume=True, **how)
+    np.testing.assert_allclose(run.scalars["loss"], want.scalars["loss"][6:], rtol=1e-5)
+    assert deviation(run.state, want.state) < 1e-4
+    programs = plan.programs(step, *(Tuning(device_of(name)) for name in dict.fromkeys(devices)))
+    assert [program.on.called for program in programs] == list(devices)
+    assert {program.device.kind for program in programs} == {"cpu"}
+    card = next(program for program in programs if program.on.kind == "cuda")
+    aside = sum(card.gradients.leaves[name].spec.size_bytes for name in card.gradients.kind("param", "state"))
+    fed = sum(card.gradients.leaves[name].spec.size_bytes for name in card.gradients.kind("batch"))
+    assert card.needed_bytes == card.gradients.arena_bytes + aside + 2 * fed  # of the card's memory
+    stale = rf.fit(step, data, steps=20, plan=rf.plan(step, device=devices, threads=1, staleness=2), seed=3)
+    assert np.isfinite(stale.scalars["loss"]).all()
 
 
 def test_on_workers_it_is_the_same_and_goes_on_from_a_snapshot(client, data, tmp_path):

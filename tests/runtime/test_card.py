@@ -397,9 +397,6 @@ def test_too_little_memory_is_said_before_anything_is_reserved(step, data, monke
 
 
 def test_what_cards_do_not_do_is_said(step, data):
-    plan = rf.plan(step, ranks=2, threads=1, staleness=1)
-    with pytest.raises(SettingError, match="staleness has its ranks on processors, not on emulated"):
-        rf.fit(step, data, steps=1, device=CARD, plan=plan)
     with pytest.raises(SettingError, match=r"the tuning is of .* but the run is on emulated"):
         rf.fit(step, data, steps=1, device=CARD, tuning=Tuning(device_of("cpu")))
     others = {

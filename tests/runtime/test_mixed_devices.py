@@ -83,8 +83,6 @@ def test_what_would_drift_apart_is_refused(step, data):
         rf.fit(step, data, steps=1, plan=plan)
     averaged = rf.plan(step, device=BOTH, threads=1, average_every=2)  # then they become equal now and then
     assert np.isfinite(rf.fit(step, data, steps=4, plan=averaged).scalars["loss"]).all()
-    with pytest.raises(SettingError, match="a plan with staleness has its ranks on processors"):
-        rf.fit(step, data, steps=1, plan=rf.plan(step, device=BOTH, threads=1, staleness=1))
 
 
 def test_what_cannot_be_divided_is_the_first_ranks(data):
@@ -188,6 +186,11 @@ def test_workers_of_both_kinds(loose, step, data, alone):
     with rf.stepper(step, client, plan=plan) as advance:
         _, metrics = advance(advance.init(), {"x": data["x"][:8], "label": data["label"][:8]})
     assert np.isfinite(metrics["loss"])
+    behind = rf.plan(step, client, device=["cpu", "emulated", "cpu"], threads=1, staleness=0)
+    waiting = rf.fit(step, data, steps=6, plan=rf.plan(step, ranks=3, threads=1, staleness=0, device="cpu"))
+    run = rf.fit(step, data, steps=6, client=client, plan=behind)
+    np.testing.assert_allclose(run.scalars["loss"], waiting.scalars["loss"], rtol=1e-5)
+    assert run.started.settings["device"].count(",") == 1
     two = rf.plan(step, ranks=3, device=["emulated", "emulated", "cpu"], threads=1, shard="state")
     with pytest.raises(DeviceMismatch, match=r"needs 2 worker.s. with device 'emulated' but 1 of 3 have one"):
         rf.fit(step, data, steps=1, client=client, plan=two)
