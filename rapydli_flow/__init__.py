@@ -45,15 +45,15 @@ if TYPE_CHECKING:
     from .callbacks import EarlyStopping as EarlyStopping
     from .callbacks import PlateauRate as PlateauRate
     from .config import settings as settings
-    from .data import ingest as ingest
     from .data import load as load
+    from .data.ingest import ingest as ingest
     from .graph import LossScale as LossScale
     from .graph import exact as exact
     from .graph import precision as precision
-    from .graph import remat as remat
     from .graph import tf32 as tf32
     from .graph import trace as trace
     from .graph import train_step as train_step
+    from .graph.remat import remat as remat
     from .logbook import runs as runs
     from .progress import ProgressBar as ProgressBar
     from .progress import TuningBar as TuningBar

@@ -132,8 +132,8 @@ class _Collect(Callback):
             self.run.steps, self.run.outcome = event.step, event.outcome
 
 
-NUMBERS = ("epochs", "steps", "seed", "snapshot_every", "keep", "timeout_s", "tune_s", "retries", "min_workers")
-NUMBERS += ("patience_s", "walltime_s")
+NUMBERS: tuple[str, ...] = ("epochs", "steps", "seed", "snapshot_every", "keep", "timeout_s", "tune_s", "retries")
+NUMBERS += ("min_workers", "patience_s", "walltime_s")
 
 
 @dataclass(frozen=True)
@@ -405,16 +405,17 @@ class Fitting:
             "run_dir": options.run_dir,
             "keep": options.keep,
         }
-        data = (self.train, self.validation)
+        train, validation = self.train, self.validation
         loose = [replace(tuning, strict=False) for tuning in tunings]  # nobody tunes the kernels of validation
         if self.client is not None:
             bring(self.client, tuple(workers), defined_outside(self.step, programs))
         if options.granularity != "segment":
             only = () if self.client is None else some_of(self.client, workers)
             flow: dict[str, Any] = {"granularity": options.granularity, "client": self.client, "workers": only}
-            return Flow(self.step, plan, loose, *data, **flow, **where)
+            return Flow(self.step, plan, loose, train, validation, **flow, **where)
         if self.client is None:
-            return Local(self.step, plan, programs, loose[0], *data, timeout_s=options.timeout_s, **where)
+            how: dict[str, Any] = {"timeout_s": options.timeout_s, **where}
+            return Local(self.step, plan, programs, loose[0], train, validation, **how)
 
         def job_of(ranks: int) -> tuple[Job, dict[str, Any]]:
             """The job for so many ranks, and what its snapshots say of it."""

@@ -14,8 +14,8 @@ from ..config import settings
 from ..errors import SettingError
 from ..runtime.devices import device_of
 from ..runtime.grouped import kernels_of
+from ..runtime.remembered import known
 from ..runtime.timing import network_of, programs_of
-from ..runtime.tuning import known
 from ..runtime.warm import warm as warm_kernels
 from .failing import plain_errors
 from .network import resolve

@@ -17,7 +17,7 @@ import click
 from .. import api
 from ..errors import SettingError
 from ..runtime.devices import device_of
-from ..runtime.tuning import cache
+from ..runtime.remembered import cache
 from ..space import Space, read_spaces
 from ..template import Device
 from ..tuner import STRATEGIES, Choice, Known, Trial, TuningCache, time_text
@@ -111,7 +111,7 @@ def space(file: Path, as_json: bool) -> None:
     Prints for each the valid points, the seconds to construct them all, and the seconds to count without listing.
     """
     with plain_errors():
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, one in read_spaces(file).items():
             count_s, construct_s = (_seconds(one, how) for how in (Space.count, Space.rows))
             valid = one.check().count()

@@ -12,7 +12,9 @@ from html import escape
 from typing import Any
 
 from bokeh.layouts import column, row
-from bokeh.models import ColumnDataSource, Div, Select
+from bokeh.models import ColumnDataSource
+from bokeh.models.ui import UIElement
+from bokeh.models.widgets import Div, Select
 
 from . import parts
 from .curves import columns, curves, form
@@ -21,6 +23,8 @@ from .metrics import runs
 from .serving import CARD, SHEET, fill, prefix_of, serve
 
 PATH = "rapydli"
+NEWEST = ("", "newest run")
+Options = list[str | tuple[Any, str]]  # of a choice
 
 
 def install(scheduler: Any) -> Page | None:
@@ -98,7 +102,8 @@ class View:
         self.form: Any = None
         self.seen: Any = None
         self.sources: dict[str, Any] = {}
-        self.choice = Select(name="run", options=[("", "newest run")], value="", width=230, margin=(14, 0, 0, 20))
+        options: Options = [NEWEST]
+        self.choice = Select(name="run", options=options, value="", width=230, margin=(14, 0, 0, 20))
         self.choice.on_change("value", lambda attr, old, new: self.refresh())
         self.words = {
             name: Div(text="", name=name, stylesheets=[self.sheet], sizing_mode="stretch_width", margin=0)
@@ -128,7 +133,7 @@ class View:
 
     def refresh(self) -> None:
         """Show what has changed."""
-        runs = [("", "newest run"), *((run.key, run.label) for run in reversed(self.page.history.runs.values()))]
+        runs: Options = [NEWEST, *((run.key, run.label) for run in reversed(self.page.history.runs.values()))]
         if self.choice.options != runs:
             self.choice.options = runs
         run = self.run
@@ -175,6 +180,8 @@ class View:
             )
             for title, figure in drawn
         ]
-        pairs = [row(*cards[i : i + 2], spacing=14, sizing_mode="stretch_width") for i in range(0, len(cards), 2)]
+        pairs: list[UIElement] = [
+            row(*cards[i : i + 2], spacing=14, sizing_mode="stretch_width") for i in range(0, len(cards), 2)
+        ]
         self.sources = {s.name: s for _, figure in drawn for s in figure.select({"type": ColumnDataSource}) if s.name}
         self.figures.children = pairs

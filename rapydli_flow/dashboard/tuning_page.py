@@ -15,7 +15,8 @@ from operator import add
 from typing import Any
 
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, Div, HoverTool
+from bokeh.models import ColumnDataSource, HoverTool
+from bokeh.models.widgets import Div
 from bokeh.plotting import figure
 
 from ..tuner import Funnel, time_text
@@ -190,7 +191,7 @@ def _figure(source: Any) -> Any:
     for axis in (plot.xaxis, plot.yaxis):
         axis.axis_label_text_color = INK
         axis.axis_label_text_font_style = "normal"
-    lines = plot.multi_line("x", "y", source=source, color=TRAIN, alpha="alpha", width=2)
+    lines = plot.multi_line("x", "y", source=source, color=TRAIN, alpha="alpha", line_width=2)
     plot.add_tools(HoverTool(renderers=[lines], tooltips=[("kernel", "@kernel")]))
     return plot
 

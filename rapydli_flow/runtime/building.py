@@ -28,7 +28,8 @@ def build(request: Request, choice: Choice, device: Device) -> None:
 def built(pairs: Sequence[tuple[Request, Choice]], device: Device) -> list[bool]:
     """Which kernels need not be compiled any more."""
     if device.kind == "cpu":
-        return kept([asked_of(request, choice, device) for request, choice in pairs], device)
+        there: list[bool] = kept([asked_of(request, choice, device) for request, choice in pairs], device)
+        return there
     return [device.emulated or kept_cubins(card_request(request, choice, device)) for request, choice in pairs]
 
 

@@ -137,7 +137,8 @@ class CardMeasure(Measuring):
             replay()
             after.set()
             after.wait()
-            return max(after.seconds_since(before), 1e-9) / len(many)
+            spent: float = after.seconds_since(before)
+            return max(spent, 1e-9) / len(many)
 
         return seconds
 

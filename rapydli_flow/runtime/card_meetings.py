@@ -75,8 +75,10 @@ class Meetings:
 
     def _group(self, part: Collective) -> Group:
         """Who meets. Messages go between any two of all ranks: some may have none."""
-        own = isinstance(part.op, AllReduce) or len(part.op.ranks) == 1
-        return part.op.behind, part.op.ranks if own else self._everyone
+        op = part.op
+        assert isinstance(op, AllReduce | Exchange)
+        own = isinstance(op, AllReduce) or len(op.ranks) == 1
+        return op.behind, op.ranks if own else self._everyone
 
     def begin(self) -> None:
         """Meet the other cards, when all ranks are there; does nothing after that."""

@@ -91,7 +91,7 @@ class CardRank(Participant):
         places: dict[Any, int] = {}
         end = aligned(self.program.arena_bytes)
         blocks = [s.at for s in self.program.steps if isinstance(s, Call) and s.at is not None]
-        sizes = {block: at_array(block).nbytes for block in blocks}
+        sizes: dict[Any, int] = {block: at_array(block).nbytes for block in blocks}
         sizes |= {name: self.program.leaves[name].spec.size_bytes for name in self.program.lent}
         sizes |= {numbers: many.blocks * many.width * 8 for numbers, many in self._many.items()}
         for key, size in sizes.items():
@@ -323,7 +323,8 @@ class CardRank(Participant):
 
     def _captured(self, run: _Run) -> Callable[[], None]:
         try:
-            return self.card.capture(run.launches)
+            replay: Callable[[], None] = self.card.capture(run.launches)
+            return replay
         except DeviceFault:  # a driver without graphs: launches do the same
             self._wait()
             return run.plain

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future as Running
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from distributed import Client, Future
 from distributed import wait as wait_for
+from tornado.platform.asyncio import BaseAsyncIOLoop
 
 from ..data import latest
 from ..errors import RunLost, SettingError, SnapshotError
@@ -40,7 +42,7 @@ from .remembered import known
 from .segment import SegmentResult
 from .upkeep import begun, over
 from .worker import Order, executor_of
-from .workers import answers
+from .workers import answers, scheduler_of
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
@@ -53,13 +55,13 @@ class Offers:
     """Copies of a state on workers: who offers what, and where it is."""
 
     known: tuple[tuple[str, tuple[tuple[str, Block], ...]], ...]
-    futures: tuple[Future, ...]
+    futures: tuple[Future[Any], ...]
 
 
 class PendingSegment:
     """A segment that was ordered; called, it waits for the result."""
 
-    def __init__(self, cluster: Cluster, futures: Sequence[Future], first: int, steps: int) -> None:
+    def __init__(self, cluster: Cluster, futures: Sequence[Future[Any]], first: int, steps: int) -> None:
         self.cluster, self.futures, self.first, self.last = cluster, tuple(futures), first, first + steps
 
     def __call__(self) -> SegmentResult:
@@ -100,7 +102,7 @@ class Cluster(Backend):
         self.holding = holding(job.step, [program.layout for program in job.programs])
         network = job.step.network
         self.each_predicts = network is not None and all(holds_all(network, p.layout) for p in job.programs)
-        self.tokens: list[Future] = []
+        self.tokens: list[Future[Any]] = []
         self.count = 0
         self.looked = self.felt = time.monotonic()
         self.heard = dict.fromkeys(self.addresses, self.looked)
@@ -122,7 +124,7 @@ class Cluster(Backend):
         after: Sequence[Any] | Callable[[int], Sequence[Any]] = (),
         chain: Sequence[Any] = (),
         ranks: int | None = None,
-    ) -> list[Future]:
+    ) -> list[Future[Any]]:
         """One pinned task for each rank: ``function(*arguments, *after, its token of chain)``.
 
         Arguments that are functions are called with the rank's number.
@@ -147,7 +149,7 @@ class Cluster(Backend):
         graph = HighLevelGraph(layers, {layer: set() for layer in layers})
         return list(self.client.get(graph, keys, sync=False))
 
-    def results(self, futures: Sequence[Future]) -> list[Any]:
+    def results(self, futures: Sequence[Future[Any]]) -> list[Any]:
         """Wait for tasks; RunLost as soon as a worker that holds a rank is gone."""
         pending = set(futures)
         while pending:
@@ -162,16 +164,16 @@ class Cluster(Backend):
             self._look()
         return self._gathered(futures)
 
-    def _heard(self, done: Iterable[Future]) -> None:
+    def _heard(self, done: Iterable[Future[Any]]) -> None:
         """A task that a rank has done is a sign of life: while segments come, workers need not be asked."""
         for key in (future.key for future in done if future.status == "finished"):
-            if isinstance(key, tuple):  # of `each`
+            if isinstance(key, tuple) and isinstance(key[2], int):  # of `each`
                 self.heard[self.addresses[key[2]]] = time.monotonic()
 
-    def _gathered(self, futures: Sequence[Future]) -> list[Any]:
+    def _gathered(self, futures: Sequence[Future[Any]]) -> list[Any]:
         """Results of tasks that are done; those of a worker that died since then would never come."""
         asked = self.client.gather(list(futures), asynchronous=True)
-        coming = asyncio.run_coroutine_threadsafe(asked, self.client.loop.asyncio_loop)
+        coming = self._soon(asked)
         while True:
             try:
                 return list(coming.result(timeout=1.0))
@@ -180,7 +182,13 @@ class Cluster(Backend):
                     raise
                 self._look(now=True)
 
-    def _raise(self, futures: Sequence[Future], failed: Sequence[Future]) -> None:
+    def _soon(self, coroutine: Coroutine[Any, Any, Any]) -> Running[Any]:
+        """Have a coroutine run in the client's event loop."""
+        loop = self.client.loop
+        assert isinstance(loop, BaseAsyncIOLoop)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop.asyncio_loop)
+
+    def _raise(self, futures: Sequence[Future[Any]], failed: Sequence[Future[Any]]) -> None:
         """Raise the error that says most: not that of a rank that was given up for another's."""
         self.give_up()
         limit = time.monotonic() + self.job.timeout_s
@@ -228,7 +236,7 @@ class Cluster(Backend):
                 asked = self.asked.pop(address)
             if address not in self.asked and now - max(self.heard[address], asked[1] if asked else 0.0) > BEAT_S:
                 beat = self.client._run(tasks.beat, workers=[address], on_error="raise")
-                self.asked[address] = asyncio.run_coroutine_threadsafe(beat, self.client.loop.asyncio_loop), now
+                self.asked[address] = self._soon(beat), now
             if now - self.heard[address] > SILENT_S:
                 self.give_up()
                 raise RunLost(
@@ -243,8 +251,8 @@ class Cluster(Backend):
         workers at all.
         """
         try:
-            return set(self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"])
-        except (OSError, AttributeError):  # an AttributeError where the client has no scheduler any more
+            return set(self.client.sync(scheduler_of(self.client).identity, n_workers=-1)["workers"])
+        except OSError:  # NoWorkers, of a client that was closed, is one
             return set(self.addresses)
 
     def give_up(self) -> None:
@@ -286,7 +294,7 @@ class Cluster(Backend):
                     futures.append(self._on(address, "handed_out", tasks.handed_out, self.job.run, number, step))
         return Offers(tuple(found), tuple(futures))
 
-    def _on(self, address: str, name: str, function: Callable[..., Any], *arguments: Any) -> Future:
+    def _on(self, address: str, name: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """A task on one worker, in Dask's own executor."""
         self.count += 1
         key = f"{name}-{self.job.run}-{self.count}"
@@ -359,7 +367,7 @@ class Cluster(Backend):
 
     def _ordered(
         self, name: str, function: Callable[..., Any], *arguments: Any, ranks: int | None = None
-    ) -> list[Future]:
+    ) -> list[Future[Any]]:
         return self.each(name, function, self.job.run, _number, *arguments, chain=self.tokens, ranks=ranks)
 
     def evaluate(self) -> Callable[[], dict[str, float]]:

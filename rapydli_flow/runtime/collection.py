@@ -23,7 +23,7 @@ from .participant import CLOCKS
 from .workers import tuning_there
 
 
-class Compiled(DaskMethodsMixin):  # type: ignore[misc]
+class Compiled(DaskMethodsMixin):
     """The outputs of a graph, to be computed: ``compute()`` gives a dict of arrays."""
 
     __dask_scheduler__ = staticmethod(get)

@@ -173,6 +173,6 @@ def put_together(pieces: Iterable[Piece], program: Program) -> dict[str, Array]:
             for piece in there:
                 both = block.meet(piece.block)
                 if both is not None:
-                    same[(..., *both.inside(block))] = piece.array[(..., *both.inside(piece.block))]
+                    same[both.inside(block)] = piece.array[both.inside(piece.block)]
         out[name] = same
     return out

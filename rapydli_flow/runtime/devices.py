@@ -43,11 +43,14 @@ def device_of(name: str | None = None, where: str = "") -> Device:
 
 @cache
 def _named(name: str) -> Device:
+    device: Device
     if name == "cpu":
-        return host()
-    if name == "emulated":
-        return emulated.device()
-    return supported(card_named(name).describe())
+        device = host()
+    elif name == "emulated":
+        device = emulated.device()
+    else:
+        device = supported(card_named(name).describe())
+    return device
 
 
 def supported(device: Device) -> Device:

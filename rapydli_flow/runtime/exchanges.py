@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,4 +63,5 @@ def _write(
 
 def _part(array: Array, region: Slices) -> Array:
     """A view of a region."""
-    return array[(..., *region)]  # without the dots, of a scalar, no view
+    at: tuple[EllipsisType | slice, ...] = (..., *region)  # without the dots, of a scalar, no view
+    return array[at]

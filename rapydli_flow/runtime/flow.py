@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from dask._task_spec import Task, TaskRef
 from dask.local import get_sync
+from dask.typing import Key
 from distributed import Client, Future
 
 from ..data import Dataset
@@ -128,14 +129,14 @@ class Flow(Backend):
         outputs = lowered.outputs[0]
         key = f"scalars-{self.token}-{step}"
         tasks[key] = Task(key, read_scalars, *_picked(outputs))
-        wanted: list[Hashable] = list(dict.fromkeys(r.source for u in lowered.updates for r in u.values()))
+        wanted: list[Key] = list(dict.fromkeys(r.source for u in lowered.updates for r in u.values()))
         values = dict(zip([key, *wanted], self._carried_out(tasks, [key, *wanted]), strict=True))
         numbers = self._result(values[key])
         for leaves, updates in zip(self.leaves, lowered.updates, strict=True):
             leaves.update({name: Ref(values[ref.source], ref.item) for name, ref in updates.items()})
         return dict(zip(outputs, numbers, strict=True))
 
-    def _carried_out(self, tasks: dict[Any, Any], keys: Sequence[Hashable]) -> Sequence[Any]:
+    def _carried_out(self, tasks: dict[Any, Any], keys: Sequence[Key]) -> Sequence[Any]:
         """What these tasks give, or futures of it."""
         if self.client is None:
             return get_sync(tasks, list(keys))  # type: ignore[no-any-return]

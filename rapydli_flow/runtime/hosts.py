@@ -20,7 +20,7 @@ class Hosts(Transport):
         self.topology, self.timeout_s = far.topology, far.timeout_s
         self.numbers = {rank: number for number, rank in enumerate(here)}  # in shared memory
         if far.aside is not None:
-            assert near is None or isinstance(near.aside, SharedMemory)
+            assert near is None or near.aside is not None
             self.aside = Hosts(far.aside, here, near and near.aside)
 
     @property

@@ -21,7 +21,7 @@ MEMORY = {  # parameters and arenas stay in a worker, and are no task results th
 }
 
 
-class LocalCluster(SpecCluster):  # type: ignore[misc]
+class LocalCluster(SpecCluster):
     """Worker processes on this machine, each with its share of cores, memory and GPUs; a context manager.
 
     ``workers``: one unless given. ``threads`` of each: the cores that there are (RAPYDLI_THREADS), divided among them.
@@ -55,7 +55,7 @@ class LocalCluster(SpecCluster):  # type: ignore[misc]
             checked_device(device, "LocalCluster: device=")
         memory = memory_bytes or int(psutil.virtual_memory().total // workers)
         gpus = sorted(path.name[len("nvidia") :] for path in Path("/dev").glob("nvidia[0-9]*"))
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             workers={
                 i: {
                     "cls": Nanny,

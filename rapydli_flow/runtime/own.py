@@ -65,9 +65,9 @@ def defined_outside(graph: Graph, programs: Sequence[Program]) -> dict[str, Defi
     """
     out: dict[str, Defined] = {}
     for node in graph:
-        for op in map(type, _ops(node.op)):
-            if (op.__module__ != "__main__" or op.by_name) and "<locals>" not in op.__qualname__:
-                out.setdefault(op.__module__, Defined(f"the op {op.name!r}", op.__qualname__))
+        for kind in [type(op) for op in _ops(node.op)]:
+            if (kind.__module__ != "__main__" or kind.by_name) and "<locals>" not in kind.__qualname__:
+                out.setdefault(kind.__module__, Defined(f"the op {kind.name!r}", kind.__qualname__))
     for half in (half for program in programs for half in program.halves):
         for request, choice in half.requests:
             if not choice.reference:

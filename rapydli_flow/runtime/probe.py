@@ -21,11 +21,11 @@ from ..graph.pen import plain
 from ..ops import Phase
 from ..scheduler import compile_program
 from ..spec import Array, Spec
-from . import tuning
 from .devices import device_of
 from .evaluate import check_state
 from .feeding import fed_arrays
 from .predict import only_needed
+from .remembered import known
 from .stale import rank_on
 
 HEADER = ("node", "value", "min", "mean", "max", "std", "zeros", "not finite")
@@ -89,7 +89,7 @@ def _values(
     small = only_needed(Graph(graph.nodes, dict(found)))
     arrays = fed_arrays(what, graph, feeds, {leaf.name for leaf in small.leaves("batch")})
     where = device_of(device, what)
-    rank = rank_on(compile_program(small, tuning.known(where)), where, threads=settings().threads)
+    rank = rank_on(compile_program(small, known(where)), where, threads=settings().threads)
     if state is None:
         rank.start(seed)
     else:

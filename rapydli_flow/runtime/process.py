@@ -33,6 +33,6 @@ def is_alive(known: Mapping[str, Any]) -> bool | None:
     try:
         process = psutil.Process(known["pid"])
         same = abs(process.create_time() - known.get("born_s", 0.0)) < SAME_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

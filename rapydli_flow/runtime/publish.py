@@ -24,6 +24,7 @@ from distributed import Client, SchedulerPlugin
 from ..scheduler import Program
 from .events import Callback, Ended, Event, Recovered, Saved, Stepped, Validated
 from .timeline import KINDS, Span
+from .workers import scheduler_of
 
 TOPIC, TUNING = "rapydli", "rapydli-tuning"
 PAGES = {  # imported by name, on the scheduler: they are floors above this one
@@ -38,13 +39,13 @@ FLUSH_S = 1.0  # the end of a run is waited for, so that a client may close afte
 log = logging.getLogger(__name__)
 
 
-class Page(SchedulerPlugin):  # type: ignore[misc]
+class Page(SchedulerPlugin):
     """Puts our pages onto the scheduler's dashboard, and hands them what is told. One for all runs and clients."""
 
     name = "rapydli-page"
     idempotent = True
 
-    def start(self, scheduler: Any) -> None:
+    async def start(self, scheduler: Any) -> None:
         made = {topic: importlib.import_module(page).install(scheduler) for topic, page in PAGES.items()}
         self.pages = {topic: page for topic, page in made.items() if page is not None}
 
@@ -84,7 +85,9 @@ class Publisher(Callback):
             self.timeline, self.drawn = (), time.monotonic()
         self.sent.clear()
         self.waiting.extend(told)
-        self.client.loop.add_callback(self._send)
+        loop = self.client.loop
+        assert loop is not None
+        loop.add_callback(self._send)
         if isinstance(event, Ended):
             self.sent.wait(FLUSH_S)
 
@@ -97,7 +100,7 @@ class Publisher(Callback):
             while self.waiting:
                 part = [self.waiting.popleft() for _ in range(min(LINES, len(self.waiting)))]
                 about = self.about if part[0].get("kind") == "started" else {"run": self.about["run"]}
-                await self.client.scheduler.log_event(topic=TOPIC, msg={**about, "lines": part})
+                await scheduler_of(self.client).log_event(topic=TOPIC, msg={**about, "lines": part})
         except Exception as error:  # whatever it is: a run does not end for want of a page
             self.broken = True
             self.waiting.clear()

@@ -76,7 +76,9 @@ class Rank(Participant):
 
     def _address(self, buffer: Buffer) -> int:
         """Where a buffer begins."""
-        return address_of(self._lent[-1 - buffer.offset]) if buffer.offset < 0 else self._base + buffer.offset
+        lent = buffer.offset < 0
+        at: int = address_of(self._lent[-1 - buffer.offset]) if lent else self._base + buffer.offset
+        return at
 
     def leaf(self, name: str) -> Array:
         """The array of a leaf on this rank."""

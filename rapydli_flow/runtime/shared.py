@@ -65,6 +65,8 @@ class SharedMemory(Transport):
     behind kernels, in memory of its own.
     """
 
+    aside: SharedMemory | None = None
+
     def __init__(
         self,
         name: str,

@@ -156,9 +156,9 @@ class There(Ranks):
     def advance(self, orders: Sequence[Advance]) -> list[Any]:
         parts = [dict(order.part or {}) for order in orders]
         if sum(array.nbytes for part in parts for array in part.values()) > SMALL_BYTES:
-            send = self.cluster.client.scatter
+            client = self.cluster.client
             places = zip(parts, self.cluster.addresses, strict=True)
-            self.each(hand, [send([part], workers=[address], hash=False)[0] for part, address in places])
+            self.each(hand, [client.scatter([part], workers=[address], hash=False)[0] for part, address in places])
             orders = [replace(order, part=None) for order in orders]
         return self.each(advance, orders)
 

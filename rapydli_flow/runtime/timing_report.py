@@ -98,7 +98,7 @@ class Timing(Measured):
 
     def _kernel_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], range]:
         head = ("kernel", "layer", "phase", "op", "ms", "GFLOP", "MB", "FLOP/B", "rate", "attainable", "", "config")
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for k in self.kernels:
             numbers = (_ms(k.time_s), f"{k.flops / 1e9:.3f}", f"{k.size_bytes / 1e6:,.2f}", f"{k.intensity:.2f}")
             where = (k.name, k.place.layer, k.place.phase, k.title)

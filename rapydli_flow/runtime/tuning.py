@@ -122,12 +122,13 @@ def autotune(
     check_allowed()
     options = Options(threads, budget_s, trials, strategy, soft, seed)
     tell = watch or (lambda progress: None)
+    lost: tuple[str, ...] = ()
     if client is None:
         there = device_of(device, "autotune")
         jobs = jobs_of(graphs, there, options.threads, known_too)
         check_soft(soft, [job.request for job in jobs], there)
         keep = partial(remember, cache(), there)
-        sessions, lost = [Sitting(jobs, there, options, graph=graphs[0], tell=tell, keep=keep).run()], ()
+        sessions = [Sitting(jobs, there, options, graph=graphs[0], tell=tell, keep=keep).run()]
     else:
         sessions, lost = _on_workers(graphs, client, options, tell, known_too, device)
     return TuningReport(tuple(sessions), known(sessions[0].device), lost)
@@ -234,7 +235,7 @@ def tune_there(
 ) -> Session:
     """The task: tune on this worker, tell what happens, keep what is found in this host's cache too."""
     worker, stop = get_worker(), DaskEvent(session)
-    jobs = [Job(unpack(data), *rest) for data, *rest in packed]
+    jobs = [Job(unpack(data), calls, tried, similar) for data, calls, tried, similar in packed]
     asked = [0.0]
 
     def tell(progress: Progress) -> None:

@@ -141,7 +141,7 @@ class TuningReport:
 
 def _rows(session: Session) -> list[tuple[str, ...]]:
     peak = session.peak.flops_s if session.peak else None
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for found in session.found:
         speed = gflops(found.request, found.best.time_s)
         rows.append(

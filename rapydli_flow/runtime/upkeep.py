@@ -14,13 +14,13 @@ from distributed import Client, SchedulerPlugin
 RELEASE = "rapydli-release"  # the message to workers; see `rapydli_flow.runtime.worker.Resident`
 
 
-class Upkeep(SchedulerPlugin):  # type: ignore[misc]
+class Upkeep(SchedulerPlugin):
     """Knows which client has which run on which workers."""
 
     name = "rapydli-upkeep"
     idempotent = True
 
-    def start(self, scheduler: Any) -> None:
+    async def start(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.runs: dict[str, tuple[str, tuple[str, ...]]] = {}
 

@@ -69,7 +69,7 @@ def _released(run: str, **_: Any) -> None:
     release(run)
 
 
-class Resident(WorkerPlugin):  # type: ignore[misc]
+class Resident(WorkerPlugin):
     """Gives a worker an ear for runs whose client is gone."""
 
     name = "rapydli"

@@ -28,6 +28,14 @@ from .worker import Resident
 LOOK_S = 30.0  # for workers to come, and to say what they are
 
 
+def scheduler_of(client: Client) -> Any:
+    """What a client asks its scheduler by; NoWorkers where it was closed."""
+    scheduler = client.scheduler
+    if scheduler is None:
+        raise NoWorkers("the client was closed, so there are no workers. Close it only after its runs have ended.")
+    return scheduler
+
+
 def answers(
     client: Client, addresses: Iterable[str], timeout_s: float, function: Callable[..., Any], *arguments: Any
 ) -> dict[str, Any]:
@@ -44,7 +52,7 @@ def answers(
 def answering(client: Client, timeout_s: float, devices: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
     """What each worker is that answers in time, by address; only those of this version, and of a device with one of
     these keys."""
-    addresses = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    addresses = client.sync(scheduler_of(client).identity, n_workers=-1)["workers"]
     found = answers(client, addresses, timeout_s, tasks.who)
     same = {address: worker for address, worker in found.items() if not mismatch(address, worker)}
     return {a: worker for a, worker in same.items() if devices is None or worker["device"].key in devices}

@@ -6,7 +6,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -72,12 +72,13 @@ def emulated(
     if as_compiled:
         built = tuple(map(specialise.as_compiled, grids_of(built)))
     work = template.workspace(op, ins, outs, **config)
-    return emulate.run(built, values, outs, extras=extras, work=work, at=at)
+    out: tuple[Array, ...] = emulate.run(built, values, outs, extras=extras, work=work, at=at)
+    return out
 
 
 def wanted(op: Op, values: Sequence[Array], *, at: Block | None = None) -> tuple[Array, ...]:
     """The reference in double precision."""
-    return op.run(*(np.float64(v) if is_floating(v) else v for v in values), at=at)
+    return op.run(*(cast(Array, np.float64(v)) if is_floating(v) else v for v in values), at=at)
 
 
 def is_floating(value: Any) -> bool:
@@ -123,7 +124,7 @@ def request_of(
 
 def assert_clean(request: Request, folder: Any = None) -> tuple[Cubin, ...]:
     """Compile; nothing may be spilled, or lie in local memory, and the assembler has nothing to say."""
-    made = cubins(request, folder)
+    made: tuple[Cubin, ...] = cubins(request, folder)
     for one in made:
         assert one.warnings == ()
         assert one.spill_bytes == 0
