@@ -18,9 +18,10 @@ from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Rule, template
 
 from .access import larger, one_over, plus, plus_chosen, plus_times, repeated, spread, times
+from .copies import countable
 from .grid import Grid, blocks_of
 from .pair import held
-from .pool_geometry import channels_fit, countable, enough, first_of, three
+from .pool_geometry import channels_fit, enough, first_of, three
 from .ptx import cuda, hold, int32, load, store, take, unroll
 from .tail import tail
 

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, template
+from rapydli_flow.template import Device, Epilogue, Rule, template
 
 from .grid import INDEX_LIMIT, Grid
 from .ptx import FAR, hold, inside, load, select, unroll
@@ -111,9 +111,9 @@ def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     """Pixels by filters of a group, over taps and channels; for each pixel a thread keeps where its taps lie."""
     w, filters = ins[1], outs[0].shape[-1]
     own = filters // op.groups
-    lie = {"rows_a": True, "rows_b": False, "state": 3, "dtype": w.dtype}
+    lie: dict[str, Any] = {"rows_a": True, "rows_b": False, "state": 3, "dtype": w.dtype}
     base = (w.shape[-2], own, own) if op.groups > 1 else (0, 0, 0)
-    group = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
+    group: dict[str, Any] = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
     return Product(outs[0].size // filters, own, prod(w.shape[:-1]), **lie, **group)
 
 
@@ -122,7 +122,7 @@ def vectors(
 ) -> bool:
     """Loads of neighbours in the last axis lie within a group."""
     of_a, of_b = (spec.shape[-1] for spec in ins)
-    return of_a // op.groups % vector_a == 0 and of_b // op.groups % vector_b == 0
+    return bool(of_a // op.groups % vector_a == 0 and of_b // op.groups % vector_b == 0)
 
 
 def farthest(g: Geometry, images: int, pixels: int) -> int:
@@ -134,10 +134,11 @@ def farthest(g: Geometry, images: int, pixels: int) -> int:
 
 def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int) -> bool:
     """Offsets of taps that lie outside are computed too."""
-    return farthest(geometry(op, *ins, outs[0]), ins[0].shape[0], bm) < INDEX_LIMIT
+    x, w = ins
+    return farthest(geometry(op, x, w, outs[0]), x.shape[0], bm) < INDEX_LIMIT
 
 
-FITS = {"loads divide channels": vectors, "taps in 32-bit indices": _reach}
+FITS: dict[str, Rule] = {"loads divide channels": vectors, "taps in 32-bit indices": _reach}
 
 
 @template("conv", "cuda", **declared(FITS, product, largest=128 * 64))  # 128 x 128 spills
@@ -145,8 +146,9 @@ def implicit_gemm(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Register tiles over pixels and filters."""
+    x, w = ins
     p = product(op, ins, outs)
     t, a, b = p.cut(config)
-    windows = window_loader(geometry(op, *ins, outs[0]), p.dtype, t.m, ins[1].shape[-2], a, pitch=t.bm + config["pad"])
+    windows = window_loader(geometry(op, x, w, outs[0]), p.dtype, t.m, w.shape[-2], a, pitch=t.bm + config["pad"])
     filters = columns_loader(p.dtype, t.n, t.k, b, pitch=t.bn, line=p.pitch, base=p.base[1])
     return multiply(t, windows, filters, epilogue)

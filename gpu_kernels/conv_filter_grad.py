@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, template
+from rapydli_flow.template import Device, Epilogue, Rule, template
 
 from .conv import Geometry, farthest, geometry, vectors
 from .grid import INDEX_LIMIT, Grid
@@ -72,8 +72,8 @@ def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     filters = dw.shape[-1]
     own = filters // op.groups
     base = (dw.shape[-2], own, own) if op.groups > 1 else (0, 0, 0)
-    group = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
-    lie = {"rows_a": False, "rows_b": False, "state": 2, "dtype": dy.dtype}
+    group: dict[str, Any] = {"batch": op.groups, "base": base, "pitch": filters, "channels": base[2]}
+    lie: dict[str, Any] = {"rows_a": False, "rows_b": False, "state": 2, "dtype": dy.dtype}
     return Product(prod(dw.shape[:-1]), own, dy.size // filters, **lie, **group)
 
 
@@ -82,7 +82,7 @@ def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -
     return farthest(geometry(op, ins[0], outs[0], ins[1]), ins[0].shape[0], 64) < INDEX_LIMIT
 
 
-FITS = {"loads divide channels": vectors, "taps in 32-bit indices": _reach}
+FITS: dict[str, Rule] = {"loads divide channels": vectors, "taps in 32-bit indices": _reach}
 
 
 @template("conv_filter_grad", "cuda", **declared(FITS, product, largest=128 * 64))

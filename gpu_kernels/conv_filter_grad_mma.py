@@ -34,10 +34,11 @@ def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Proble
     """Taps and channels by filters of a group, over pixels."""
     x, dy = ins
     c, k = x.shape[-1] // op.groups, dy.shape[-1] // op.groups
-    vectors = {"vector_a": vector_of(x.dtype, c, x.shape[-1]), "vector_b": vector_of(x.dtype, k, dy.shape[-1])}
-    lie = {"rows_a": False, "rows_b": False, "batch": op.groups, "base": (c, k, k), "pitch": dy.shape[-1]}
+    vector_a, vector_b = vector_of(x.dtype, c, x.shape[-1]), vector_of(x.dtype, k, dy.shape[-1])
+    lie: dict[str, Any] = {"rows_a": False, "rows_b": False, "vector_a": vector_a, "vector_b": vector_b}
+    group: dict[str, Any] = {"batch": op.groups, "base": (c, k, k), "pitch": dy.shape[-1]}
     kind, pixels = kind_of(op, x.dtype), dy.size // dy.shape[-1]
-    return (Problem(x.dtype, kind, prod(op.window) * c, k, pixels, **lie, **vectors),)
+    return (Problem(x.dtype, kind, prod(op.window) * c, k, pixels, **lie, **group),)
 
 
 def taps_loader(t: Tile, s: Slide, channels: int) -> Loader:

@@ -21,7 +21,7 @@ from math import gcd, prod
 from typing import Any
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Device, Epilogue, template
+from rapydli_flow.template import Device, Epilogue, Rule, template
 
 from .conv import Geometry, geometry
 from .grid import INDEX_LIMIT, Grid, blocks_of
@@ -246,10 +246,10 @@ def product(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     base = (filters, filters, own) if op.groups > 1 else (0, 0, 0)
     rows = dy.shape[0] * prod(one.pixels for one in of)
     taps = prod(sum(one.taps(phase) for phase in range(one.phases)) for one in of)
-    lie = {"rows_a": True, "rows_b": True, "state": 3, "dtype": dy.dtype}
-    group = {"batch": op.groups, "base": base, "pitch": own * op.groups, "channels": base[2]}
-    phases = {"phases": prod(one.phases for one in of), "work": float(op.groups * rows * own * filters * taps)}
-    return Product(rows, own, prod(one.most for one in of) * filters, **lie, **group, **phases)
+    lie: dict[str, Any] = {"rows_a": True, "rows_b": True, "state": 3, "dtype": dy.dtype}
+    group: dict[str, Any] = {"batch": op.groups, "base": base, "pitch": own * op.groups, "channels": base[2]}
+    phases, work = prod(one.phases for one in of), float(op.groups * rows * own * filters * taps)
+    return Product(rows, own, prod(one.most for one in of) * filters, **lie, **group, phases=phases, work=work)
 
 
 def _vectors(
@@ -257,7 +257,7 @@ def _vectors(
 ) -> bool:
     """Loads of neighbouring filters lie within a group."""
     filters = ins[1].shape[-1] // op.groups
-    return filters % vector_a == 0 and filters % vector_b == 0
+    return bool(filters % vector_a == 0 and filters % vector_b == 0)
 
 
 def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *, bm: int) -> bool:
@@ -268,7 +268,7 @@ def _reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, *
     return (dy.shape[0] * prod(g.out) + 2 * prod(far) + bm) * dy.shape[-1] < INDEX_LIMIT
 
 
-FITS = {"loads divide filters": _vectors, "taps in 32-bit indices": _reach}
+FITS: dict[str, Rule] = {"loads divide filters": _vectors, "taps in 32-bit indices": _reach}
 
 
 @template("conv_input_grad", "cuda", **declared(FITS, product, largest=128 * 64))

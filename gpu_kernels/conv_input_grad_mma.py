@@ -131,12 +131,13 @@ def filters_loader(t: Tile, phase: Phase, channels: int, filters: int) -> Loader
 
 
 def taps_in_bits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    return all(phase.slide.bits <= 31 for phase in phases(op, *ins, outs[0]))
+    dy, w = ins
+    return all(phase.slide.bits <= 31 for phase in phases(op, dy, w, outs[0]))
 
 
 def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    dy = ins[0]
-    return all(reach(phase.slide, dy.shape[0], dy.shape[-1]) < INDEX_LIMIT for phase in phases(op, *ins, outs[0]))
+    dy, w = ins
+    return all(reach(phase.slide, dy.shape[0], dy.shape[-1]) < INDEX_LIMIT for phase in phases(op, dy, w, outs[0]))
 
 
 RULES = {"taps in 31 bits": taps_in_bits, "taps in 32-bit indices": in_reach}

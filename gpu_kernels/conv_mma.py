@@ -26,19 +26,21 @@ def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Proble
     """Pixels by filters of a group, over taps and channels."""
     x, w = ins
     c, k = w.shape[-2], w.shape[-1] // op.groups
-    vectors = {"vector_a": vector_of(x.dtype, c, x.shape[-1]), "vector_b": vector_of(x.dtype, k, w.shape[-1])}
-    lie = {"rows_a": True, "rows_b": False, "batch": op.groups, "base": (c, k, k), "pitch": w.shape[-1], "state": 2}
+    vector_a, vector_b = vector_of(x.dtype, c, x.shape[-1]), vector_of(x.dtype, k, w.shape[-1])
+    lie: dict[str, Any] = {"rows_a": True, "rows_b": False, "state": 2, "vector_a": vector_a, "vector_b": vector_b}
+    group: dict[str, Any] = {"batch": op.groups, "base": (c, k, k), "pitch": w.shape[-1]}
     kind = kind_of(op, x.dtype)
-    return (Problem(x.dtype, kind, outs[0].size // w.shape[-1], k, prod(w.shape[:-1]), **lie, **vectors),)
+    return (Problem(x.dtype, kind, outs[0].size // w.shape[-1], k, prod(w.shape[:-1]), **lie, **group),)
 
 
 def taps_in_bits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    return slide(op, *ins, outs[0]).bits <= 31
+    x, w = ins
+    return slide(op, x, w, outs[0]).bits <= 31
 
 
 def in_reach(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> bool:
-    x = ins[0]
-    return reach(slide(op, *ins, outs[0]), x.shape[0], x.shape[-1]) < INDEX_LIMIT
+    x, w = ins
+    return reach(slide(op, x, w, outs[0]), x.shape[0], x.shape[-1]) < INDEX_LIMIT
 
 
 RULES = {"taps in 31 bits": taps_in_bits, "taps in 32-bit indices": in_reach}
@@ -59,6 +61,7 @@ def tensor_cores(
     op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any
 ) -> tuple[Grid, ...]:
     """Tiles of mma.sync over pixels and filters, filled by asynchronous copies."""
+    x, w = ins
     (p,) = problems(op, ins, outs)
     t = cut(p, config)
-    return multiply([Part(t, *loaders(t, slide(op, *ins, outs[0]), ins[0].shape[-1]))], epilogue)
+    return multiply([Part(t, *loaders(t, slide(op, x, w, outs[0]), x.shape[-1]))], epilogue)

@@ -189,7 +189,8 @@ def _rules(
 
 def _filters(w: Spec, *, gradient: bool) -> tuple[int, int, int]:
     """Taps, the length of the inner sum for each, and columns."""
-    return (prod(w.shape[:-2]), *(w.shape[:-3:-1] if gradient else w.shape[-2:]))
+    length, columns = w.shape[:-3:-1] if gradient else w.shape[-2:]
+    return prod(w.shape[:-2]), length, columns
 
 
 def _filters_laid_out(*, gradient: bool) -> Callable[..., tuple[Spec, ...]]:

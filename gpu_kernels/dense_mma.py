@@ -22,8 +22,8 @@ def problems(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> tuple[Proble
     m, k = (j, i) if op.ta else (i, j)
     n = b.shape[-2 if op.tb else -1]
     batch = prod(a.shape[:-2])
-    vectors = {"vector_a": vector_of(dtype, a.shape[-1]), "vector_b": vector_of(dtype, b.shape[-1])}
-    lie = {"rows_a": not op.ta, "rows_b": bool(op.tb), "batch": batch}
+    vectors: dict[str, Any] = {"vector_a": vector_of(dtype, a.shape[-1]), "vector_b": vector_of(dtype, b.shape[-1])}
+    lie: dict[str, Any] = {"rows_a": not op.ta, "rows_b": bool(op.tb), "batch": batch}
     base = (m * k, k * n, m * n) if batch > 1 else (0, 0, 0)
     return (Problem(dtype, kind_of(op, dtype), m, n, k, **lie, **vectors, base=base),)
 

@@ -265,7 +265,7 @@ def _indices(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device,
     of = lines(op, ins, outs, rows, run)
     spans = [line.tiles * line.step + max(map(abs, line.offsets), default=0) + line.read for line in of]
     ends = [line.tiles * line.pixels for line in of]
-    return max(prod(spans), prod(ends)) * 2 * op.groups + ins[0].size < INDEX_LIMIT
+    return bool(max(prod(spans), prod(ends)) * 2 * op.groups + ins[0].size < INDEX_LIMIT)
 
 
 RULES: Mapping[str, str | Callable[..., bool]] = {
@@ -284,19 +284,22 @@ def _score(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, c
     tiles = prod(line.tiles for line in of)
     loads = prod(len(line.offsets) for line in of) / each
     used = tiles * each / prod(line.size for line in of)
-    threads = ins[0].shape[0] * tiles * (op.groups // config["vector"])
+    threads: int = ins[0].shape[0] * tiles * (op.groups // config["vector"])
     few = min(1.0, threads / ((device.cores if device.cores > 1 else 132) * 512))
-    return used * (1 + 0.4 * loads) / few * 4 / min(4, config["vector"])
+    vector: int = config["vector"]
+    return used * (1 + 0.4 * loads) / few * 4 / min(4, vector)
 
 
-def preferring(space: Mapping[str, tuple[Any, ...]], fits: Mapping[str, str | Callable[..., bool]]) -> Any:
+def preferring(
+    space: Mapping[str, tuple[Any, ...]], fits: Mapping[str, str | Callable[..., bool]]
+) -> Callable[..., Config]:
     """The tile with the least cost whose sums fill a quarter of the registers at most."""
 
     def best(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
         none = {name: values[0] for name, values in space.items()}
         if not one_each(op, ins, outs, device):
             return none
-        tried = []
+        tried: list[tuple[float, int, Config]] = []
         for vector, rows, run in every((4, 2, 1), space["rows"], space["run"]):
             config = {**none, "vector": vector, "rows": rows, "run": run}
             if broken(fits, op, ins, outs, device, config) is None:

@@ -89,7 +89,7 @@ def _workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], *, parts: int
 
 
 def _filter_cost(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, config: Config) -> float:
-    parts_bytes = 2 * config["parts"] * outs[0].size_bytes
+    parts_bytes: int = 2 * config["parts"] * outs[0].size_bytes
     return cost(op, ins, outs, device, config) + guess.LAUNCH_S * 2 + parts_bytes / 4e12
 
 

@@ -156,7 +156,8 @@ class Shared:
         if np.any(self.written[at] == machine.interval):
             raise KernelFault("shared memory is read before the barrier after its write.")
         self.used[at] = machine.interval
-        return self.data[at]
+        values: Array = self.data[at]
+        return values
 
 
 class View:

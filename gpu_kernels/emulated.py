@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import psutil
@@ -211,5 +212,5 @@ class KernelOfMany:
 
 def array_at(address: int, spec: Spec) -> Array:
     """The array that lies at an address."""
-    data = np.frombuffer((ctypes.c_uint8 * spec.size_bytes).from_address(address), np.uint8)
-    return data.view(spec.dtype).reshape(spec.shape)
+    data: Any = (ctypes.c_uint8 * spec.size_bytes).from_address(address)
+    return np.frombuffer(data, np.uint8).view(spec.dtype).reshape(spec.shape)

@@ -103,8 +103,13 @@ class Meeting(Communicator):
 
     def _swapped(self, sends: Mapping[int, bytes], sources: Sequence[int]) -> dict[int, bytes]:
         """What each of some ranks sends, while this one sends."""
+
+        def send() -> None:
+            for rank, data in sends.items():
+                self._others[rank].send_bytes(data)
+
         self.check()
-        sent = self._sending.submit(lambda: [self._others[r].send_bytes(data) for r, data in sends.items()])
+        sent = self._sending.submit(send)
         got = {rank: self._taken(self._others[rank]) for rank in sources}
         try:
             sent.result()

@@ -96,16 +96,17 @@ def _read_by_number(
 @template("gather", "cuda", space=SPACE, fits=GATHER_RULES, prefer=_prefer_gather)
 def chosen(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
     """Each element of y once."""
-    shape = ins[0].shape
-    inner = prod(shape[op.axis + 1 :])
-    return _read_by_number(*ins, outs[0], epilogue, inner=inner, size=shape[op.axis], each=1, **config)
+    x, numbers = ins
+    inner = prod(x.shape[op.axis + 1 :])
+    return _read_by_number(x, numbers, outs[0], epilogue, inner=inner, size=x.shape[op.axis], each=1, **config)
 
 
 @template("embedding", "cuda", space=SPACE, fits=ROW_RULES, prefer=_prefer_rows)
 def rows(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
     """Each row of y is one of the table."""
-    size, length = ins[0].shape
-    return _read_by_number(*ins, outs[0], epilogue, inner=length, size=size, each=length, **config)
+    table, numbers = ins
+    size, length = table.shape
+    return _read_by_number(table, numbers, outs[0], epilogue, inner=length, size=size, each=length, **config)
 
 
 @template("gather_grad", "cuda", space={"threads": (256, 128, 512)}, fits={"32-bit indices": countable})

@@ -33,7 +33,8 @@ class TensorMap:
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> TensorMap:
         """From JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        known: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Grid:
     go its own way: control flow is the same for all threads of a warpgroup instead of a block.
     """
 
-    kernel: Callable[[Any, Any, Any, Any, Any], None]
+    kernel: Callable[..., None]
     grid: int
     block: int
     shared_bytes: int = 0  # dynamic; arrays of a size known to the compiler are not counted

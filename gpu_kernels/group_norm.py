@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import Spec
-from rapydli_flow.template import Config, Device, Epilogue, broken, template
+from rapydli_flow.template import Config, Device, Epilogue, Rule, broken, template
 
 from .cost import COPY_BYTES_S, LAUNCH_S
 from .grid import INDEX_LIMIT, REGISTERS, Grid, blocks_of
@@ -72,7 +72,7 @@ def serve(family: str, program: Programs) -> None:
             return shared <= 40 << 10 and items == 4 and kept * b.steps <= (HELD if threads <= 512 else HELD // 2)
         return shared <= 40 << 10 and kept * items <= (32 if threads <= 512 else 16) and b.steps >= items
 
-    hard = {
+    hard: dict[str, Rule] = {
         "several groups": lambda op, ins, outs, device: bool(op.groups > 1),
         "floats in 32-bit indices": floats,
         "vectors divide channels": vectors,

@@ -289,20 +289,20 @@ def _pixels(view: View, start: Sequence[int], taps: Sequence[int]) -> Array:
     counts = [-(-(n + u - lo) // s) for n, u, lo, s in zip(sizes, m.upper, m.lower, m.steps, strict=True)]
     first = 0
     for count, at, low, step in reversed(list(zip(counts, start[1:], m.lower, m.steps, strict=False))):
-        index, rest = divmod(at - low, step)
-        if rest or not 0 <= index < count:
+        index, left = divmod(at - low, step)
+        if left or not 0 <= index < count:
             raise KernelFault(f"a box of pixels starts at {at}, which is not one of {count} from {low}, {step} apart.")
         first = first * count + index
-    rest = first + np.arange(m.box[1])
-    channel = start[0] + np.arange(m.box[0])
+    rest: Array = first + np.arange(m.box[1])
+    channel: Array = start[0] + np.arange(m.box[0])
     inside, offset = channel < m.dims[0], channel
-    outside = np.zeros(rest.size, bool)
-    far = np.zeros(rest.size, np.int64)
+    outside: Array = np.zeros(rest.size, bool)
+    far: Array = np.zeros(rest.size, np.int64)
     for axis, count in enumerate(counts):
-        at = rest % count * m.steps[axis] + m.lower[axis] + taps[axis]
+        place = rest % count * m.steps[axis] + m.lower[axis] + taps[axis]
         rest = rest // count
-        outside |= (at < 0) | (at >= sizes[axis])
-        far += at * m.pitches[axis]
+        outside |= (place < 0) | (place >= sizes[axis])
+        far += place * m.pitches[axis]
     image = rest + start[-1]
     outside |= image >= m.dims[-1]
     far += image * m.pitches[-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -85,9 +85,9 @@ class Card(Accelerator):
             self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._device)
             found[key] = value.value
         target = f"sm_{found['major']}{found['minor']}" + ("a" if found["major"] == 9 else "")  # for wgmma
-        limits = {key: found[key] for key in ("cores", "threads", "shared_bytes", "registers")}
-        sizes = {"vector_bytes": 16, "memory_bytes": total.value}
-        return Device("cuda", name.value.decode(), target=target, number=self._number, **sizes, **limits)
+        limits: dict[str, Any] = {key: found[key] for key in ("cores", "threads", "shared_bytes", "registers")}
+        limits |= {"vector_bytes": 16, "memory_bytes": total.value}
+        return Device("cuda", name.value.decode(), target=target, number=self._number, **limits)
 
     def facts(self) -> dict[str, int]:
         """More of what the driver knows, for people."""
@@ -147,7 +147,8 @@ class Card(Accelerator):
         self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), _Unsigned(0))
         assert address.value is not None
         self._pinned.append(address.value)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value), np.uint8)
+        data: Any = (ctypes.c_uint8 * size).from_address(address.value)
+        return np.frombuffer(data, np.uint8)
 
     def pin(self, data: Array) -> None:
         self.use()
@@ -324,7 +325,7 @@ class Memory:
 class _Copy3D(ctypes.Structure):
     """CUDA_MEMCPY3D, of memory of the card."""
 
-    _fields_ = [
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
         field
         for side in ("source", "target")
         for field in (

@@ -118,8 +118,8 @@ def _forward(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     n, filters = len(op.stride), w.shape[-1]
     positions, terms = prod(w.shape[:n]), prod(w.shape[n:-1])
     base = (0, terms * filters, filters)
-    lie = {"rows_a": True, "rows_b": False, "dtype": x.dtype, "batch": positions, "base": base, "state": 3}
-    return Product(x.shape[0], filters, terms, **lie, pitch=positions * filters)
+    lie: dict[str, Any] = {"rows_a": True, "rows_b": False, "state": 3, "dtype": x.dtype}
+    return Product(x.shape[0], filters, terms, **lie, batch=positions, base=base, pitch=positions * filters)
 
 
 def _backward(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
@@ -127,8 +127,10 @@ def _backward(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     dy, w = ins
     n, channels = len(op.stride), w.shape[-2]
     positions, terms = prod(outs[0].shape[1:-1]), prod(w.shape[n:-2]) * w.shape[-1]
-    lie = {"rows_a": True, "rows_b": True, "dtype": dy.dtype, "batch": positions, "base": (0, 0, channels), "state": 3}
-    return Product(dy.shape[0], channels, terms, **lie, pitch=positions * channels)
+    lie: dict[str, Any] = {"rows_a": True, "rows_b": True, "state": 3, "dtype": dy.dtype}
+    return Product(
+        dy.shape[0], channels, terms, **lie, batch=positions, base=(0, 0, channels), pitch=positions * channels
+    )
 
 
 def _filters(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
@@ -137,8 +139,8 @@ def _filters(op: Any, ins: Sequence[Spec], outs: Sequence[Spec]) -> Product:
     n, filters = len(op.stride), dy.shape[-1]
     positions, terms = prod(dy.shape[1:-1]), prod(outs[0].shape[n:-1])
     base = (0, filters, terms * filters)
-    lie = {"rows_a": False, "rows_b": False, "dtype": dy.dtype, "batch": positions, "base": base, "state": 3}
-    return Product(terms, filters, x.shape[0], **lie)
+    lie: dict[str, Any] = {"rows_a": False, "rows_b": False, "state": 3, "dtype": dy.dtype}
+    return Product(terms, filters, x.shape[0], **lie, batch=positions, base=base)
 
 
 def _vectors(

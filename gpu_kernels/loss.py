@@ -56,9 +56,9 @@ def _hinge(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> Pr
 
 
 def _hinge_grad(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], held: bool) -> Program:
-    known = {"label": 2, "each": (0,), "picked": 1, "prepare": SCORE, "names": ("score",)}
+    known: dict[str, Any] = {"label": 2, "each": (0,), "picked": 1, "prepare": SCORE, "names": ("score",)}
     if op.one_against_all:
-        lines = ("own = T(1.0) - x0", "other = T(1.0) + x0")
+        lines: tuple[str, ...] = ("own = T(1.0) - x0", "other = T(1.0) + x0")
         g = f"(-{_slope(op, 'own')} if j == label else {_slope(op, 'other')})"
         return Program((1,), (), Formula((f"{g} * e0",), lines=lines), whole=True, **known)
     lines = ("m = T(1.0) + x0 - score",)

@@ -108,6 +108,7 @@ def _whole(t: Tile, device: Device) -> bool:
 
 
 # bm, bn, wm, wn, resident: the first are the best where there is work enough
+SHAPES: tuple[tuple[int, int, int, int, int], ...]
 SHAPES = ((128, 64, 64, 32, 2), (64, 128, 32, 64, 2), (128, 128, 64, 64, 2), (128, 256, 64, 64, 1))
 SHAPES += ((256, 128, 64, 64, 1), (128, 128, 64, 32, 1), (256, 64, 64, 32, 1), (64, 64, 32, 32, 4), (64, 64, 32, 32, 3))
 SHAPES += ((64, 64, 32, 32, 2), (128, 32, 32, 32, 3), (128, 32, 32, 32, 2), (64, 32, 32, 32, 3))
@@ -142,7 +143,7 @@ def prefer(
             return first
         found = list(problems(op, ins, outs))
         half = bool(found) and found[0].kind == "half"
-        tried = []
+        tried: list[tuple[float, int, Config]] = []
         for (bm, bn, wm, wn, resident), splits in every(SHAPES, space["splits"]):
             for bk, stages in every((64, 32, 16) if half else (32, 16), (4, 3, 2)):
                 config = {"bm": bm, "bn": bn, "bk": bk, "wm": wm, "wn": wn, "stages": stages}

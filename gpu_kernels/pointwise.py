@@ -13,6 +13,6 @@ from .grid import Grid
 
 
 @template("pointwise", "cuda", space=SPACE, fits=fits, prefer=prefer)
-def elementwise(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
+def elementwise(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Each element once, in one pass over all operands."""
     return elements(op.scalar(tuple(f"x{i}" for i in range(len(ins)))), ins, outs, epilogue, **config)

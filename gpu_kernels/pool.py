@@ -139,7 +139,8 @@ def _slide(
     taps_w = tuple(tuple(tap_of(j - b * SW, KW) for b in range(across)) for j in range(columns))
     registers, taps, most = down * across * kept.registers, max(1, down * across * kept.taps), kept.taps > 0
     start, nowhere, end = spread(registers, kept.start), spread(taps, 0), tail(epilogue, lanes)
-    mark, as_marks = (store(outs[1].dtype, lanes), whole(outs[1].dtype, lanes)) if most else (None, None)
+    mark: Any = store(outs[1].dtype, lanes) if most else None
+    as_marks: Any = whole(outs[1].dtype, lanes) if most else None
     written_out = KD * rows * columns <= MOST_TAPS * 2
     inner = unroll if KW <= 16 else range
 

@@ -97,7 +97,7 @@ def _gather_tiles(
     total = g.n * prod(tiles) * panels
     sums = D.tile * H.tile * W.tile * lanes
     read, end = load(ins[0].dtype, lanes, constant=True), tail(epilogue, lanes)
-    marked = load(ins[1].dtype, lanes, constant=True) if chooses else None
+    marked: Any = load(ins[1].dtype, lanes, constant=True) if chooses else None
     start, add, add_chosen, result = spread(sums, 0.0), plus(lanes), plus_chosen(lanes), take(lanes)
 
     def kernel(ins: Any, outs: Any, work: Any, extras: Any, at: Any) -> None:
@@ -163,7 +163,7 @@ def _gather_each(
     panels = C // lanes
     total = g.n * D * H * W * panels
     read, end = load(ins[0].dtype, lanes, constant=True), tail(epilogue, lanes)
-    marked = load(ins[1].dtype, lanes, constant=True) if chooses else None
+    marked: Any = load(ins[1].dtype, lanes, constant=True) if chooses else None
     start, add, add_chosen, result = spread(lanes, 0.0), plus(lanes), plus_chosen(lanes), take(lanes)
     steps = unroll if over_d * over_h * over_w <= MOST_TAPS else range
 

@@ -113,13 +113,17 @@ def _inside_rule(at: Any, extent: Any) -> Any:
     return boolean, (integer, integer), lambda context, builder, sig, args: builder.icmp_unsigned("<", *args)
 
 
+def _selected(condition: Array | bool, a: Array | int, b: Array | int) -> Array:
+    return np.where(condition, a, b).astype(np.int32)
+
+
 def _select_rule(condition: Any, a: Any, b: Any) -> Any:
     integer, boolean = device_type("int32"), device_type("boolean")
     return integer, (boolean, integer, integer), lambda context, builder, sig, args: builder.select(*args)
 
 
 inside = Pair("inside", lambda at, extent: (at >= 0) & (at < extent), _inside_rule)
-select = Pair("select", lambda condition, a, b: np.where(condition, a, b).astype(np.int32), _select_rule)
+select = Pair("select", _selected, _select_rule)
 
 
 # ---- global memory

@@ -9,7 +9,7 @@ from typing import Any
 from rapydli_flow.spec import Spec
 from rapydli_flow.template import Config, Device, Epilogue, Scalar, template
 
-from . import pointwise, row_program, rows, slab_program, slabs
+from . import elements, pointwise, row_program, rows, slab_program, slabs
 from .formulas import Formula
 from .grid import Grid
 from .warp import sums
@@ -36,14 +36,15 @@ def _whole(op: Any, x: Spec) -> tuple[Spec, ...]:
 
 
 def _fits(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device, **config: Any) -> bool:
-    return pointwise.fits(COPY, _whole(op, ins[0]), outs, device, **config)
+    return elements.fits(COPY, _whole(op, ins[0]), outs, device, **config)
 
 
 def _prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -> Config:
-    return pointwise.prefer(COPY, _whole(op, ins[0]), outs, device)
+    return elements.prefer(COPY, _whole(op, ins[0]), outs, device)
 
 
-@template("broadcast", "cuda", space=pointwise.SPACE, fits=_fits, prefer=_prefer)
+@template("broadcast", "cuda", space=elements.SPACE, fits=_fits, prefer=_prefer)
 def repeat(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """The pointwise kernel of a formula that says y = x."""
-    return pointwise.elementwise(COPY, _whole(op, ins[0]), outs, epilogue, **config)
+    grid: Grid = pointwise.elementwise(COPY, _whole(op, ins[0]), outs, epilogue, **config)
+    return grid

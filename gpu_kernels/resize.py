@@ -21,9 +21,10 @@ from rapydli_flow.template import Device, Epilogue, Rule, template
 
 from .access import plus_times, product_of, ratio, spread
 from .adaptive_pool import SPACE, prefer
+from .copies import countable
 from .grid import INDEX_LIMIT, Grid, blocks_of
 from .pair import held
-from .pool_geometry import channels_fit, countable, three
+from .pool_geometry import channels_fit, three
 from .ptx import cuda, load, select, take, unroll
 from .tail import tail
 

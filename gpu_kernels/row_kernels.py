@@ -160,12 +160,12 @@ def _numbers(p: Program, ins: Sequence[Spec], size: int) -> Callable[..., Any]:
     """``(ins, n, present, row_at)``: the numbers of row n before its phases."""
     label, picked, first = p.label or 0, p.picked or 0, p.first or 0
     has_label, has_picked, has_first = p.label is not None, p.picked is not None, p.first is not None
-    read_label = load(ins[label].dtype, 1) if has_label else None
-    to_label = lanewise(_label(ins[label].dtype, size), 0, 1, 1) if has_label else None
+    read_label: Any = load(ins[label].dtype, 1) if has_label else None
+    to_label: Any = lanewise(_label(ins[label].dtype, size), 0, 1, 1) if has_label else None
     read_each = tuple(load(ins[k].dtype, 1) for k in p.each)
     each, count_each = p.each, len(p.each)
     read_picked, read_first = load(ins[picked].dtype, 1), load(ins[first].dtype, 1)
-    prepare = lanewise(_with(p.prepare, p.row()), 0, 0, 1) if p.prepare is not None else None
+    prepare: Any = lanewise(_with(p.prepare, p.row()), 0, 0, 1) if p.prepare is not None else None
     prepares, prepared = p.prepare is not None, len(p.names)
 
     def numbers(ins: Any, n: Any, present: Any, row_at: Any) -> Any:
@@ -209,7 +209,7 @@ def _phase(
     in_warp, in_block = across_warp(phase.merge, min(group, WARP)), across_block(phase.merge, max(threads, WARP))
     absorb = lanewise(_with(phase.absorb, names), state_size, operands, lanes)
     changing = phase.change is not None
-    change = lanewise(_with(phase.change, names), 0, operands, lanes) if phase.change else None
+    change: Any = lanewise(_with(phase.change, names), 0, operands, lanes) if phase.change else None
     find, count = lanewise(_with(phase.found, names), state_size, 0, 1), len(phase.names)
 
     def run(ins: Any, values: Any, shared: Any, thread: Any, own: Any, present: Any, row_at: Any, row: Any) -> Any:

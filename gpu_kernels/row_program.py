@@ -45,7 +45,7 @@ class Program:
 
     def row(self) -> tuple[str, ...]:
         """Names of the numbers of a row before its phases."""
-        names = ("label",) if self.label is not None else ()
+        names: tuple[str, ...] = ("label",) if self.label is not None else ()
         names += tuple(f"e{k}" for k in range(len(self.each)))
         names += ("picked",) if self.picked is not None else ()
         return names + (("first",) if self.first is not None else ())

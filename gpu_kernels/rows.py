@@ -132,7 +132,7 @@ def cost(program: Programs, columns: Callable[..., int], runs: RunsOf | None = N
         run = lie.run if lie and lie.run < size else SECTOR_BYTES
         rows = max(spec.size for spec in ins) // size
         cores = device.cores if device.cores > 1 else 132
-        busy = min(1.0, rows * config["group"] / (cores * 256))  # of the threads that keep memory busy
+        busy: float = min(1.0, rows * config["group"] / (cores * 256))  # of the threads that keep memory busy
         if lie is not None:
             busy = min(busy, reached(max(1, rows * config["group"] // config["threads"]), cores))
         return LAUNCH_S + moved(p, ins, outs, run, held) / (COPY_BYTES_S * cores * busy)

@@ -131,7 +131,7 @@ def formula(scalar: Scalar, dtypes: tuple[str, ...], out: str, lanes: int) -> Pa
     return Pair("formula", twin, rule)
 
 
-def _mixed_radix(sizes: Sequence[int], term: Callable[[int, Any], Any], element: Any) -> Any:
+def _mixed_radix(sizes: Sequence[int | np.integer[Any]], term: Callable[[int, Any], Any], element: Any) -> Any:
     """Sum over axes of ``term(axis, coordinate)`` for the element of an array of these sizes."""
     total, rest = 0, element
     for axis in reversed(range(len(sizes))):
@@ -156,7 +156,8 @@ def project(out: tuple[int, ...], shape: tuple[int, ...]) -> Pair:
         from llvmlite import ir
         from numba.cuda import types
 
-        number = lambda value: ir.Constant(ir.IntType(32), value)  # noqa: E731
+        def number(value: int) -> Any:
+            return ir.Constant(ir.IntType(32), value)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             total, rest = number(0), args[0]
@@ -199,10 +200,14 @@ def place(out: tuple[int, ...]) -> Pair:
         from numba.cuda import types
 
         wide = ir.IntType(64)
-        number = lambda value: ir.Constant(ir.IntType(32), value)  # noqa: E731
+
+        def number(value: int) -> Any:
+            return ir.Constant(ir.IntType(32), value)
 
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            read = lambda i: builder.load(builder.gep(args[1], [number(i)]))  # noqa: E731
+            def read(i: int) -> Any:
+                return builder.load(builder.gep(args[1], [number(i)]))
+
             total, rest, stride = ir.Constant(wide, 0), args[0], ir.Constant(wide, 1)
             for axis in reversed(range(len(out))):
                 coordinate = rest if axis == 0 else builder.urem(rest, number(out[axis]))

@@ -46,7 +46,7 @@ def _prefer_copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Dev
 
 
 @template("reshape", "cuda", space=elements.SPACE, fits=_copies, prefer=_prefer_copy)
-def copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
+def copy(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Each element once."""
     return elements.elements(COPY, _flat(ins, outs), outs, epilogue, **config)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rapydli_flow.spec import HALVES, Spec
-from rapydli_flow.template import Config, Device, Epilogue, broken, template
+from rapydli_flow.template import Config, Device, Epilogue, Rule, broken, template
 
 from .cost import COPY_BYTES_S, LAUNCH_S
 from .grid import INDEX_LIMIT, Grid, blocks_of
@@ -70,7 +70,11 @@ def serve(family: str, program: Programs, axes: Axes, x: int = 0) -> None:
         live = vector * (len(p.operands) * items + 2 * numbers + len(p.channels))
         return shared <= 40 << 10 and live <= 96 and (parts == 0 or c.direct)
 
-    hard = {"float operands in 32-bit indices": floats, "vectors divide rows": vectors, "threads and memory": threads}
+    hard: dict[str, Rule] = {
+        "float operands in 32-bit indices": floats,
+        "vectors divide rows": vectors,
+        "threads and memory": threads,
+    }
 
     def workspace(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], **config: Any) -> tuple[Spec, ...]:
         layout = layout_of(op, ins)

@@ -24,14 +24,14 @@ def prefer(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], device: Device) -
 
 
 @template("fill", "cuda", space=SPACE, fits=fits, prefer=prefer)
-def constant(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
+def constant(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Each element once."""
     scalar = Scalar((), (f"t0 = T({number(op.value)})",), ("t0",))
     return elements(scalar, ins, outs, epilogue, **config)
 
 
 @template("gaussian", "cuda", space=SPACE, fits=fits, prefer=prefer)
-def window(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: int) -> Grid:
+def window(op: Any, ins: Sequence[Spec], outs: Sequence[Spec], epilogue: Epilogue, **config: Any) -> Grid:
     """Each element once, from its place in the block: ``center`` counts from there."""
     axes = len(op.center)
 

@@ -66,7 +66,8 @@ def flatten(kernel: Callable[..., None], *, ins: int, outs: int, extras: int, wo
     parameters = (*(one for ones in single.values() for one in ones), "at", *descriptors)
     single["maps"] = descriptors
     lines = [f"{name} = ({''.join(f'{one}, ' for one in ones)})" for name, ones in single.items() if ones]
-    body = _Rewriter(kernel, names := {}, count()).body()
+    names: dict[str, Any] = {}
+    body = _Rewriter(kernel, names, count()).body()
     head = [f"def kernel({', '.join(parameters)}):", *textwrap.indent("\n".join(lines), "    ").splitlines()]
     text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
     return Flat("\n".join([*head, textwrap.indent(text, "    "), ""]), parameters, names)
@@ -171,7 +172,8 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Subscript(value, index, node.ctx)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        left, right = self.visit(node.left), self.visit(node.right)
+        left: ast.expr = self.visit(node.left)
+        right: ast.expr = self.visit(node.right)
         name = type(node.op).__name__
         if name not in _FOLD:
             return ast.BinOp(left, node.op, right)

@@ -101,7 +101,7 @@ class Operand:
                 out.append((*self.layout.move(line, column), tuple(range(4 * part, 4 * part + 4))))
             elif self.left:
                 half, group = part % 2, part // 2  # of the inner step; of 32 rows, which are two fragments
-                registers = (8 * group + 2 * half, 8 * group + 2 * half + 1)
+                registers: tuple[int, ...] = (8 * group + 2 * half, 8 * group + 2 * half + 1)
                 move = self.layout.move(step * 8 + 4 * half, 32 * group)
                 out.append((*move, (*registers, *(r + per for r in registers))))
             else:
@@ -139,7 +139,8 @@ def nearest(x: Array) -> Array:
     """
     x = np.asarray(x, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (np.float64(x * np.float32(8193)) - np.float64(x) * 8192).astype(np.float32)
+        near: Array = (x * np.float32(8193)).astype(np.float64) - x.astype(np.float64) * 8192
+        return near.astype(np.float32)
 
 
 def truncated(x: Array) -> Array:
@@ -155,7 +156,8 @@ def toward_zero(x: Array) -> Array:
 def _added(kind: str, part: Array, a: Array, b: Array) -> Array:
     """``part`` and the products of an instruction, or of three: small ones first."""
     if kind != SPLIT:
-        return part + (nearest(a) @ nearest(b) if kind == "tf32" else a @ b)
+        total: Array = part + (nearest(a) @ nearest(b) if kind == "tf32" else a @ b)
+        return total
     high_a, high_b = rounded(a), rounded(b)
     low_a, low_b = truncated(a - high_a), truncated(b - high_b)
     for x, y in ((low_a, high_b), (high_a, low_b), (high_a, high_b)):

@@ -35,6 +35,7 @@ SPACE: Mapping[str, tuple[Any, ...]] = {
     "resident": (1, 2, 4),
 }
 # bm, bn, bk, tm, tn of the defaults; 128 x 128 x 16 needs more than the 128 registers that two blocks leave
+SHAPES: tuple[tuple[int, int, int, int, int], ...]
 SHAPES = ((128, 128, 8, 8, 8), (128, 64, 16, 8, 8), (64, 128, 16, 8, 8), (64, 64, 16, 8, 4))
 SHAPES += ((64, 32, 16, 4, 4), (32, 64, 16, 4, 4), (32, 32, 16, 4, 4), (128, 16, 16, 8, 4), (16, 128, 16, 4, 8))
 STAGED_VALUES = 32  # the most elements that a thread may have under way
@@ -205,7 +206,7 @@ def prefer(fits: Rules, product: Make, *, largest: int = 128 * 128) -> Callable[
             bm, bn, bk, tm, tn = shape
             return estimate(Tile(p, bm, bn, bk, tm, tn, 2, "columns", splits, 2), device, size_bytes, out_bytes)
 
-        ways = []
+        ways: list[tuple[float, int, tuple[int, int, int, int, int], int]] = []
         for shape in SHAPES:
             if shape[0] * shape[1] <= largest:
                 splits = min(_splits(p, out_bytes), key=lambda s: time(shape, s))

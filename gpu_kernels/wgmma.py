@@ -164,7 +164,7 @@ class Tile:
         return self.stages * self.lines * LINE_BYTES + ALIGNMENT
 
 
-def box_operand(array: int, dtype: str, size: tuple[int, int], rows: int, index: int, *, mn_major: bool) -> Operand:
+def box_operand(array: int, dtype: str, size: tuple[int, ...], rows: int, index: int, *, mn_major: bool) -> Operand:
     """An operand that is a matrix of ``size`` (innermost first); ``index``: of its map among those of the grid."""
     begin, depth = copy(2), depth_of(dtype)
     if mn_major:
@@ -204,7 +204,7 @@ def products(t: Tile, a: Operand, b: Operand, epilogue: Epilogue | None, rows: R
     in_group, last_group = t.group * t.blocks_n, t.blocks_m // t.group
     rest = t.blocks_m % t.group
     fused, eight = epilogue is not None, epilogue is not None and lanes_of(epilogue) == 8
-    end = tail(epilogue, lanes_of(epilogue)) if epilogue else None
+    end: Any = tail(epilogue, lanes_of(epilogue)) if epilogue else None
     trade, steps, write = t.consumers == 2, t.own_steps, store("float32", 4)
     computed, kept = (rows.computed, rows.kept) if rows else (t.m, t.m)
     size = t.m // computed * kept * t.n  # of the outputs

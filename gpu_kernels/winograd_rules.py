@@ -146,7 +146,7 @@ def prefer(rules: Rules, cost: Foretell, space: Mapping[str, tuple[Any, ...]] = 
         first = {name: values[0] for name, values in space.items()}
         if broken(OF_OP, op, ins, outs, device, first):
             return first
-        tried = []
+        tried: list[tuple[float, int, Config]] = []
         for m, (bm, bn, wm, wn, resident), splits in every(space["m"], SHAPES, space["splits"]):
             for bk, stages, vector in every((32, 16), (4, 3, 2), space["vector"]):
                 config = {**first, "m": m, "vector": vector, "bm": bm, "bn": bn, "bk": bk, "wm": wm, "wn": wn}
