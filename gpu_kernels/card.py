@@ -179,5 +179,9 @@ class Accelerator(ABC):
         """Until everything in a stream of another library is done."""
 
     @abstractmethod
+    def follow(self, stream: int, other: int) -> None:
+        """What comes into a stream from now on waits for what another one has now; both are other libraries'."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back the queue, and what is pinned; memory is freed by who reserved it."""

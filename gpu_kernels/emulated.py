@@ -142,6 +142,9 @@ class Emulated(Accelerator):
     def wait_for(self, stream: int) -> None:
         pass
 
+    def follow(self, stream: int, other: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -29,6 +29,7 @@ from .nccl import Nccl, new_meeting
 _Pointer, _Unsigned = ctypes.c_void_p, ctypes.c_uint
 _NON_BLOCKING = 1
 _ON_CARD = 2  # CU_MEMORYTYPE_DEVICE
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _OPT_IN_SHARED_BYTES = 48 * 1024
 _ATTRIBUTES = {  # CU_DEVICE_ATTRIBUTE_...
@@ -122,6 +123,15 @@ class Card(Accelerator):
 
     def wait_for(self, stream: int) -> None:
         self.call("cuStreamSynchronize", _Pointer(stream))
+
+    def follow(self, stream: int, other: int) -> None:
+        event = _Pointer()
+        self.call("cuEventCreate", ctypes.byref(event), _Unsigned(_NO_TIMING))
+        try:
+            self.call("cuEventRecord", event, _Pointer(other))
+            self.call("cuStreamWaitEvent", _Pointer(stream), event, _Unsigned(0))
+        finally:
+            self.call("cuEventDestroy_v2", event)  # once it has passed
 
     def number_of(self, address: int) -> int:
         """Of the card on which an address is."""

@@ -1,4 +1,4 @@
-"""Calls on arrays that lie on a GPU: of CuPy, PyTorch, Numba, JAX, or `to_device`.
+"""Calls on arrays that lie on a GPU: of CuPy, PyTorch, Numba, or `to_device`.
 
 CuPy, PyTorch, ...   address, shape, strides by __cuda_array_interface__; results are of the operands' library;
                      kernels go to the caller's stream, and nothing is waited for
@@ -102,8 +102,9 @@ def seen(form: Form, name: str, x: Any) -> Given:
     if said.get("mask") is not None:
         raise DTypeError(f"kernels.{form.name}: {name} has a mask, and kernels know no masks.")
     spec = Spec(shape, dtype.name)
+    strides = said.get("strides")
     for kept, fault in (
-        (_contiguous(shape, said.get("strides"), dtype.itemsize), f"is not C-contiguous (strides {said['strides']})"),
+        (_contiguous(shape, strides, dtype.itemsize), f"is not C-contiguous (strides {strides})"),
         (address % ALIGNMENT == 0, f"begins at an address that is no multiple of {ALIGNMENT} ({address:#x})"),
     ):
         if not kept:
@@ -170,6 +171,7 @@ class Scratch:
             if self._memory is not None:
                 self.desk.card.wait_for(self.stream)  # kernels may be at work there
                 self._memory()
+                self._memory, self.size_bytes, self.address = None, 0, 0
             self.address, self.size_bytes = self.desk.card.reserve(size_bytes), size_bytes
             self._memory = weakref.finalize(self, give_back, self.desk.card, self.address)
             self._memory.atexit = False
@@ -180,11 +182,12 @@ def stream_of(form: Form, stream: Any, given: Sequence[Given]) -> int:
     """The stream that a caller means: its handle, an object of CuPy, PyTorch or Numba; by default that of the operands,
     or CUDA's default stream."""
     if stream is None:
-        return next((x.stream for x in given if x.stream), 0)
+        named = next((x.stream for x in given if x.stream), 0)
+        return named or next((_current(x.array) for x in given if _of_torch(x.array)), 0)
     for name in ("cuda_stream", "ptr", "handle"):  # of PyTorch, CuPy, Numba
         found = getattr(stream, name, None)
         if found is not None:
-            stream = getattr(found, "value", found)
+            stream = getattr(found, "value", found) or 0  # the default stream is a null pointer to Numba
             break
     try:
         return operator.index(stream)
@@ -194,15 +197,33 @@ def stream_of(form: Form, stream: Any, given: Sequence[Given]) -> int:
         ) from None
 
 
-def empty(form: Form, like: Any, spec: Spec) -> Any:
-    """A new array of the library that ``like`` is of."""
+def _of_torch(array: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _current(tensor: Any) -> int:
+    """The stream that PyTorch is at, which its tensors do not name."""
+    return int(sys.modules["torch"].cuda.current_stream(tensor.device).cuda_stream)
+
+
+def _stream_of_torch(handle: int, device: Any) -> Any:
+    """A stream as PyTorch's object; to its ExternalStream 0 is not the default one."""
+    cuda = sys.modules["torch"].cuda
+    known = (cuda.current_stream(device), cuda.default_stream(device))
+    return next((s for s in known if s.cuda_stream == handle), None) or cuda.ExternalStream(handle, device=device)
+
+
+def empty(form: Form, like: Any, spec: Spec, stream: int) -> Any:
+    """A new array of the library that ``like`` is of, in memory that nothing else than this stream uses."""
     if type(like) is CardArray:
         return CardArray(like.desk, spec)
-    if hasattr(like, "new_empty"):  # PyTorch
-        return like.new_empty(spec.shape)
+    if _of_torch(like):
+        with sys.modules["torch"].cuda.stream(_stream_of_torch(stream, like.device)):
+            return like.new_empty(spec.shape)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(like, cupy.ndarray):
-        with cupy.cuda.Device(like.device.id):
+        with cupy.cuda.Device(like.device.id), cupy.cuda.ExternalStream(stream) if stream else cupy.cuda.Stream.null:
             return cupy.empty(spec.shape, spec.dtype)
     raise SettingError(
         f"kernels.{form.name}: it is not known how a {type(like).__name__} is made. Give out=, an array for the result."
@@ -225,7 +246,7 @@ def check_out(form: Form, out: Given, spec: Spec, names: Sequence[str], given: S
 
 def called_on_card(
     kept: OrderedDict[tuple[Any, ...], CardCall],
-    scratches: dict[tuple[int, int], Scratch],
+    scratches: dict[tuple[Desk, int], Scratch],
     form: Form,
     operands: Sequence[Any],
     how: tuple[Any, ...],
@@ -236,16 +257,16 @@ def called_on_card(
     workspaces by card and stream."""
     names = [name for name, x in zip(form.operands, operands, strict=True) if x is not None]
     given = [seen(form, name, x) for name, x in zip(form.operands, operands, strict=True) if x is not None]
-    devices = [device_with(x.array) for x in given if x.address]
+    target = None if out is None else seen(form, "out", out)
+    devices = [device_with(x.array) for x in (*given, *([] if target is None else [target])) if x.address]
     if len({(device, device.number) for device in devices}) > 1:
-        raise SettingError(f"kernels.{form.name}: operands lie on several GPUs. Bring all to one of them.")
+        raise SettingError(f"kernels.{form.name}: these arrays lie on several GPUs. Bring all to one of them.")
     device = devices[0] if devices else device_of("cuda")
     key = (form, how, device, device.number, *names, *(x.spec for x in given))
     call = kept.get(key)
     if call is None:
         call = kept[key] = CardCall(form, dict(zip(names, (x.spec for x in given), strict=True)), how, device)
     kept.move_to_end(key)
-    target = None if out is None else seen(form, "out", out)
     if target is not None:
         check_out(form, target, call.out, names, given)
     if all(type(x.array) is CardArray for x in given) and stream is None and type(out) in (CardArray, type(None)):
@@ -254,9 +275,14 @@ def called_on_card(
         )
         return made
     where = stream_of(form, stream, given)
-    if target is None:
-        target = seen(form, "out", empty(form, given[0].array, call.out))
-    with call.desk.card.briefly():
-        scratch = scratches.setdefault((device.number, where), Scratch(call.desk, where))
+    card = call.desk.card
+    with card.briefly():
+        if target is None:
+            target = seen(form, "out", empty(form, given[0].array, call.out, where))
+        for other in {x.stream for x in (*given, target)} - {0, where}:
+            card.follow(where, other)
+        scratch = scratches.setdefault((call.desk, where), Scratch(call.desk, where))
         call.launch([x.address for x in given], target.address, scratch.of(call.work_bytes), where)
+        if type(target.array) is CardArray:  # whoever reads it asks another queue
+            card.wait_for(where)
     return target.array

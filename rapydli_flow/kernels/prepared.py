@@ -23,6 +23,7 @@ from cpu_kernels.driver import CallList
 
 from ..config import settings
 from ..errors import SettingError
+from ..runtime.card_array import Desk
 from ..runtime.participant import at_array
 from ..runtime.rank import ALIGN, kernel_of, memory_of
 from ..runtime.remembered import known
@@ -99,7 +100,7 @@ class _Own(threading.local):
         self.memory = np.empty(0, np.uint8)
         self.work = 0  # its address
         self.on_cards: OrderedDict[tuple[Any, ...], CardCall] = OrderedDict()
-        self.scratches: dict[tuple[int, int], Scratch] = {}  # by card and stream
+        self.scratches: dict[tuple[Desk, int], Scratch] = {}  # by card and stream
 
     def keep(self, key: tuple[Any, ...], made: Prepared) -> None:
         """Remember a prepared call, in place of the one that was not used for longest; there is room for its work."""

@@ -45,6 +45,14 @@ class Group:
     device: Device
     threads: int
 
+    @property
+    def done(self) -> list[list[int]]:
+        """For each node those that nobody reads any more when it has run."""
+        last = {i: i for i in range(len(self.kernels))}
+        last |= {at[0]: i for i, inputs in enumerate(self.inputs) for outer, at in inputs if not outer}
+        kept = {i for i, _ in self.gives}
+        return [[node for node, at in last.items() if at == i and node not in kept] for i in range(len(self.kernels))]
+
 
 def run_node(kernel: Kernel, given: Sequence[Any], device: Device, threads: int) -> tuple[Array | CardArray, ...]:
     """One kernel on arrays of its own; the results are new arrays."""
@@ -68,10 +76,14 @@ def run_group(group: Group, picks: tuple[Any, ...], *sources: Any) -> tuple[Arra
     """The body of a task: run a group of nodes on what other tasks gave."""
     device = at_hand(group.device)
     arguments = [item_of(sources[i], item) for i, item in picks]
-    made: list[tuple[Array | CardArray, ...]] = []
-    for kernel, inputs in zip(group.kernels, group.inputs, strict=True):
+    made: dict[int, tuple[Array | CardArray, ...]] = {}
+    done = group.done
+    for i, (kernel, inputs) in enumerate(zip(group.kernels, group.inputs, strict=True)):
         arrays = [arguments[at] if outer else made[at[0]][at[1]] for outer, at in inputs]
-        made.append(run_node(kernel, arrays, device, group.threads))
+        made[i] = run_node(kernel, arrays, device, group.threads)
+        del arrays
+        for node in done[i]:
+            del made[node]
     return tuple(made[i][k] for i, k in group.gives)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,13 +21,15 @@ import numpy as np
 
 from gpu_kernels.card import Accelerator
 
-from ..errors import DeviceFault
+from ..errors import DeviceFault, TemplateError
 from ..spec import Array, Block, Spec
 from ..template import Device
 from ..tuner import Choice, Request, Tuning
-from .building import card_request
+from .building import build, card_request
 from .devices import card_of
 from .participant import at_array
+
+MOST_KERNELS = 1024  # that a process has on a card for its tasks
 
 
 class CardArray:
@@ -88,13 +91,12 @@ class Desk:
     def __init__(self, device: Device) -> None:
         self.device, self.card = device, card_of(device)
         self._lock = threading.RLock()
-        self._kernels: dict[tuple[Request, Choice], Any] = {}
+        self._kernels: OrderedDict[tuple[Request, Choice], Any] = OrderedDict()
 
     @contextmanager
     def at_work(self) -> Iterator[Accelerator]:
         """The card, for this thread alone; what was asked of it is done afterwards."""
-        with self._lock:
-            self.card.use()
+        with self._lock, self.card.briefly():
             try:
                 yield self.card
             except BaseException:
@@ -108,14 +110,25 @@ class Desk:
         with self.at_work():
             return self._there(array, [])
 
-    def bind(
-        self, request: Request, choice: Choice, addresses: Sequence[int], *, at: int = 0, stream: int | None = None
-    ) -> Any:
-        """What launches a kernel, in the card's own queue or in another stream."""
-        with self._lock:
-            if (request, choice) not in self._kernels:
-                self._kernels[request, choice] = self.card.prepare(card_request(request, choice, self.device))
-            return self._kernels[request, choice].bind(addresses, at=at, stream=stream)
+    def bind(self, request: Request, choice: Choice, addresses: Sequence[int], *, stream: int) -> Any:
+        """What launches a kernel in a stream of another library."""
+        self._compile(request, choice)
+        with self._lock, self.card.briefly():
+            return self._kernel(request, choice).bind(addresses, stream=stream)
+
+    def _kernel(self, request: Request, choice: Choice) -> Any:
+        """A kernel on the card; those that were not used for longest go."""
+        if (request, choice) not in self._kernels:
+            self._kernels[request, choice] = self.card.prepare(card_request(request, choice, self.device))
+            if len(self._kernels) > MOST_KERNELS:
+                self._kernels.popitem(last=False)
+        self._kernels.move_to_end((request, choice))
+        return self._kernels[request, choice]
+
+    def _compile(self, request: Request, choice: Choice) -> None:
+        """Have a kernel on the disk, which takes seconds: others may use the card."""
+        if (request, choice) not in self._kernels:
+            build(request, choice, self.device)
 
     def run(
         self,
@@ -126,6 +139,7 @@ class Desk:
         outs: Sequence[CardArray] = (),
     ) -> tuple[CardArray, ...]:
         """One kernel; results are new arrays on the card, unless there are ``outs``."""
+        self._compile(request, choice)
         with self.naming(request, choice), self.at_work():
             return self._run(request, choice, arrays, at, outs)
 
@@ -143,12 +157,15 @@ class Desk:
     ) -> tuple[CardArray, ...]:
         sent: list[Array] = []  # to the card, which reads them until it has done this
         given = [self._there(array, sent) for array in arrays]
+        for array, spec in zip(given, (*request.ins, *request.epilogue.extras), strict=True):
+            if array.spec != spec:
+                raise TemplateError(f"{request.title}: expected {spec} but got {array.spec}.")
         outs = tuple(into) or tuple(CardArray(self, spec) for spec in request.outs)
         work = [CardArray(self, spec) for spec in Tuning(self.device).workspace(request, choice)]
         where = None if at is None else self._there(at_array(at), sent)
         n = len(request.ins)
         addresses = [array.address for array in (*given[:n], *outs, *work, *given[n:])]
-        launch = self.bind(request, choice, addresses, at=0 if where is None else where.address)
+        launch = self._kernel(request, choice).bind(addresses, at=0 if where is None else where.address)
         launch()
         self.card.wait()
         return outs

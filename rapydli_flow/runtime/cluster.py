@@ -42,7 +42,7 @@ from .remembered import known
 from .segment import SegmentResult
 from .upkeep import begun, over
 from .worker import Order, executor_of
-from .workers import answers, scheduler_of
+from .workers import answers, everyone
 
 ANSWER_S = 2.0  # a worker that is stopped, or swaps, is not waited for longer when a run ends
 SILENT_S = 7.0  # a worker that has not answered for so long is lost: Dask itself takes minutes to say so
@@ -251,7 +251,7 @@ class Cluster(Backend):
         workers at all.
         """
         try:
-            return set(self.client.sync(scheduler_of(self.client).identity, n_workers=-1)["workers"])
+            return everyone(self.client)
         except OSError:  # NoWorkers, of a client that was closed, is one
             return set(self.addresses)
 

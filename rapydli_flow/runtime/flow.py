@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -37,6 +38,7 @@ from .feeding import RankFeed, label_classes
 from .lower import Ref, lower
 from .participant import CLOCKS
 from .segment import KEPT, SegmentResult, fallen, finite
+from .workers import everyone
 
 LOOK_S = 5.0  # without a result, until somebody looks whether workers are still there
 
@@ -76,7 +78,8 @@ class Flow(Backend):
         self.readers = []
         for rank, blocks in enumerate(self.held):
             layout = {name: blocks[name] for name in self.inputs if name in blocks}
-            self.readers.append(Reader(data, layout, label_classes(step), seed, shuffle, (self.token, rank)))
+            dtypes = {x.name: x.dtype for x in step.leaves("batch")}
+            self.readers.append(Reader(data, layout, dtypes, label_classes(step), seed, shuffle, (self.token, rank)))
 
     def start(self, state: Mapping[str, Array] | None) -> None:
         for leaves, graph in zip(self.leaves, self.graphs, strict=True):
@@ -165,7 +168,7 @@ class Flow(Backend):
             try:
                 return value.result(timeout=LOOK_S)
             except TimeoutError:
-                if value.done():
+                if value.status == "error":  # it is the task's own
                     raise
                 self._look_for_workers()
         return value
@@ -173,7 +176,7 @@ class Flow(Backend):
     def _look_for_workers(self) -> None:
         """Tasks that only some workers may run wait for ever if these are gone."""
         if self.where and self.client is not None:
-            there = self.client.scheduler_info(n_workers=-1)["workers"]
+            there = everyone(self.client)
             if not any(address in there for address in self.where["workers"]):
                 raise RunLost(f"no worker with {self.tunings[0].device.name} is left. Start one, and resume the run.")
 
@@ -206,7 +209,10 @@ class Flow(Backend):
     def close(self, *, failed: bool) -> None:
         self.writers.close()
         self.leaves = []
-        _scorer.cache_clear()
+        forget()
+        if self.client is not None and self.scorings:
+            with suppress(Exception):  # a cluster that is gone has forgotten, too
+                self.client.sync(self.client._run, forget, on_error="ignore", callback_timeout=LOOK_S)
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,7 @@ class Reader:
 
     data: Dataset = field(compare=False)
     layout: Mapping[str, Block] = field(compare=False)
+    dtypes: Mapping[str, str] = field(compare=False)
     classes: Mapping[str, int] = field(compare=False)
     seed: int = field(compare=False)
     shuffle: bool = field(compare=False)
@@ -238,6 +245,11 @@ def _scorer(scoring: Scoring) -> tuple[Scorer, threading.Lock]:
     return Scorer(scoring.step, scoring.validation, tuning, threads=scoring.threads), threading.Lock()
 
 
+def forget() -> None:
+    """Let go of the scorer of this process."""
+    _scorer.cache_clear()
+
+
 def score_share(scoring: Scoring, state: Mapping[str, Array], first: int, last: int) -> dict[str, float]:
     """The body of a task: sums over some records of the validation set."""
     scorer, alone = _scorer(scoring)
@@ -256,8 +268,9 @@ def _feed(reader: Reader) -> RankFeed:
 
 
 def load_batch(reader: Reader, step: int) -> dict[str, Array]:
-    """The body of a task: one rank's part of a batch."""
-    return _feed(reader).batch(step)
+    """The body of a task: one rank's part of a batch, as its kernels take it."""
+    batch = _feed(reader).batch(step)
+    return {name: array.astype(reader.dtypes[name], casting="same_kind", copy=False) for name, array in batch.items()}
 
 
 def read_scalars(items: Sequence[Any], *sources: Any) -> tuple[float, ...]:

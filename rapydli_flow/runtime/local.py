@@ -118,9 +118,10 @@ class Local(Backend):
 
 def _check_memory(programs: Sequence[Program]) -> None:
     """TooLittleMemory where what is free on a device is not enough for the ranks there."""
-    free: dict[Device, int] = {}
+    free: dict[tuple[Device, int], int] = {}
     for number, program in enumerate(programs):
+        card = program.on, program.on.number
         bytes_now, where = free_bytes(program.on)
-        left = free.setdefault(program.on, bytes_now)
+        left = free.setdefault(card, bytes_now)
         program.check_memory(left, number, where=where)
-        free[program.on] = left - program.needed_bytes
+        free[card] = left - program.needed_bytes

@@ -197,8 +197,12 @@ def tuning_there(where: str, device: str | None, tuning: Tuning | None) -> tuple
 
 def some_of(client: Client, workers: Mapping[str, Any]) -> tuple[str, ...]:
     """The addresses of some workers; () where they are all that the cluster has."""
-    everyone = client.scheduler_info(n_workers=-1)["workers"]
-    return () if set(workers) == set(everyone) else tuple(workers)
+    return () if set(workers) == everyone(client) else tuple(workers)
+
+
+def everyone(client: Client) -> set[str]:
+    """The addresses of all workers that a cluster has now."""
+    return set(client.sync(scheduler_of(client).identity, n_workers=-1)["workers"])
 
 
 def _client() -> Client | None:

@@ -1,15 +1,17 @@
 """Kernels on arrays of a GPU, which NumPy plays: this package's own, and those that other libraries describe."""
 
 import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from gpu_kernels import emulated
 from gpu_kernels.launch import Card
 from rapydli_flow import kernels, ops
-from rapydli_flow.errors import DeviceFault, DTypeError, SettingError, ShapeError
+from rapydli_flow.errors import DeviceFault, DTypeError, SettingError, ShapeError, TooLittleMemory
 from rapydli_flow.kernels import on_card, prepared
 from rapydli_flow.runtime import card_array
 from rapydli_flow.runtime.card_array import CardArray, Desk
@@ -133,6 +135,8 @@ REFERENCE = SimpleNamespace(reference=True)
 class Foreign:
     """An array of another library, on the card that NumPy plays."""
 
+    device = None
+
     def __init__(self, held, *, shape=None, strides=None, offset=0, read_only=False, stream=None, **more):
         self.held, self.asked = held, 0
         address, typestr = held.address + offset, "<V2" if held.spec.dtype == "bfloat16" else held.dtype.str
@@ -155,15 +159,38 @@ class Foreign:
         return np.asarray(self.held)
 
 
+class Stream:
+    """What a library that is no CUDA library here would have."""
+
+    def __init__(self, handle, **_):
+        self.cuda_stream = handle
+
+
 @pytest.fixture
-def launched(monkeypatch):
-    """Streams that kernels went to; foreign arrays are on the emulated card."""
+def allocated():
+    """Streams whose memory results are in."""
+    return []
+
+
+@pytest.fixture
+def launched(monkeypatch, allocated):
+    """Streams that kernels went to; foreign arrays are PyTorch's, and on the emulated card."""
     streams = []
     bind = Desk.bind
     monkeypatch.setattr(on_card, "device_with", lambda x: device_of(CARD))
     monkeypatch.setattr(
-        Desk, "bind", lambda self, *how, at=0, stream=None: streams.append(stream) or bind(self, *how, at=at)
+        Desk, "bind", lambda self, *how, stream: streams.append(stream) or bind(self, *how, stream=stream)
     )
+
+    @contextmanager
+    def at(stream):
+        allocated.append(stream.cuda_stream)
+        yield
+
+    cuda = SimpleNamespace(stream=at, ExternalStream=Stream, current=0)
+    cuda.current_stream, cuda.default_stream = lambda _: Stream(cuda.current), lambda _: Stream(0)
+    torch = SimpleNamespace(Tensor=Foreign, cuda=cuda)
+    monkeypatch.setitem(on_card.sys.modules, "torch", torch)
     return streams
 
 
@@ -186,14 +213,24 @@ def test_arrays_of_another_library(launched):
     assert np.asarray(kernels.matmul(a, halves)).dtype == np.dtype("bfloat16")  # PyTorch calls it <V2
 
 
-def test_the_stream_is_the_callers(launched):
-    a, b = (foreign(random(8, 8), stream=stream) for stream in (None, 7))
+def test_the_stream_is_the_callers(launched, allocated, monkeypatch):
+    followed = []
+    monkeypatch.setattr(emulated.Emulated, "follow", lambda self, *streams: followed.append(streams))
+    a, b, c = (foreign(random(8, 8), stream=stream) for stream in (None, 7, 8))
+    kernels.matmul(a, a)
+    on_card.sys.modules["torch"].cuda.current = 12
     kernels.matmul(a, a)
     kernels.matmul(a, b)
-    handle = SimpleNamespace(value=11)
-    for stream in (9, SimpleNamespace(cuda_stream=5), SimpleNamespace(ptr=6), SimpleNamespace(handle=handle)):
+    assert followed == []
+    kernels.matmul(b, c)
+    assert followed == [(7, 8)]  # what is in c is made in another stream
+    followed.clear()
+    numba, of_default = (SimpleNamespace(handle=SimpleNamespace(value=value)) for value in (11, None))
+    for stream in (9, SimpleNamespace(cuda_stream=5), SimpleNamespace(ptr=6), numba, of_default):
         kernels.matmul(a, b, stream=stream)
-    assert launched == [0, 7, 9, 5, 6, 11]
+    assert launched == [0, 12, 7, 7, 9, 5, 6, 11, 0]
+    assert allocated == launched  # PyTorch gives out memory by stream
+    assert followed == [(stream, 7) for stream in (9, 5, 6, 11, 0)]
     with pytest.raises(SettingError, match=r"stream='main' is not a stream of CuPy, PyTorch or Numba, nor its handle"):
         kernels.matmul(a, b, stream="main")
 
@@ -208,11 +245,13 @@ def test_packed_arguments_are_kept_for_the_latest_addresses(launched, monkeypatc
         close(out, np.asarray(a) @ np.asarray(a))
 
 
-def test_arrays_of_this_package_on_a_stream_of_another(launched):
+def test_arrays_of_this_package_on_a_stream_of_another(launched, monkeypatch):
+    waited = []
+    monkeypatch.setattr(emulated.Emulated, "wait_for", lambda self, stream: waited.append(stream))
     a = there(random(8, 8))
     y = kernels.matmul(a, a, stream=4)
     assert type(y) is CardArray
-    assert launched == [4]
+    assert launched == waited == [4]  # who reads it asks another queue
     close(y, np.asarray(a) @ np.asarray(a))
 
 
@@ -228,6 +267,10 @@ def test_a_launch_that_fails_is_named(launched, monkeypatch):
     assert caught.value.sticky
 
 
+def refused(size_bytes):
+    raise TooLittleMemory("the card has too little memory free.")
+
+
 def test_a_workspace_grows_and_goes(launched, monkeypatch):
     desk, log = Desk(device_of(CARD)), []
     monkeypatch.setattr(desk.card, "wait_for", lambda stream: log.append(stream))
@@ -238,6 +281,13 @@ def test_a_workspace_grows_and_goes(launched, monkeypatch):
     assert scratch.of(1000) != first
     assert log == [5]  # kernels may have been at work in the old one
     assert len(desk.card._memory) == 1
+    reserve = desk.card.reserve
+    monkeypatch.setattr(desk.card, "reserve", refused)
+    with pytest.raises(TooLittleMemory):
+        scratch.of(5000)
+    monkeypatch.setattr(desk.card, "reserve", reserve)
+    assert (scratch.address, scratch.size_bytes) == (0, 0)  # what it had is somebody else's now
+    assert scratch.of(10) in desk.card._memory
     del scratch
     assert not desk.card._memory
 
@@ -246,7 +296,7 @@ def test_split_products_have_one(launched):
     a, b = random(8, 4096), random(4096, 8)
     got = kernels.matmul(foreign(a), foreign(b))
     np.testing.assert_allclose(np.asarray(got), a @ b, atol=1e-3)
-    assert list(prepared._own.scratches) == [(0, 0)]
+    assert list(prepared._own.scratches) == [(card_array.desk_of(device_of(CARD)), 0)]
 
 
 def test_threads_have_workspaces_of_their_own(launched):
@@ -280,6 +330,15 @@ def test_what_kernels_cannot_read(launched, how):
         kernels.matmul(foreign(random(8, 8), **how), foreign(random(8, 8)))
 
 
+def test_strides_need_not_be_said(launched):
+    a = foreign(random(8, 8))
+    del a.said["strides"]
+    close(kernels.matmul(a, a), np.asarray(a) @ np.asarray(a))
+    a.said["data"] = (a.said["data"][0] + 4, False)
+    with pytest.raises(ShapeError, match="begins at an address"):
+        kernels.matmul(a, a)
+
+
 def test_strides_that_say_nothing_are_fine(launched):
     a = random(1, 8)
     close(kernels.matmul(foreign(a, strides=(999, 4)), foreign(np.eye(8, dtype=np.float32), strides=(32, 4))), a)
@@ -291,16 +350,17 @@ def test_where_a_result_cannot_go(launched, monkeypatch):
         kernels.matmul(a, a, out=foreign(random(8, 8), read_only=True))
     with pytest.raises(ShapeError, match="out shares memory with b, which is still read"):
         kernels.matmul(a, b, out=b)
-    monkeypatch.delattr(Foreign, "new_empty")
+    monkeypatch.delitem(on_card.sys.modules, "torch")
     with pytest.raises(SettingError, match=r"it is not known how a Foreign is made. Give out="):
         kernels.matmul(a, a)
 
 
-def test_operands_on_several_cards(monkeypatch):
-    devices = iter([device_of(CARD), replace(device_of(CARD), number=1)])
+@pytest.mark.parametrize("out", [False, True])
+def test_arrays_on_several_cards(monkeypatch, out):
+    devices = iter([device_of(CARD)] * (1 + out) + [replace(device_of(CARD), number=1)])
     monkeypatch.setattr(on_card, "device_with", lambda x: next(devices))
-    with pytest.raises(SettingError, match="operands lie on several GPUs"):
-        kernels.matmul(*[foreign(random(8, 8))] * 2)
+    with pytest.raises(SettingError, match="these arrays lie on several GPUs"):
+        kernels.matmul(*[foreign(random(8, 8))] * 2, out=foreign(random(8, 8)) if out else None)
 
 
 def test_a_cupy_array_gets_one(monkeypatch):
@@ -321,9 +381,11 @@ def test_a_cupy_array_gets_one(monkeypatch):
 
     cupy = SimpleNamespace(ndarray=Array, empty=lambda *how: how, cuda=SimpleNamespace(Device=Using))
     monkeypatch.setitem(on_card.sys.modules, "cupy", cupy)
+    cupy.cuda.ExternalStream, cupy.cuda.Stream = Using, SimpleNamespace(null=nullcontext())
     form = SimpleNamespace(name="conv")
-    assert on_card.empty(form, Array(), Spec((2, 3), "float16")) == ((2, 3), "float16")
-    assert used == [2]
+    for stream in (0, 9):
+        assert on_card.empty(form, Array(), Spec((2, 3), "float16"), stream) == ((2, 3), "float16")
+    assert used == [2, 2, 9]
 
 
 def test_an_array_of_a_gpu_is_described_to_other_libraries(monkeypatch):
@@ -367,6 +429,22 @@ def test_a_card_leaves_another_librarys_device_as_it_was(before):
 
     Card(driver=Driver())
     assert current == [0x900, *([before] if before else [])]
+
+
+def test_a_stream_follows_another():
+    asked = []
+
+    class Driver:
+        def __call__(self, name, *args):
+            if name.startswith(("cuEvent", "cuStreamWait")):
+                asked.append((name, *(arg.value for arg in args if hasattr(arg, "value"))))
+
+    Card(driver=Driver()).follow(5, 7)
+    names = [name for name, *_ in asked]
+    assert names == ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy_v2"]
+    assert asked[0][1:] == (2,)  # without a clock
+    assert asked[1][-1] == 7
+    assert asked[2][1] == 5
 
 
 def test_the_driver_says_which_card_an_address_is_on():

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import sys
+import threading
 from contextlib import suppress
 
 import dask
@@ -17,7 +18,7 @@ from small_runs import make_step, many, records, same_bits
 import rapydli_flow as rf
 from gpu_kernels import emulated
 from rapydli_flow import nn
-from rapydli_flow.errors import DeviceFault, DeviceMismatch, NonFinite, RunLost, SettingError
+from rapydli_flow.errors import DeviceFault, DeviceMismatch, NonFinite, RunLost, SettingError, TemplateError
 from rapydli_flow.ops import Relu
 from rapydli_flow.runtime import bodies, card_array, devices, flow
 from rapydli_flow.runtime.card_array import CardArray, Desk, desk_of
@@ -154,6 +155,54 @@ def test_an_array_on_a_card(desk):
     assert not desk.card._memory
 
 
+@pytest.mark.parametrize("device", ["cpu", CARD])
+@pytest.mark.parametrize("granularity", FINER)
+def test_records_of_another_dtype_are_cast(step, data, device, granularity):
+    other = {"x": data["x"].astype(np.float64), "label": data["label"].astype(np.int32)}
+    whole = rf.fit(step, data, steps=3, device=device)
+    assert same_run(rf.fit(step, other, steps=3, device=device, granularity=granularity), whole)
+
+
+def test_what_a_kernel_does_not_take_is_refused(desk):
+    request, choice = Tuning(desk.device).serve(Relu(), [Spec((3, 4))])
+    with pytest.raises(TemplateError, match=r"relu: expected f32\[3,4\] but got f64\[3,4\]"):
+        desk.run(request, choice, [np.ones((3, 4))], None)
+    assert not desk.card._memory
+
+
+def test_a_task_lets_go_of_what_nobody_reads_any_more(step, data, monkeypatch):
+    held = []
+    run_node = bodies.run_node
+
+    def counted(kernel, arrays, device, threads):
+        gc.collect()
+        held.append(len(desk_of(device).card._memory))
+        return run_node(kernel, arrays, device, threads)
+
+    monkeypatch.setattr(bodies, "run_node", counted)
+    rf.fit(step, data, steps=1, device=CARD, granularity="stage")
+    assert len(held) > 20
+    assert held[-1] - held[0] < 20  # parameters and state that the step gives, and a few between
+
+
+def test_kernels_are_compiled_before_the_card_is_taken(desk, monkeypatch):
+    def build(request, choice, device):
+        thread = threading.Thread(target=lambda: np.asarray(there))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        built.append(request)
+
+    there, built = desk.put(np.ones(3, np.float32)), []
+    monkeypatch.setattr(card_array, "build", build)
+    monkeypatch.setattr(card_array, "MOST_KERNELS", 1)
+    for size in (3, 4, 3):
+        request, choice = Tuning(desk.device).serve(Relu(), [Spec((size,))])
+        desk.run(request, choice, [np.ones(size, np.float32)], None)
+    assert len(desk._kernels) == 1
+    assert len(built) >= 3
+
+
 def test_memory_of_a_kernel_is_given_back(desk):
     op, spec = Relu(), Spec((3, 4))
     request, choice = Tuning(desk.device).serve(op, [spec])
@@ -238,6 +287,7 @@ def test_workers_with_a_card_beside_others(loose, step, data, tmp_path):
             run = rf.fit(step, records_["train"], client=client, granularity=granularity, **how)
         assert same_run(run, whole)
         assert run.metrics == whole.metrics
+        assert set(client.run(lambda: flow._scorer.cache_info().currsize).values()) == {0}  # nothing is left there
         ran = {task["worker"] for task in stream.data}
         assert ran <= cards
     exploding = make_step(rate=1e30, dtype="float32")
