@@ -5,7 +5,7 @@
 
 A tensor of N,C,H,W in channels_last lies in memory as N,H,W,C, and filters K,C,R,S can lie as R,S,C,K: permuted views
 of both are the contiguous arrays that kernels take, so nothing is copied on the way in or out. Tensors on a GPU are
-taken as they are, and computed there, on PyTorch's stream.
+taken as they are, and computed there, on PyTorch's current stream.
 
 Run, with PyTorch: `python examples/kernels/torch_layer.py [seconds of tuning for each kernel] [cuda]`
 """
@@ -45,11 +45,6 @@ def first(y):
     return tensor(y).permute(0, 3, 1, 2)
 
 
-def where(x):
-    """The stream that kernels go to."""
-    return {"stream": torch.cuda.current_stream(x.device)} if x.is_cuda else {}
-
-
 class Convolution(torch.autograd.Function):
     """``conv(x, w) + bias``; ``how``: stride, padding, dilation and groups as `rf.kernels.conv` takes them."""
 
@@ -58,7 +53,7 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.how = how
         bias = None if bias is None else array(bias)
-        return first(kernels.conv(last(x), filters(w), bias=bias, **how, **where(x)))
+        return first(kernels.conv(last(x), filters(w), bias=bias, **how))
 
     @staticmethod
     def backward(ctx, dy):
@@ -66,11 +61,10 @@ class Convolution(torch.autograd.Function):
         n, c, *space = x.shape
         k, each, *window = w.shape
         g, dx, dw, db = last(dy), None, None, None
-        how = {**ctx.how, **where(dy)}
         if ctx.needs_input_grad[0]:
-            dx = first(kernels.conv_input_grad(g, filters(w), (n, *space, c), **how))
+            dx = first(kernels.conv_input_grad(g, filters(w), (n, *space, c), **ctx.how))
         if ctx.needs_input_grad[1]:
-            dw = tensor(kernels.conv_filter_grad(last(x), g, (*window, each, k), **how)).permute(3, 2, 0, 1)
+            dw = tensor(kernels.conv_filter_grad(last(x), g, (*window, each, k), **ctx.how)).permute(3, 2, 0, 1)
         if ctx.needs_input_grad[2]:
             db = dy.sum((0, 2, 3))
         return dx, dw, db, None

@@ -1,12 +1,15 @@
 """Ranks of one run on processors and on cards: who is where, what each computes, and what they hold together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_runs import make_step, records
 
 import rapydli_flow as rf
 from rapydli_flow import nn, optim
-from rapydli_flow.errors import DeviceMismatch, MissingDependency, SettingError, ShapeError
+from rapydli_flow.errors import DeviceMismatch, MissingDependency, SettingError, ShapeError, TooLittleMemory
+from rapydli_flow.runtime import local
 from rapydli_flow.runtime.devices import device_of
 from rapydli_flow.runtime.kinds import devices_for, names_of, tunings_for
 from rapydli_flow.runtime.local import Local
@@ -83,6 +86,16 @@ def test_what_would_drift_apart_is_refused(step, data):
         rf.fit(step, data, steps=1, plan=plan)
     averaged = rf.plan(step, device=BOTH, threads=1, average_every=2)  # then they become equal now and then
     assert np.isfinite(rf.fit(step, data, steps=4, plan=averaged).scalars["loss"]).all()
+
+
+def test_cards_of_one_kind_have_memory_of_their_own(step, monkeypatch):
+    card = device_of("emulated")
+    (program,) = rf.plan(step, ranks=1, threads=1).programs(step, Tuning(card))
+    monkeypatch.setattr(local, "free_bytes", lambda device: (3 * program.needed_bytes // 2, f"on cuda:{device.number}"))
+    both = [replace(program, device=replace(card, number=number)) for number in (0, 1)]
+    local._check_memory(both)
+    with pytest.raises(TooLittleMemory, match=r"on cuda:1"):
+        local._check_memory([*both, both[1]])
 
 
 def test_what_cannot_be_divided_is_the_first_ranks(data):
