@@ -158,7 +158,7 @@ class Runs:
 
 def on_tensors() -> bool:
     """The layer of examples/kernels/torch_layer.py beside PyTorch's own, on a stream of its own as well."""
-    import torch
+    from pytorch import torch
 
     sys.path.append(str(Path(__file__).parents[1] / "examples" / "kernels"))
     import torch_layer as layers
