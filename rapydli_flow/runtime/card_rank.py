@@ -323,8 +323,7 @@ class CardRank(Participant):
 
     def _captured(self, run: _Run) -> Callable[[], None]:
         try:
-            replay: Callable[[], None] = self.card.capture(run.launches)
-            return replay
+            return self.card.capture(run.launches)
         except DeviceFault:  # a driver without graphs: launches do the same
             self._wait()
             return run.plain

@@ -43,13 +43,9 @@ def device_of(name: str | None = None, where: str = "") -> Device:
 
 @cache
 def _named(name: str) -> Device:
-    device: Device
-    if name == "cpu":
-        device = host()
-    elif name == "emulated":
-        device = emulated.device()
-    else:
-        device = supported(card_named(name).describe())
+    if name == "emulated":
+        return emulated.device()
+    device: Device = host() if name == "cpu" else supported(card_named(name).describe())
     return device
 
 
